@@ -1,0 +1,41 @@
+"""Trainable block-sparse attention for video diffusion transformers, integrated with torch.compile."""
+
+from flexsparse import masks
+from flexsparse.attention import AttentionAux, sparse_attention
+from flexsparse.layout import TileLayout
+from flexsparse.masks import (
+    BSA,
+    VSA,
+    Dense,
+    FrameCausal,
+    Intersection,
+    PerHead,
+    Radial,
+    SlidingTile,
+    TopP,
+    Union,
+)
+from flexsparse.schedule import SparsitySchedule
+from flexsparse.selection import KeptQueries, TileSelection
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BSA",
+    "VSA",
+    "AttentionAux",
+    "Dense",
+    "FrameCausal",
+    "Intersection",
+    "KeptQueries",
+    "PerHead",
+    "Radial",
+    "SlidingTile",
+    "SparsitySchedule",
+    "TileLayout",
+    "TileSelection",
+    "TopP",
+    "Union",
+    "masks",
+    "sparse_attention",
+]

@@ -1,0 +1,300 @@
+"""Sparse attention: coarse stage, selection, fine stage, combination.
+
+Shape letters: B batch, H query heads, G KV heads, S query tokens, Z KV tokens, N query tiles, D head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal, cast, overload
+
+import torch
+from torch import Tensor
+
+from flexsparse.backends import Case, choose, flex, gather, reference, softmax_scale
+from flexsparse.layout import TileLayout
+from flexsparse.masks.base import CoarseInputs, MaskBuilder
+from flexsparse.selection import TileSelection
+
+log = logging.getLogger("flexsparse")
+
+
+@dataclass(frozen=True)
+class AttentionAux:
+    """What `sparse_attention` computed besides its output.
+
+    Attributes:
+        selection: the critical tiles.
+        coarse_out: coarse output ``[B, H, N, D]``, at least float32, or None where the builder has none.
+        lse: natural log-sum-exp of the fine stage ``[B, H, S]``, raster order; a pruned query has its source's.
+        density: share of token pairs computed, float64 0-d.
+        capped: rows that wanted more tiles than the static capacity and kept their best, int64 0-d.
+        backend: the backend that ran the fine stage.
+    """
+
+    selection: TileSelection
+    coarse_out: Tensor | None
+    lse: Tensor
+    density: Tensor
+    capped: Tensor
+    backend: str
+
+
+@functools.lru_cache(256)
+def _log_once(message: str) -> None:
+    log.info(message)
+
+
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TileLayout,
+    kv_layout: TileLayout,
+    gate: Tensor | None,
+    fine_gate: Tensor | None,
+    tile_counts: Tensor | None,
+) -> None:
+    """Raise one clear error where q, k, v, the gates, the counts and the layouts disagree."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: give [batch, heads, tokens, head dim]")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} is {x.dtype}: give a floating point tensor")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} is {x.dtype} and q is {q.dtype}: cast them to one dtype")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} and q on {q.device}: move them to one device")
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} has batch {x.shape[0]} and q has {q.shape[0]}: give the same batch")
+        if x.shape[3] != q.shape[3]:
+            raise ValueError(f"{name} has head dim {x.shape[3]} and q has {q.shape[3]}: give the same head dim")
+    if v.shape != k.shape:
+        raise ValueError(f"v has shape {tuple(v.shape)} and k has {tuple(k.shape)}: give the same shape")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} heads and k has {k.shape[1]}: q's must be a multiple of k's (GQA)")
+    for name, x, one in (("q", q, layout), ("k", k, kv_layout)):
+        if x.shape[2] != one.seq_len:
+            raise ValueError(
+                f"{name} has {x.shape[2]} tokens, but grid {one.grid} with text_first={one.text_first} and "
+                f"text_last={one.text_last} has {one.seq_len}: give the layout of this sequence"
+            )
+    for name, gate_ in (("gate", gate), ("fine_gate", fine_gate)):
+        if gate_ is not None and gate_.shape != q.shape:
+            raise ValueError(f"{name} has shape {tuple(gate_.shape)}: give the shape of q, {tuple(q.shape)}")
+    if tile_counts is not None:
+        total = kv_layout.total_tiles
+        if tile_counts.dtype != torch.int32 or tuple(tile_counts.shape) not in ((total,), (q.shape[0], total)):
+            raise ValueError(
+                f"tile_counts is {tile_counts.dtype} {tuple(tile_counts.shape)}: give int32 [{total}] or "
+                f"[{q.shape[0]}, {total}], valid tokens of every KV tile in sequence order"
+            )
+        if not torch.compiler.is_compiling() and not is_fake(tile_counts):
+            most = kv_layout.index(tile_counts.device)[2]
+            if bool((tile_counts < 0).any()) or bool((tile_counts > most).any()):
+                raise ValueError(
+                    f"tile_counts holds {int(tile_counts.min())} to {int(tile_counts.max())}: each must lie between 0 "
+                    "and the tokens that the layout puts into that tile"
+                )
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether a tensor has no data to look at (it is being traced)."""
+    from torch._subclasses.fake_tensor import is_fake as fake
+
+    return bool(fake(x))
+
+
+def case_of(q: Tensor, layout: TileLayout, *, gradients: bool, lse: bool, compiled: bool) -> Case:
+    """What a backend is asked for."""
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    dynamic = layout.symbolic or any(isinstance(size, torch.SymInt) for size in q.shape)
+    return Case(
+        device=q.device.type,
+        dtype=q.dtype,
+        gradients=gradients,
+        lse=lse,
+        compiled=compiled,
+        dynamic=dynamic,
+        rows=layout.slots,
+        capability=capability,
+    )
+
+
+def valid_slots(x: Tensor, counts: Tensor, slots: int) -> Tensor:
+    """Bool ``[1 or B, 1, P, 1]``: slots that hold a token, from counts int32 ``[tiles]`` or ``[B, tiles]``."""
+    valid = torch.arange(slots, device=x.device) < counts[..., None]
+    return valid.flatten(-2).reshape(-1, 1, x.shape[2], 1)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TileLayout,
+    builder: Any,
+    *,
+    kv_layout: TileLayout | None = None,
+    gate: Tensor | None = None,
+    fine_gate: Tensor | None = None,
+    scale: float,
+    tile_counts: Tensor | None = None,
+    backend: str,
+    coarse_wanted: bool = False,
+    lse_wanted: bool = False,
+    in_graph: bool = False,
+) -> tuple[Tensor, TileSelection, Tensor | None, Tensor | None]:
+    """The computation itself, on checked arguments: (output, selection, coarse output, log-sum-exp)."""
+    same = kv_layout is None or kv_layout is layout
+    kv_layout = layout if kv_layout is None else kv_layout
+    q_tiles, k_tiles, v_tiles = layout.to_tiles(q), kv_layout.to_tiles(k), kv_layout.to_tiles(v)
+    if tile_counts is not None:  # what lies past a count may be anything, NaN included
+        valid = valid_slots(k_tiles, tile_counts, kv_layout.slots)
+        k_tiles, v_tiles = k_tiles.masked_fill(~valid, 0), v_tiles.masked_fill(~valid, 0)
+
+    coarse_out: Tensor | None = None
+    if isinstance(builder, TileSelection):
+        selection = builder
+    elif isinstance(builder, MaskBuilder):
+        coarse_wanted = builder.has_coarse and (coarse_wanted or gate is not None)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and coarse_wanted):
+            coarse = CoarseInputs(
+                layout.video(q_tiles), kv_layout.video(k_tiles), layout, kv_layout, scale, tile_counts, same
+            )
+            selection, coarse_out = builder.plan(coarse, kv_layout.video(v_tiles) if coarse_wanted else None)
+    else:
+        with torch.no_grad():
+            selection = builder.select(q.detach(), k.detach(), layout, kv_layout=kv_layout, scale=scale)
+
+    lse: Tensor | None
+    if backend == "reference":
+        if tile_counts is not None:
+            k, v = kv_layout.to_raster(k_tiles), kv_layout.to_raster(v_tiles)
+        out, lse = reference.attend(q, k, v, selection, scale)
+    elif backend == "gather":
+        out, lse = gather.attend(q, k_tiles, v_tiles, selection, scale, q_tiles)
+    else:
+        out, lse = flex.attend(q, k_tiles, v_tiles, selection, scale, q_tiles, lse_wanted, in_graph)
+
+    if fine_gate is not None:
+        out = out * fine_gate
+    if gate is not None and coarse_out is not None:
+        out = out + gate * broadcast_coarse(coarse_out, layout).to(out.dtype)
+    return out, selection, coarse_out, lse
+
+
+def broadcast_coarse(coarse_out: Tensor, layout: TileLayout) -> Tensor:
+    """Coarse output ``[B, H, N, D]`` to tokens ``[B, H, S, D]``; extra tokens have none (zero)."""
+    _, token_to_slot, _ = layout.index(coarse_out.device)
+    first, last = layout.tiles_first, layout.tiles_last
+    tiles = torch.nn.functional.pad(coarse_out, (0, 0, first, last)) if first or last else coarse_out
+    return tiles.index_select(-2, token_to_slot // layout.slots)
+
+
+@overload
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: TileLayout, builder: Any, *, return_aux: Literal[True], **options: Any
+) -> tuple[Tensor, AttentionAux]: ...
+
+
+@overload
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: TileLayout, builder: Any, **options: Any
+) -> Tensor: ...
+
+
+def sparse_attention(  # type: ignore[misc]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TileLayout,
+    builder: Any,
+    gate: Tensor | None = None,
+    fine_gate: Tensor | None = None,
+    scale: float | None = None,
+    kv_layout: TileLayout | None = None,
+    tile_counts: Tensor | None = None,
+    backend: str = "auto",
+    return_aux: bool = False,
+) -> Tensor | tuple[Tensor, AttentionAux]:
+    """Sparse attention over video tokens, raster order in and out.
+
+    ``out = fine * fine_gate + gate * coarse``: fine is softmax attention over the tokens of the kept tiles (and the
+    extra tokens), coarse the pooled attention of the query's tile (VSA, arXiv 2505.13389, section 2.2).
+
+    Args:
+        q: ``[B, H, S, D]``, after QK-norm and RoPE; float32, bfloat16, float16, and float64 where the backend can.
+        k: ``[B, G, Z, D]``, H divisible by G.
+        v: as k.
+        layout: layout of the queries, and of the keys unless ``kv_layout`` is given.
+        builder: a mask builder, or a `TileSelection`: attention with given tiles.
+        gate: ``[B, H, S, D]`` factor of the coarse output; None is zero.
+        fine_gate: ``[B, H, S, D]`` factor of the fine output; None is one.
+        scale: softmax scale of both stages, ``D ** -0.5`` by default.
+        kv_layout: layout of the keys and values where they live on another grid or other tiles.
+        tile_counts: valid tokens of every KV tile, int32 ``[tiles]`` or ``[B, tiles]`` in sequence order, where they
+            differ from the layout's (padded text of different lengths); zero is allowed.
+        backend: ``auto``, ``reference``, ``gather``, ``flex`` or ``triton``.
+        return_aux: also return an `AttentionAux`.
+
+    Returns:
+        ``[B, H, S, D]`` in q's dtype; with ``return_aux`` a pair.
+
+    Raises:
+        ValueError: shapes, devices or parameters that disagree, or an explicit backend that cannot do the case.
+        TypeError: dtypes that disagree.
+    """
+    keys = layout if kv_layout is None else kv_layout
+    check_inputs(q, k, v, layout, keys, gate, fine_gate, tile_counts)
+    scale = softmax_scale(scale, q.shape[-1])
+    if isinstance(builder, TileSelection):
+        if builder.layout != layout or builder.kv_layout != keys:
+            raise ValueError(
+                f"the selection is for grids {builder.layout.grid} and {builder.kv_layout.grid}, tiles "
+                f"{builder.layout.tile} and {builder.kv_layout.tile}; give it with the layouts it was made for"
+            )
+        if builder.counts.shape[:2] != q.shape[:2]:
+            raise ValueError(f"the selection is for [B, H] = {tuple(builder.counts.shape[:2])}, q has {tuple(q.shape[:2])}")
+        if tile_counts is not None and builder.tile_counts is None:
+            builder = TileSelection(**{**vars(builder), "tile_counts": tile_counts})
+        tile_counts = builder.tile_counts
+    elif isinstance(builder, MaskBuilder):
+        builder.check(layout, keys)
+    elif not callable(getattr(builder, "select", None)):
+        raise TypeError(f"builder is {builder!r}: give a mask builder (flexsparse.masks) or a TileSelection")
+    if gate is not None and not getattr(builder, "has_coarse", False):
+        raise ValueError(
+            f"gate is given, but {type(builder).__name__} has no coarse output to apply it to: use VSA or TopP, or no gate"
+        )
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    compiled = torch.compiler.is_compiling()
+    case = case_of(q, layout, gradients=gradients, lse=return_aux, compiled=compiled)
+    name, reason = choose(backend, case)
+    if not compiled:
+        _log_once(f"{case.device} {case.dtype} grid {layout.grid}: backend {name} ({reason})")
+    with torch.autocast(q.device.type, enabled=False):
+        out, selection, coarse_out, lse = attend(
+            q,
+            k,
+            v,
+            layout,
+            builder,
+            kv_layout=kv_layout,
+            gate=gate,
+            fine_gate=fine_gate,
+            scale=scale,
+            tile_counts=tile_counts,
+            backend=name,
+            coarse_wanted=return_aux,
+            lse_wanted=return_aux,
+        )
+    if not return_aux:
+        return out
+    computed, valid = selection.valid_pairs()
+    capped = selection.capped if selection.capped is not None else torch.zeros((), dtype=torch.int64, device=q.device)
+    return out, AttentionAux(selection, coarse_out, cast(Tensor, lse), computed / valid, capped, name)
+
+

@@ -1,0 +1,83 @@
+"""How the fine stage is computed, one backend a file. Backends never import each other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from flexsparse.backends import flex, gather, reference
+
+NAMES = ("auto", "reference", "gather", "flex", "triton")
+RUN = {"reference": reference.attend, "gather": gather.attend, "flex": flex.attend}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a backend is asked for.
+
+    Attributes:
+        device: device type, ``"cpu"`` or ``"cuda"``.
+        dtype: of q, k and v.
+        gradients: whether any input needs a gradient.
+        lse: whether the log-sum-exp is wanted.
+        compiled: whether the call is part of a graph being compiled.
+        dynamic: whether a size is symbolic.
+        rows: query tokens of one tile as computed, at most (slots of the layout).
+        capability: CUDA compute capability, None elsewhere.
+    """
+
+    device: str
+    dtype: torch.dtype
+    gradients: bool
+    lse: bool
+    compiled: bool
+    dynamic: bool
+    rows: int
+    capability: tuple[int, int] | None = None
+
+
+def refusal(name: str, case: Case) -> str | None:
+    """Why a backend cannot do the case, with the remedy; None where it can."""
+    if name == "triton":
+        return "the Triton templates are not part of this version; use 'auto', 'flex' or 'gather'"
+    if name == "flex":
+        return flex.refusal(case.device, case.dtype, case.gradients, case.lse, case.dynamic)
+    return None
+
+
+def choose(backend: str, case: Case) -> tuple[str, str]:
+    """The backend that runs a case, and why.
+
+    Raises:
+        ValueError: no such backend, or an explicit one that cannot do the case.
+    """
+    if backend not in NAMES:
+        raise ValueError(f"backend is {backend!r}: give one of {', '.join(NAMES)}")
+    if backend != "auto":
+        reason = refusal(backend, case)
+        if reason is not None:
+            raise ValueError(f"backend is {backend!r}, which cannot do this case: {reason}")
+        return backend, "asked for"
+    flexible = refusal("flex", case)
+    if flexible is not None:
+        return "gather", flexible
+    if case.device == "cpu" and not case.compiled:
+        return "gather", "uncompiled on CPU"
+    if case.device == "cuda" and case.gradients and case.rows < 128 and case.capability == (9, 0):
+        return "gather", "stock FlexAttention has no backward for tiles below 128 slots on sm90"
+    return "flex", "compiled, without gradients" if case.device == "cpu" else "on CUDA"
+
+
+def softmax_scale(scale: float | None, head_dim: int) -> float:
+    """The softmax scale, ``head_dim ** -0.5`` by default.
+
+    Raises:
+        ValueError: not a positive finite number.
+    """
+    if scale is None:
+        return float(head_dim) ** -0.5
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale is {scale}: give a positive finite number, or None for head_dim ** -0.5")
+    return float(scale)

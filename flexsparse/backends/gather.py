@@ -1,0 +1,344 @@
+"""Gathers each query tile's KV tiles and runs dense attention on them, in chunks of query tiles. Any device.
+
+One custom op with a hand-written backward: autograd over the gathered copies would keep them all alive.
+Shape letters: B batch, H query heads, G KV heads, N query tiles, M KV video tiles, U all KV tiles, R query rows
+(video and extra), t rows of a query tile, s slots of a KV tile, D head dim, C query tiles of a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexsparse.packing import pack_queries, unpack_lse, unpack_rows
+from flexsparse.selection import TileSelection, ascending_lists, unpack_bits
+
+CHUNK_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Elements of one chunk's logits: on CPU so that a chunk stays in cache, on CUDA so that launches are few."""
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, selection: TileSelection, scale: float, q_tiles: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Fine-stage attention.
+
+    Args:
+        q: ``[B, H, S, D]`` raster order.
+        k: ``[B, G, U * s, D]`` tile order, padding zero.
+        v: as k.
+        selection: which KV tiles each query tile keeps.
+        scale: softmax scale.
+        q_tiles: q in tile order where it is at hand.
+
+    Returns:
+        Output ``[B, H, S, D]`` in q's dtype and log-sum-exp ``[B, H, S]``, both raster.
+    """
+    layout, kv_layout = selection.layout, selection.kv_layout
+    rows, lse = torch.ops.flexsparse.gather_attention(
+        pack_queries(q, q_tiles, selection),
+        k,
+        v,
+        selection.bits,
+        selection.counts,
+        selection.kv_tile_counts(),
+        selection.query_rows,
+        layout.tiles_first * layout.slots,
+        kv_layout.tiles_first,
+        kv_layout.num_tiles,
+        kv_layout.slots,
+        scale,
+    )
+    return unpack_rows(rows, selection), unpack_lse(lse, selection)
+
+
+@dataclass
+class _Rows:
+    """Some query rows and the KV tokens that they see.
+
+    Attributes:
+        head: which (batch, head) each chunk entry belongs to, for extra rows; None for tiles.
+        q_index: rows of the flat query tensor, ``[C * t]`` as a slice.
+        kv: int64 ``[C, k]`` flat KV tiles, or None for a slice of all tiles of one head.
+        bias: ``[C, 1, k * s]`` 0 or -inf, or None where every slot is valid.
+    """
+
+    tiles: slice
+    kv: Tensor
+    bias: Tensor | None
+
+
+@dataclass
+class _Problem:
+    """The op's arguments as flat tiles, shared by forward and backward."""
+
+    B: int
+    H: int
+    G: int
+    N: int
+    U: int
+    t: int
+    s: int
+    D: int
+    first_rows: int
+    kv_first: int
+    M: int
+    counts: Tensor  # [B, H, N]
+    lists: Tensor  # int64 [B * H * N, K]
+    kv_counts: Tensor  # [B, U]
+    dtype: torch.dtype
+
+    def video(self, x: Tensor) -> Tensor:
+        """Rows of query tiles: ``[B, H, R, ...]`` -> ``[B * H * N, t, ...]``."""
+        part = x.narrow(2, self.first_rows, self.N * self.t)
+        return part.reshape(self.B * self.H * self.N, self.t, *x.shape[3:])
+
+    def extra(self) -> list[tuple[int, int]]:
+        """(start, length) of the extra rows at both ends, for a query of R rows."""
+        return [(0, self.first_rows), (self.first_rows + self.N * self.t, -1)]
+
+    def chunk(self, device: torch.device) -> int:
+        """Query tiles of a chunk."""
+        width = (self.lists.shape[1] + self.U - self.M) * self.s
+        budget = CHUNK_ENTRIES["cuda" if device.type == "cuda" else "cpu"]
+        return max(1, budget // max(1, self.t * width))
+
+    def chunks(self) -> Iterator[_Rows]:
+        """Query tiles in order, with the KV tiles they keep and the extra ones."""
+        device = self.lists.device
+        rows = self.B * self.H * self.N
+        flat_counts = self.counts.reshape(-1).long()
+        step = self.chunk(device)
+        extras = torch.cat(
+            [
+                torch.arange(self.kv_first, device=device),
+                torch.arange(self.kv_first + self.M, self.U, device=device),
+            ]
+        )
+        slot = torch.arange(self.s, device=device)
+        full = bool((self.kv_counts == self.s).all())
+        for start in range(0, rows, step):
+            tiles = slice(start, min(start + step, rows))
+            row = torch.arange(tiles.start, tiles.stop, device=device)
+            batch, head = row // (self.H * self.N), row // self.N % self.H
+            count = flat_counts[tiles]
+            width = int(count.max())
+            kv = self.lists[tiles, :width] + self.kv_first
+            kv = torch.cat([kv, extras.expand(len(row), -1)], dim=1)
+            listed = torch.arange(kv.shape[1], device=device)
+            on = (listed < count[:, None]) | (listed >= width)
+            bias = None
+            if not (full and bool((count == width).all())):
+                valid = on[..., None] & (slot < self.kv_counts[batch[:, None], kv][..., None])
+                bias = torch.zeros(valid.shape, dtype=self.dtype, device=device)
+                bias = bias.masked_fill_(~valid, -math.inf).view(len(row), 1, -1)
+            group = batch * self.G + head // (self.H // self.G)
+            yield _Rows(tiles, kv + group[:, None] * self.U, bias)
+
+    def tokens(self, x: Tensor, rows: _Rows) -> Tensor:
+        """KV tokens of a chunk: flat tiles ``[B * G * U, s * D]`` -> ``[C, k * s, D]`` in the compute dtype."""
+        picked = x.index_select(0, rows.kv.reshape(-1))
+        return picked.view(rows.kv.shape[0], rows.kv.shape[1] * self.s, self.D).to(self.dtype)
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    bits: Tensor,
+    counts: Tensor,
+    kv_counts: Tensor,
+    query_rows: int,
+    first_rows: int,
+    kv_first: int,
+    kv_video: int,
+    slots: int,
+) -> _Problem:
+    B, H, _, D = q.shape
+    width = int(counts.max()) if counts.numel() else 0
+    lists = ascending_lists(unpack_bits(bits, kv_video), width).flatten(0, 2).long()
+    U = k.shape[2] // slots
+    return _Problem(
+        B,
+        H,
+        k.shape[1],
+        counts.shape[2],
+        U,
+        query_rows,
+        slots,
+        D,
+        first_rows,
+        kv_first,
+        kv_video,
+        counts,
+        lists,
+        kv_counts.expand(B, U),
+        torch.promote_types(q.dtype, torch.float32),
+    )
+
+
+def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    # the scale is applied to the fp32 product: a pre-scaled operand rounds differently in forward and backward
+    logits = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+    return logits if bias is None else logits.add_(bias)
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (in place) and log-sum-exp; a row of -inf has weights 0 and log-sum-exp -inf."""
+    lse = logits.logsumexp(-1, keepdim=True)
+    return logits.sub_(lse.masked_fill(lse == -math.inf, 0)).exp_(), lse[..., 0]
+
+
+def _extra_rows(p: _Problem, R: int, start: int, length: int) -> Iterator[tuple[int, int, slice]]:
+    """(batch, head, rows) of the extra queries, which attend to all KV tiles, in chunks."""
+    length = R - start if length < 0 else length
+    step = max(1, CHUNK_ENTRIES["cpu"] // max(1, p.U * p.s))
+    for b in range(p.B):
+        for h in range(p.H):
+            for row in range(start, start + length, step):
+                yield b, h, slice(row, min(row + step, start + length))
+
+
+def _extra_bias(p: _Problem, b: int, device: torch.device) -> Tensor:
+    valid = (torch.arange(p.s, device=device) < p.kv_counts[b][:, None]).flatten()
+    return torch.zeros(valid.shape, dtype=p.dtype, device=device).masked_fill_(~valid, -math.inf)[None, None]
+
+
+@torch.library.custom_op("flexsparse::gather_attention", mutates_args=())
+def gather_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bits: Tensor,
+    counts: Tensor,
+    kv_counts: Tensor,
+    query_rows: int,
+    first_rows: int,
+    kv_first: int,
+    kv_video: int,
+    slots: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Block-sparse attention over tiles.
+
+    Args:
+        q: ``[B, H, R, D]``: ``first_rows`` extra rows, ``N * query_rows`` video rows, the other extra rows.
+        k: ``[B, G, U * slots, D]``: ``kv_first`` extra tiles, ``kv_video`` video tiles, the other extra tiles.
+        v: as k.
+        bits: int32 ``[B, H, N, ceil(kv_video / 32)]``, the video tiles that each query tile keeps.
+        counts: int32 ``[B, H, N]``.
+        kv_counts: int32 ``[U]`` or ``[B, U]``, valid tokens of each KV tile.
+        query_rows: rows of a query tile.
+        first_rows: extra rows before the video rows.
+        kv_first: extra KV tiles before the video tiles.
+        kv_video: M.
+        slots: slots of a KV tile.
+        scale: softmax scale.
+
+    Returns:
+        Output as q, and log-sum-exp (natural) ``[B, H, R]`` in at least float32.
+    """
+    p = _problem(q, k, bits, counts, kv_counts, query_rows, first_rows, kv_first, kv_video, slots)
+    R = q.shape[2]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=p.dtype, device=q.device)
+    k_flat, v_flat = (x.reshape(p.B * p.G * p.U, p.s * p.D) for x in (k, v))
+    q_video = p.video(q)
+    out_video = q_video.new_empty(q_video.shape)
+    lse_video = lse.new_empty(q_video.shape[:2])
+    for rows in p.chunks():
+        logits = _logits(q_video[rows.tiles].to(p.dtype), p.tokens(k_flat, rows), rows.bias, scale)
+        weights, lse_video[rows.tiles] = _softmax(logits)
+        out_video[rows.tiles] = torch.bmm(weights, p.tokens(v_flat, rows)).to(q.dtype)
+    out.narrow(2, first_rows, p.N * p.t).copy_(out_video.view(p.B, p.H, p.N * p.t, p.D))
+    lse.narrow(2, first_rows, p.N * p.t).copy_(lse_video.view(p.B, p.H, p.N * p.t))
+    for start, length in p.extra():
+        for b, h, at in _extra_rows(p, R, start, length):
+            g = h // (p.H // p.G)
+            logits = _logits(q[b, h, at][None].to(p.dtype), k[b, g][None].to(p.dtype), _extra_bias(p, b, q.device), scale)
+            weights, lse[b, h, at] = _softmax(logits)
+            out[b, h, at] = (weights[0] @ v[b, g].to(p.dtype)).to(q.dtype)
+    return out, lse
+
+
+@gather_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=dtype)
+
+
+@torch.library.custom_op("flexsparse::gather_attention_backward", mutates_args=())
+def gather_attention_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bits: Tensor,
+    counts: Tensor,
+    kv_counts: Tensor,
+    query_rows: int,
+    first_rows: int,
+    kv_first: int,
+    kv_video: int,
+    slots: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `gather_attention` with respect to q, k and v; logits are recomputed as the forward does."""
+    p = _problem(q, k, bits, counts, kv_counts, query_rows, first_rows, kv_first, kv_video, slots)
+    R = q.shape[2]
+    delta = (grad.to(p.dtype) * out.to(p.dtype)).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    finite = lse.masked_fill(lse == -math.inf, 0)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk = torch.zeros(k.shape, dtype=p.dtype, device=k.device)
+    dv = torch.zeros(v.shape, dtype=p.dtype, device=v.device)
+    k_flat, v_flat, dk_flat, dv_flat = (x.reshape(p.B * p.G * p.U, p.s * p.D) for x in (k, v, dk, dv))
+    q_video, g_video = p.video(q), p.video(grad)
+    lse_video, delta_video = p.video(finite)[..., None], p.video(delta)[..., None]
+    dq_video = q_video.new_empty(q_video.shape)
+    for rows in p.chunks():
+        q_c, g_c = q_video[rows.tiles].to(p.dtype), g_video[rows.tiles].to(p.dtype)
+        k_c = p.tokens(k_flat, rows)
+        weights = _logits(q_c, k_c, rows.bias, scale).sub_(lse_video[rows.tiles]).exp_()
+        index = rows.kv.reshape(-1)
+        dv_flat.index_add_(0, index, torch.bmm(weights.transpose(1, 2), g_c).view(len(index), -1))
+        ds = torch.bmm(g_c, p.tokens(v_flat, rows).transpose(1, 2)).sub_(delta_video[rows.tiles]).mul_(weights)
+        dq_video[rows.tiles] = torch.bmm(ds, k_c).mul_(scale).to(q.dtype)
+        dk_flat.index_add_(0, index, torch.bmm(ds.transpose(1, 2), q_c).mul_(scale).view(len(index), -1))
+    dq.narrow(2, first_rows, p.N * p.t).copy_(dq_video.view(p.B, p.H, p.N * p.t, p.D))
+    for start, length in p.extra():
+        for b, h, at in _extra_rows(p, R, start, length):
+            g = h // (p.H // p.G)
+            q_c, g_c, k_c, v_c = (x.to(p.dtype) for x in (q[b, h, at], grad[b, h, at], k[b, g], v[b, g]))
+            logits = _logits(q_c[None], k_c[None], _extra_bias(p, b, q.device), scale)[0]
+            weights = logits.sub_(finite[b, h, at, None]).exp_()
+            ds = (g_c @ v_c.T).sub_(delta[b, h, at, None]).mul_(weights).mul_(scale)
+            dq[b, h, at] = (ds @ k_c).to(q.dtype)
+            dk[b, g].addmm_(ds.T, q_c)
+            dv[b, g].addmm_(weights.T, g_c)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+@gather_attention_backward.register_fake
+def _(grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Any:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, bits, counts, kv_counts, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, bits, counts, kv_counts)
+
+
+def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    grads = torch.ops.flexsparse.gather_attention_backward(grad, grad_lse, *ctx.saved_tensors, *ctx.rest)
+    return (*grads, *(None,) * 9)
+
+
+gather_attention.register_autograd(_backward, setup_context=_setup)

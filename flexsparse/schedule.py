@@ -1,0 +1,155 @@
+"""Annealing: a ratio that moves from a start to a target in steps, and is read by compiled graphs as a tensor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class SparsitySchedule:
+    """A ratio (sparsity, or a kept density) that goes from ``start`` to ``target`` in equal steps.
+
+    The value is ``start`` for the first ``every`` training steps, then moves by ``step`` every ``every`` steps and
+    is exactly ``target`` from then on: steps are counted as integers, so that no float error piles up (a floor of
+    ``0.8 / 0.03`` ends at 0.78). Compiled graphs read the value from a 0-d tensor: a new step recompiles nothing.
+
+    >>> schedule = SparsitySchedule(start=0.0, target=0.9, step=0.03, every=50)     # VSA, arXiv 2505.13389, App. C
+    >>> builder = fs.VSA(sparsity=schedule)
+    >>> for batch in data:
+    ...     train(batch); schedule.advance()
+
+    Args:
+        target: the ratio at the end, in [0, 1].
+        start: the ratio at the beginning, in [0, 1]; 0 for a sparsity (dense), 1 for a density.
+        step: how much the ratio moves at a time, above 0.
+        every: training steps between moves, at least 1.
+
+    Raises:
+        ValueError: an argument out of range or not a number.
+    """
+
+    def __init__(self, *, target: float, start: float = 0.0, step: float = 0.03, every: int = 50) -> None:
+        for name, value in (("target", target), ("start", start)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}: give a ratio in [0, 1]")
+        if not step > 0 or not math.isfinite(step):
+            raise ValueError(f"step is {step}: give how much the ratio moves at a time, a finite number above 0")
+        if every < 1:
+            raise ValueError(f"every is {every}: give the training steps between moves, an int of at least 1")
+        self.target, self.start, self.every, self.step = float(target), float(start), int(every), float(step)
+        self.steps_done = 0
+        self.tensor: Tensor = torch.tensor(self.start, dtype=torch.float64)
+        self.seek(0)
+
+    @property
+    def moves(self) -> int:
+        """Moves from start to target. A last move may be smaller than ``step``."""
+        return math.ceil(round(abs(self.target - self.start) / self.step, 9))
+
+    def value_at(self, step: int) -> float:
+        """The ratio at a training step, counted from 0."""
+        done = step // self.every
+        if done >= self.moves:
+            return self.target
+        return self.start + math.copysign(done * self.step, self.target - self.start)
+
+    @property
+    def value(self) -> float:
+        """The ratio now."""
+        return self.value_at(self.steps_done)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the target is reached."""
+        return self.steps_done // self.every >= self.moves
+
+    def seek(self, step: int) -> None:
+        """Go to a training step."""
+        if step < 0:
+            raise ValueError(f"step is {step}: give a training step of at least 0")
+        self.steps_done = int(step)
+        self.tensor.fill_(self.value)  # in place: compiled graphs hold this very tensor
+
+    def advance(self, steps: int = 1) -> float:
+        """Count training steps; returns the ratio that holds from now on."""
+        self.seek(self.steps_done + steps)
+        return self.value
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs; plain numbers."""
+        return {
+            "steps_done": self.steps_done,
+            "target": self.target,
+            "start": self.start,
+            "step": self.step,
+            "every": self.every,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`.
+
+        Raises:
+            ValueError: the state belongs to a schedule with other settings.
+        """
+        mine = self.state_dict()
+        for name in ("target", "start", "step", "every"):
+            if state[name] != mine[name]:
+                raise ValueError(f"{name} is {mine[name]} here and {state[name]} in the saved schedule: use the same")
+        self.seek(int(state["steps_done"]))
+
+    def __repr__(self) -> str:
+        return (
+            f"SparsitySchedule(target={self.target}, start={self.start}, step={self.step}, every={self.every})"
+            f" at step {self.steps_done}: {self.value:.4g}"
+        )
+
+
+class BoundRatio:
+    """A ratio inside a graph: the schedule's tensor as that graph sees it, and the range it can take."""
+
+    def __init__(self, tensor: Tensor, lowest: float, highest: float) -> None:
+        self.tensor, self.lowest, self.highest = tensor, lowest, highest
+
+
+Ratio = float | SparsitySchedule | BoundRatio
+
+
+def lowest(ratio: Ratio) -> float:
+    """The lowest value that a ratio ever takes."""
+    if isinstance(ratio, SparsitySchedule):
+        return min(ratio.start, ratio.target)
+    return ratio.lowest if isinstance(ratio, BoundRatio) else ratio
+
+
+def highest(ratio: Ratio) -> float:
+    """The highest value that a ratio ever takes."""
+    if isinstance(ratio, SparsitySchedule):
+        return max(ratio.start, ratio.target)
+    return ratio.highest if isinstance(ratio, BoundRatio) else ratio
+
+
+def current(ratio: Ratio) -> float | Tensor:
+    """The value to compute with: a float, or the 0-d float64 tensor of a schedule."""
+    return ratio if isinstance(ratio, int | float) else ratio.tensor
+
+
+def target(ratio: Ratio) -> float:
+    """The value at the end of a schedule; a plain ratio itself."""
+    if isinstance(ratio, SparsitySchedule):
+        return ratio.target
+    return float(ratio.tensor) if isinstance(ratio, BoundRatio) else ratio
+
+
+def check_ratio(name: str, ratio: Ratio | None, *, zero: bool, one: bool) -> None:
+    """Raise a `ValueError` for a ratio outside of [0, 1], with the ends that are allowed."""
+    if isinstance(ratio, BoundRatio):
+        return
+    ends = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
+    for value in (ratio.start, ratio.target) if isinstance(ratio, SparsitySchedule) else (ratio,):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} is {value!r}: give a number in {ends} or a SparsitySchedule")
+        if not 0 <= value <= 1 or (value == 0 and not zero) or (value == 1 and not one):
+            raise ValueError(f"{name} is {value}: give a ratio in {ends}")

@@ -1,0 +1,314 @@
+"""Which KV tiles each query tile keeps, and for BSA which query tokens are computed.
+
+Shape letters: B batch, H query heads, S tokens in raster order, N query tiles, M KV tiles (video tiles only),
+W = ceil(M / 32) words, K list length, Q packed queries of one tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexsparse.layout import TileLayout, ceil_div
+
+WORD = 32
+
+
+def pack_bits(keep: Tensor) -> Tensor:
+    """Bool ``[..., M]`` to int32 ``[..., ceil(M / 32)]``: bit ``m % 32`` of word ``m // 32`` is ``keep[m]``."""
+    M = keep.shape[-1]
+    words = ceil_div(M, WORD)
+    keep = torch.nn.functional.pad(keep, (0, words * WORD - M)).unflatten(-1, (words, WORD))
+    shifts = torch.arange(WORD, dtype=torch.int32, device=keep.device)
+    return (keep.to(torch.int32) << shifts).sum(-1, dtype=torch.int32)  # distinct bits: the sum is their union
+
+
+def unpack_bits(bits: Tensor, M: int) -> Tensor:
+    """Inverse of `pack_bits`: int32 ``[..., W]`` to bool ``[..., M]``."""
+    shifts = torch.arange(WORD, dtype=torch.int32, device=bits.device)
+    return ((bits[..., None] >> shifts) & 1).flatten(-2)[..., :M].bool()
+
+
+def ascending_lists(keep: Tensor, capacity: int) -> Tensor:
+    """Bool ``[..., M]`` to int32 ``[..., capacity]``: indices of the kept entries, ascending; 0 past their count."""
+    M = keep.shape[-1]
+    position = torch.where(keep, keep.cumsum(-1) - 1, capacity)  # column `capacity` takes what is not kept
+    index = torch.arange(M, dtype=torch.int32, device=keep.device).expand(keep.shape)
+    lists = index.new_zeros((*keep.shape[:-1], capacity + 1))
+    return lists.scatter(-1, position, index)[..., :capacity].contiguous()
+
+
+class TransposedTiles(NamedTuple):
+    """For each KV tile, the query tiles that keep it, as compressed sparse rows.
+
+    ``indices[offsets[b, h, m] : offsets[b, h, m] + counts[b, h, m]]`` are the query tiles, ascending.
+    """
+
+    offsets: Tensor  # int64 [B, H, M]
+    counts: Tensor  # int32 [B, H, M]
+    indices: Tensor  # int32 [entries kept]
+
+    def rows(self, b: int, h: int, m: int) -> Tensor:
+        """Query tiles that keep KV tile ``m``, int32, ascending."""
+        start = int(self.offsets[b, h, m])
+        return self.indices[start : start + int(self.counts[b, h, m])]
+
+
+@dataclass(frozen=True)
+class KeptQueries:
+    """Query tokens that are computed, and where every other token takes its output from (BSA).
+
+    Attributes:
+        kept: int32 ``[B, H, N, Q]`` raster index of the packed queries, kept ones first, in slot order; in range
+            past the count. Q is a power of two of at least 16.
+        counts: int32 ``[N]`` kept tokens of each query tile; depends on the layout alone.
+        source: int32 ``[B, H, S]`` raster index of the token whose output a token takes: itself if it is kept;
+            -1 for an output of zero.
+        position: int32 ``[B, H, S]`` position of that source in the packed order: first extra tokens (padded to
+            tiles), N x Q packed queries, last extra tokens; -1 for an output of zero.
+    """
+
+    kept: Tensor
+    counts: Tensor
+    source: Tensor
+    position: Tensor
+
+    @property
+    def packed(self) -> int:
+        """Q: packed queries of one tile."""
+        return self.kept.shape[-1]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TileSelection:
+    """The critical tiles of every query tile, as a bitmask and counts.
+
+    Video tiles only: extra tokens attend to everything and are attended by everything, and only `to_dense` and
+    `to_block_mask` show their tiles.
+
+    Attributes:
+        bits: int32 ``[B, H, N, ceil(M / 32)]`` (`pack_bits`).
+        counts: int32 ``[B, H, N]`` kept tiles of each row.
+        layout: query layout.
+        kv_layout: KV layout.
+        capacity: K, the most tiles a row can keep; the lists' static length.
+        queries: kept query tokens, or None where every token is computed.
+        capped: int64 0-d, rows that wanted more than ``capacity`` tiles and kept their best; None where the
+            method cannot want more.
+        tile_counts: valid tokens of every KV tile, int32 ``[tiles]`` or ``[B, tiles]``, where they differ from
+            the layout's.
+    """
+
+    bits: Tensor
+    counts: Tensor
+    layout: TileLayout
+    kv_layout: TileLayout
+    capacity: int
+    queries: KeptQueries | None = None
+    capped: Tensor | None = None
+    tile_counts: Tensor | None = None
+
+    @classmethod
+    def from_mask(
+        cls, keep: Tensor, layout: TileLayout, kv_layout: TileLayout | None = None, **fields: Any
+    ) -> TileSelection:
+        """From a bool mask ``[B, H, N, M]`` over video tiles.
+
+        Raises:
+            ValueError: the mask does not fit the layouts.
+        """
+        kv_layout = layout if kv_layout is None else kv_layout
+        if keep.dim() != 4 or keep.shape[2] != layout.num_tiles or keep.shape[3] != kv_layout.num_tiles:
+            raise ValueError(
+                f"keep has shape {tuple(keep.shape)}: give bool [B, H, {layout.num_tiles}, {kv_layout.num_tiles}] "
+                "(query tiles x KV tiles, video tiles only)"
+            )
+        keep = keep.bool()
+        fields.setdefault("capacity", kv_layout.num_tiles)
+        return cls(
+            bits=pack_bits(keep),
+            counts=keep.sum(-1, dtype=torch.int32),
+            layout=layout,
+            kv_layout=kv_layout,
+            **fields,
+        )
+
+    @classmethod
+    def from_lists(
+        cls, kv_indices: Tensor, kv_counts: Tensor, layout: TileLayout, kv_layout: TileLayout | None = None
+    ) -> TileSelection:
+        """From index lists ``[B, H, N, K]`` and counts ``[B, H, N]``; entries past a count are ignored.
+
+        Raises:
+            ValueError: an index out of range, or a count larger than the list.
+        """
+        M = (layout if kv_layout is None else kv_layout).num_tiles
+        K = kv_indices.shape[-1]
+        on = torch.arange(K, device=kv_indices.device) < kv_counts[..., None]
+        listed = kv_indices.long().masked_fill(~on, M)
+        if bool((kv_counts > K).any()) or bool(((listed < 0) | (listed > M) | (on & (listed == M))).any()):
+            raise ValueError(f"kv_indices and kv_counts must hold at most {K} indices in [0, {M}) a row")
+        keep = torch.zeros((*listed.shape[:-1], M + 1), dtype=torch.bool, device=listed.device)
+        return cls.from_mask(keep.scatter(-1, listed, True)[..., :M], layout, kv_layout, capacity=K)
+
+    def keep(self) -> Tensor:
+        """Bool ``[B, H, N, M]`` over video tiles."""
+        return unpack_bits(self.bits, self.kv_layout.num_tiles)
+
+    @property
+    def kv_counts(self) -> Tensor:
+        """Int32 ``[B, H, N]``: kept video tiles of each row."""
+        return self.counts
+
+    @property
+    def kv_indices(self) -> Tensor:
+        """Int32 ``[B, H, N, K]``: kept video tiles, ascending; in-range entries past the count."""
+        return ascending_lists(self.keep(), self.capacity)
+
+    def kv_tile_counts(self) -> Tensor:
+        """Valid tokens of every KV tile, int32 ``[tiles]`` or ``[B, tiles]``, extra tiles included."""
+        if self.tile_counts is not None:
+            return self.tile_counts
+        return self.kv_layout.index(self.bits.device)[2]
+
+    def to_dense(self) -> Tensor:
+        """Bool ``[B, H, query tiles, KV tiles]``, extra tiles included (dense rows and columns).
+
+        A KV tile with no valid token is kept by no row.
+        """
+        q, kv = self.layout, self.kv_layout
+        keep = torch.nn.functional.pad(self.keep(), (kv.tiles_first, kv.tiles_last), value=True)
+        keep = torch.nn.functional.pad(keep, (0, 0, q.tiles_first, q.tiles_last), value=True)
+        if self.tile_counts is None:
+            return keep
+        alive = self.tile_counts > 0
+        return keep & (alive if alive.dim() == 1 else alive[:, None, None])
+
+    def transpose(self) -> TransposedTiles:
+        """For each KV tile, the query tiles that keep it; copies nothing to the host but the number of entries."""
+        by_column = self.keep().transpose(-1, -2)
+        counts = by_column.sum(-1, dtype=torch.int32)
+        ends = counts.flatten().cumsum(0, dtype=torch.int64)
+        offsets = (ends - counts.flatten()).view(counts.shape)
+        return TransposedTiles(offsets, counts, by_column.nonzero()[:, 3].to(torch.int32))
+
+    @property
+    def query_rows(self) -> int:
+        """Query tokens of one tile as computed: slots, or the packed queries of BSA."""
+        return self.layout.slots if self.queries is None else self.queries.packed
+
+    def valid_pairs(self) -> tuple[Tensor, Tensor]:
+        """(pairs computed, all valid pairs) of query and KV tokens, float64 0-d; see `density`."""
+        q, kv = self.layout, self.kv_layout
+        device = self.bits.device
+        q_counts = q.index(device)[2].double()
+        kv_counts = self.kv_tile_counts().double()
+        all_pairs = q_counts.sum() * kv_counts.expand(self.bits.shape[0], -1).sum() * self.bits.shape[1]
+        if self.queries is not None:
+            q_counts = q_counts.clone()
+            q_counts[q.tiles_first : q.tiles_first + q.num_tiles] = self.queries.counts.double()
+        kv_of_row = (self.to_dense().double() * kv_counts.reshape(-1, 1, 1, kv_counts.shape[-1])).sum(-1)
+        return (kv_of_row * q_counts).sum(), all_pairs
+
+    @property
+    def density(self) -> float:
+        """Share of (query token, KV token) pairs that the fine stage computes, out of all valid pairs."""
+        computed, valid = self.valid_pairs()
+        return float(computed / valid)
+
+    def to_block_mask(self) -> BlockMask:
+        """A torch `BlockMask` over padded, tile-ordered tokens (packed queries where there are `queries`).
+
+        Tiles whose slots are all valid are listed as full blocks, partial tiles as partial blocks. The
+        ``mask_mod`` encodes the selection too, because uncompiled FlexAttention ignores the lists. For use
+        outside of a wrapped model's graph; capture its buffers explicitly there.
+        """
+        lists = block_lists(self)
+        q_shift, kv_shift = lists.q_shift, lists.kv_shift
+        table, counts = lists.table, lists.tile_counts
+
+        def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            return tile_mask_mod(b, h, q, kv, table, counts, q_shift, kv_shift)
+
+        return BlockMask.from_kv_blocks(
+            lists.partial_num,
+            lists.partial_indices,
+            lists.full_num,
+            lists.full_indices,
+            BLOCK_SIZE=(1 << q_shift, 1 << kv_shift),
+            mask_mod=mask_mod,
+            seq_lengths=(table.shape[2] << q_shift, table.shape[3] << kv_shift),
+        )
+
+
+def tile_mask_mod(
+    b: Tensor, h: Tensor, q: Tensor, kv: Tensor, table: Tensor, counts: Tensor, q_shift: int, kv_shift: int
+) -> Tensor:
+    """FlexAttention ``mask_mod`` of a selection; shifts, as a division costs a dozen integer operations."""
+    tile = kv >> kv_shift
+    return table[b, h, q >> q_shift, tile] & ((kv & ((1 << kv_shift) - 1)) < counts[b, tile])
+
+
+class BlockLists(NamedTuple):
+    """What FlexAttention reads; distinct contiguous buffers that no other tensor aliases."""
+
+    partial_num: Tensor  # int32 [B, H, rows]
+    partial_indices: Tensor  # int32 [B, H, rows, tiles]
+    full_num: Tensor  # int32 [B, H, rows]
+    full_indices: Tensor  # int32 [B, H, rows, tiles]
+    table: Tensor  # bool [B, H, rows, tiles]
+    tile_counts: Tensor  # int32 [B, tiles]
+    q_shift: int
+    kv_shift: int
+
+
+@torch.library.custom_op("flexsparse::block_lists", mutates_args=())
+def _block_lists(
+    dense: Tensor, tile_counts: Tensor, slots: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Full and partial lists of a dense tile map.
+
+    One opaque op: FlexAttention miscompiles captured scatters of the same graph (it reads the buffer from before
+    the scatter), and on CPU lists that are views or shared between arguments.
+    """
+    B, _, _, tiles = dense.shape
+    counts = tile_counts.expand(B, tiles).contiguous()
+    full_tile = (counts == slots)[:, None, None]
+    dense = dense & (counts > 0)[:, None, None]
+    full, partial = dense & full_tile, dense & ~full_tile
+    return (
+        partial.sum(-1, dtype=torch.int32),
+        ascending_lists(partial, tiles),
+        full.sum(-1, dtype=torch.int32),
+        ascending_lists(full, tiles),
+        dense.clone(),
+        counts.clone(),
+    )
+
+
+@_block_lists.register_fake
+def _(dense: Tensor, tile_counts: Tensor, slots: int) -> Any:
+    B, H, rows, tiles = dense.shape
+
+    def ints(*shape: int) -> Tensor:
+        return dense.new_empty(shape, dtype=torch.int32)
+
+    lists = (ints(B, H, rows), ints(B, H, rows, tiles), ints(B, H, rows), ints(B, H, rows, tiles))
+    return (*lists, dense.new_empty((B, H, rows, tiles)), ints(B, tiles))
+
+
+def block_lists(selection: TileSelection) -> BlockLists:
+    """FlexAttention's lists of a selection, extra tiles included; rows are query tiles as computed."""
+    q, rows = selection.layout, selection.query_rows
+    dense = selection.to_dense()
+    if rows != q.slots:  # packed queries: an extra tile of `slots` rows is several blocks of `rows`
+        first, video, last = dense.split([q.tiles_first, q.num_tiles, q.tiles_last], dim=2)
+        repeat = q.slots // rows
+        dense = torch.cat([first.repeat_interleave(repeat, 2), video, last.repeat_interleave(repeat, 2)], dim=2)
+    slots = selection.kv_layout.slots
+    lists = torch.ops.flexsparse.block_lists(dense, selection.kv_tile_counts(), slots)
+    return BlockLists(*lists, rows.bit_length() - 1, slots.bit_length() - 1)

@@ -1,0 +1,308 @@
+"""What mask builders share: the coarse stage's inputs and the primitives of selection.
+
+Shape letters: B batch, H query heads, G KV heads, S tokens, N query tiles, M KV tiles, D head dim.
+Everything from pooling to the choice of tiles is plain torch, so that a compiler sees the whole chain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from flexsparse.layout import TileLayout
+from flexsparse.schedule import BoundRatio, SparsitySchedule
+from flexsparse.selection import TileSelection
+
+
+def score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of pooled vectors and scores: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def pool(x: Tensor, counts: Tensor, masked: bool = False) -> Tensor:
+    """Mean over the valid tokens of each tile, accumulated in at least float32 (VSA, section 2.2).
+
+    Args:
+        x: ``[B, H, N, slots, D]`` tile order.
+        counts: int32 ``[N]`` or ``[B, N]`` valid tokens of each tile; a tile with none pools to zero.
+        masked: whether slots past the count may hold anything (else they are zero).
+
+    Returns:
+        ``[B, H, N, D]``, at least float32.
+    """
+    counts = counts if counts.dim() == 1 else counts[:, None]
+    if masked:
+        x = x.masked_fill((torch.arange(x.shape[3], device=x.device) >= counts[..., None])[..., None], 0)
+    total = x.sum(3, dtype=score_dtype(x.dtype))
+    return total / counts.clamp_min(1).to(total.dtype)[..., None]
+
+
+def expand_heads(x: Tensor, heads: int) -> Tensor:
+    """``[B, G, ...]`` to ``[B, H, ...]``: query head h reads KV head ``h // (H / G)``."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def keep_top(scores: Tensor, n: int | Tensor) -> Tensor:
+    """The best ``n`` entries of each row: exactly ``n``, ties to the lowest index.
+
+    Args:
+        scores: ``[B, H, N, M]``; -inf for what must not be chosen first.
+        n: how many, an int or an integer tensor that broadcasts to ``[B, H, N, 1]``.
+
+    Returns:
+        Bool ``[B, H, N, M]``.
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(scores.shape[-1], device=scores.device) < n
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, first.expand(scores.shape))
+
+
+def masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
+    """Softmax over the allowed entries of a row; a row that allows none is zero, with gradient zero."""
+    if allowed is None:
+        return scores.softmax(-1)
+    some = allowed.any(-1, keepdim=True)
+    # an empty row takes a finite softmax first, as the gradient of a softmax over -inf only is NaN
+    weights = scores.masked_fill(~allowed & some, -math.inf).softmax(-1)
+    return weights.masked_fill(~allowed, 0)
+
+
+@dataclass(frozen=True)
+class CoarseInputs:
+    """What a builder selects from: tiles of queries and keys, without the extra tokens.
+
+    Attributes:
+        q: ``[B, H, N, slots, D]`` tile order, padding zero.
+        k: ``[B, G, M, slots, D]``.
+        layout: query layout.
+        kv_layout: KV layout.
+        scale: softmax scale.
+        tile_counts: an override of the KV tiles' valid tokens, int32 ``[tiles]`` or ``[B, tiles]``.
+        same: whether queries and keys are the same tokens, so that the override holds for queries too.
+    """
+
+    q: Tensor
+    k: Tensor
+    layout: TileLayout
+    kv_layout: TileLayout
+    scale: float
+    tile_counts: Tensor | None = None
+    same: bool = True
+
+    @property
+    def kv_counts(self) -> Tensor:
+        """Valid tokens of the KV video tiles, int32 ``[M]`` or ``[B, M]``."""
+        kv = self.kv_layout
+        counts = kv.index(self.k.device)[2] if self.tile_counts is None else self.tile_counts
+        return counts.narrow(-1, kv.tiles_first, kv.num_tiles)
+
+    @property
+    def q_counts(self) -> Tensor:
+        """Valid tokens of the query video tiles, int32 ``[N]`` or ``[B, N]``."""
+        if self.tile_counts is not None and self.same:
+            return self.kv_counts
+        return self.layout.index(self.q.device)[2].narrow(-1, self.layout.tiles_first, self.layout.num_tiles)
+
+    def pooled_q(self) -> Tensor:
+        """``[B, H, N, D]``."""
+        return pool(self.q, self.q_counts, masked=self.tile_counts is not None and self.same)
+
+    def pooled_k(self) -> Tensor:
+        """``[B, H, M, D]``, expanded to the query heads."""
+        return expand_heads(pool(self.k, self.kv_counts, self.tile_counts is not None), self.q.shape[1])
+
+    def pooled_v(self, v: Tensor) -> Tensor:
+        """``[B, G, M, slots, D]`` values to ``[B, H, M, D]``."""
+        return expand_heads(pool(v, self.kv_counts, self.tile_counts is not None), self.q.shape[1])
+
+    def alive(self) -> Tensor | None:
+        """Bool, broadcasts to ``[B, H, N, M]``: KV tiles that hold a token; None where all do."""
+        if self.tile_counts is None:
+            return None
+        alive = self.kv_counts > 0
+        return alive if alive.dim() == 1 else alive[:, None, None]
+
+
+class MaskBuilder:
+    """Maps (q, k, layout) to a `TileSelection`.
+
+    Subclasses are frozen dataclasses. A builder of your own needs `plan` only, or just an object with ``select``.
+    """
+
+    has_coarse: ClassVar[bool] = False
+    """Whether the builder has a coarse output, which a gate can use."""
+
+    def plan(self, coarse: CoarseInputs, v: Tensor | None = None) -> tuple[TileSelection, Tensor | None]:
+        """Select, and compute the coarse output where ``v`` is given.
+
+        Args:
+            coarse: tiles of queries and keys. Gradients flow through them to the coarse output only.
+            v: ``[B, G, M, slots, D]`` values, or None where no coarse output is wanted.
+
+        Returns:
+            The selection, and the coarse output ``[B, H, N, D]`` or None.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define plan()")
+
+    def select(
+        self,
+        q: Tensor,
+        k: Tensor,
+        layout: TileLayout,
+        kv_layout: TileLayout | None = None,
+        scale: float | None = None,
+        tile_counts: Tensor | None = None,
+    ) -> TileSelection:
+        """The critical tiles of every query tile; no gradient.
+
+        Args:
+            q: queries ``[B, H, S, D]`` in raster order, after QK-norm and RoPE.
+            k: keys ``[B, G, S_kv, D]``, H divisible by G.
+            layout: query layout.
+            kv_layout: KV layout, the query layout by default.
+            scale: softmax scale, ``D ** -0.5`` by default.
+            tile_counts: valid tokens of every KV tile where they differ from the layout's, int32 ``[tiles]`` or
+                ``[B, tiles]``, in sequence order; zero is allowed.
+
+        Raises:
+            ValueError: shapes that disagree with the layouts, or parameters that the layout cannot meet.
+        """
+        same = kv_layout is None or kv_layout is layout
+        kv_layout = layout if kv_layout is None else kv_layout
+        self.check(layout, kv_layout)
+        with torch.no_grad():
+            coarse = CoarseInputs(
+                layout.video(layout.to_tiles(q.detach())),
+                kv_layout.video(kv_layout.to_tiles(k.detach())),
+                layout,
+                kv_layout,
+                q.shape[-1] ** -0.5 if scale is None else scale,
+                tile_counts,
+                same,
+            )
+            return self.plan(coarse)[0]
+
+    def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:
+        """Raise a `ValueError` where the parameters do not fit the layouts."""
+
+    def nominal_density(self, layout: TileLayout, kv_layout: TileLayout) -> float:
+        """The density that the parameters ask for, in tiles; what a selection has is `TileSelection.density`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its density")
+
+    def schedules(self) -> tuple[SparsitySchedule, ...]:
+        """The schedules among the parameters, nested builders included."""
+        found: list[SparsitySchedule] = []
+        for value in self._values():
+            if isinstance(value, SparsitySchedule):
+                found.append(value)
+            elif isinstance(value, MaskBuilder):
+                found.extend(value.schedules())
+        return tuple(found)
+
+    def bind(self, tensors: dict[int, Tensor]) -> MaskBuilder:
+        """A copy that reads each schedule from a tensor of the graph being traced, keyed by the schedule's id."""
+
+        def replace(value: Any) -> Any:
+            if isinstance(value, SparsitySchedule):
+                low, high = sorted((value.start, value.target))
+                return BoundRatio(tensors[id(value)], low, high)
+            if isinstance(value, MaskBuilder):
+                return value.bind(tensors)
+            if isinstance(value, tuple):
+                return tuple(replace(item) for item in value)
+            return value
+
+        if not self.schedules():
+            return self
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return dataclasses.replace(self, **{f.name: replace(getattr(self, f.name)) for f in fields})  # type: ignore[type-var]
+
+    def _values(self) -> list[Any]:
+        if not dataclasses.is_dataclass(self):
+            return []
+        values: list[Any] = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            values.extend(value if isinstance(value, tuple) else (value,))
+        return values
+
+
+@functools.lru_cache(64)
+def _cached_mask(
+    builder: StaticBuilder, layout: TileLayout, kv_layout: TileLayout, device: torch.device
+) -> Tensor:
+    return builder.tile_mask(layout, kv_layout, device)
+
+
+class StaticBuilder(MaskBuilder):
+    """A builder whose tiles depend on the layout alone: built once per layout and cached.
+
+    In a compiled graph the mask is a few comparisons that fuse into whatever reads it.
+    """
+
+    def tile_mask(self, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:
+        """Bool ``[N, M]``: tiles that each query tile keeps."""
+        raise NotImplementedError(f"{type(self).__name__} must define tile_mask()")
+
+    def mask(self, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:
+        """`tile_mask`, cached."""
+        if torch.compiler.is_compiling() or layout.symbolic or kv_layout.symbolic:
+            return self.tile_mask(layout, kv_layout, device)
+        return _cached_mask(self, layout, kv_layout, device)
+
+    def plan(self, coarse: CoarseInputs, v: Tensor | None = None) -> tuple[TileSelection, Tensor | None]:
+        layout, kv_layout = coarse.layout, coarse.kv_layout
+        keep = self.mask(layout, kv_layout, coarse.q.device)
+        alive = coarse.alive()
+        if alive is not None:
+            keep = keep & alive
+        B, H = coarse.q.shape[:2]
+        keep = keep.expand(B, H, layout.num_tiles, kv_layout.num_tiles)
+        fields: dict[str, Any] = {"tile_counts": coarse.tile_counts}
+        return TileSelection.from_mask(keep, layout, kv_layout, **fields), None
+
+    def nominal_density(self, layout: TileLayout, kv_layout: TileLayout) -> float:
+        return float(self.mask(layout, kv_layout, torch.device("cpu")).double().mean())
+
+
+def tile_axes(layout: TileLayout, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Tile coordinates (t, h, w) of every video tile, int64 ``[N]`` each."""
+    _, h, w = layout.tiles
+    index = torch.arange(layout.num_tiles, device=device)
+    return index // (h * w), index // w % h, index % w
+
+
+def candidates(within: StaticBuilder | None, coarse: CoarseInputs) -> Tensor | None:
+    """Bool, broadcasts to ``[B, H, N, M]``: tiles that may be chosen; None where all may."""
+    alive = coarse.alive()
+    if within is None:
+        return alive
+    mask = within.mask(coarse.layout, coarse.kv_layout, coarse.q.device)
+    return mask if alive is None else mask & alive
+
+
+def tile_scores(q_c: Tensor, k_c: Tensor, scale: float) -> Tensor:
+    """Scores between tiles ``[B, H, N, M]`` from pooled vectors ``[B, H, N, D]`` and ``[B, H, M, D]``."""
+    return (q_c @ k_c.transpose(-1, -2)) * scale
+
+
+def row_count(n: int | Tensor, allowed: Tensor | None) -> int | Tensor:
+    """``min(n, allowed tiles of the row)``."""
+    if allowed is None:
+        return n
+    return torch.minimum(allowed.sum(-1, keepdim=True), torch.as_tensor(n, device=allowed.device))
+
+
+def check_within(name: str, within: Any) -> None:
+    """Raise a `TypeError` where ``within`` is no static builder."""
+    if within is not None and not isinstance(within, StaticBuilder):
+        raise TypeError(
+            f"{name} within is {within!r}: give a static builder (SlidingTile, Radial, FrameCausal, Dense, or a "
+            "combination of them)"
+        )

@@ -1,0 +1,267 @@
+"""BSA: bidirectional sparse attention (arXiv 2509.01085): queries and KV tiles are both sparse.
+
+The paper leaves much open and no code of it is public; each choice is an option here, and the default is the reading
+that `DESIGN.md` argues for. Shape letters as in `base`, and A windows of a tile, n tokens of a window, Q packed
+queries of a tile.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from flexsparse.layout import MIN_SLOTS, TileLayout
+from flexsparse.masks.base import (
+    CoarseInputs,
+    MaskBuilder,
+    StaticBuilder,
+    candidates,
+    check_within,
+    keep_top,
+    masked_softmax,
+    score_dtype,
+    tile_scores,
+)
+from flexsparse.masks.top_p import bounded, check_tiles, tiles_for_mass
+from flexsparse.masks.windows import Axes, window_sizes, windows_of
+from flexsparse.schedule import Ratio, check_ratio, current, highest, target
+from flexsparse.selection import KeptQueries, TileSelection, ascending_lists
+
+Fill = Literal["representative", "nearest", "zero"]
+Representative = Literal["center", "medoid"]
+Threshold = Literal["normal", "probability", "mass"]
+ScoreQueries = Literal["kept", "all"]
+Statistics = Literal["row", "head"]
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Cosine over the last dimension; 0 where a vector is zero."""
+    norms = x.norm(dim=-1) * y.norm(dim=-1)
+    return torch.where(norms > 0, (x * y).sum(-1) / norms, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BSA(MaskBuilder):
+    """Compute the queries that differ most from their window's representative, on the KV tiles above a threshold.
+
+    Args:
+        keep_queries: share of the valid tokens of a window to compute, in (0, 1], or a `SparsitySchedule` from 1
+            down (its packed queries take the room of its highest value until the graph is compiled again). The
+            representative is always computed; of the others, the least similar to it (cosine, per head; ties: lowest
+            slot), until ``ceil(keep_queries * tokens)`` are in.
+        kv_density: share of KV tiles that ``threshold="normal"`` aims at, in (0, 1], or a `SparsitySchedule`.
+        window: tokens of a window along (t, h, w); None for the whole tile. Temporal and spatial extents are
+            separate choices (the paper's "dynamic spatial-time" strategy is not specified).
+        min_tiles: KV tiles that every row keeps at least.
+        max_tiles: static capacity of a row, by default ``min(M, ceil(2 * kv_density * M) + min_tiles)``, or all tiles
+            where the threshold does not aim at a density. Rows that want more keep their best and are counted.
+        threshold: ``"normal"`` keeps logits above ``mean + std * Phi^-1(1 - kv_density)`` (population std), which hits
+            the target at any spread of the logits; ``"probability"`` does the same on their softmax (keeps fewer the
+            more peaked a row is); ``"mass"`` keeps the smallest set whose softmax mass reaches ``mass`` (what
+            FastVideo's backend does).
+        mass: for ``threshold="mass"``, in (0, 1].
+        statistics: mean and std of each ``"row"`` (the paper: for each query), or of a whole ``"head"``.
+        score_queries: pool the ``"kept"`` queries (what is computed) or ``"all"`` of a tile for the logits.
+        fill: what a pruned token gets: the output of its window's ``"representative"`` (pruned tokens are those most
+            similar to it), of the ``"nearest"`` kept token of its window (highest cosine), or ``"zero"`` (the model's
+            residual connection only).
+        representative: the token at the ``"center"`` of the window's valid extent, or its ``"medoid"`` (most similar
+            to the window's mean; ties: lowest slot).
+        within: a static builder; only its tiles are candidates.
+
+    Raises:
+        ValueError: a parameter out of range.
+    """
+
+    keep_queries: Ratio = 0.5
+    kv_density: Ratio = 0.1
+    window: Axes | None = (2, 2, 2)
+    min_tiles: int = 1
+    max_tiles: int | None = None
+    threshold: Threshold = "normal"
+    mass: Ratio = 0.9
+    statistics: Statistics = "row"
+    score_queries: ScoreQueries = "kept"
+    fill: Fill = "representative"
+    representative: Representative = "center"
+    within: StaticBuilder | None = None
+
+    def __post_init__(self) -> None:
+        check_ratio("BSA keep_queries", self.keep_queries, zero=False, one=True)
+        check_ratio("BSA kv_density", self.kv_density, zero=False, one=True)
+        check_ratio("BSA mass", self.mass, zero=False, one=True)
+        check_tiles("BSA", self.min_tiles, self.max_tiles)
+        check_within("BSA", self.within)
+        for name, choices in (
+            ("threshold", Threshold),
+            ("statistics", Statistics),
+            ("score_queries", ScoreQueries),
+            ("fill", Fill),
+            ("representative", Representative),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"BSA {name} is {getattr(self, name)!r}: give one of {get_args(choices)}")
+        if self.window is not None:
+            window = tuple(self.window)
+            if len(window) != 3 or any(not isinstance(w, int) or w < 1 for w in window):
+                raise ValueError(f"BSA window is {window}: give three ints (t, h, w) of at least 1, or None")
+            object.__setattr__(self, "window", window)
+
+    def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:
+        if self.within is not None:
+            self.within.check(layout, kv_layout)
+
+    def capacity(self, M: int) -> int:
+        """Static list length: the most tiles that a row can keep."""
+        if self.max_tiles is not None:
+            bound: Any = self.max_tiles
+        elif self.threshold == "mass" or not isinstance(M, int):
+            return M
+        else:
+            bound = math.ceil(2 * highest(self.kv_density) * M) + self.min_tiles
+        return min(bound, M)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any query can be pruned."""
+        return not (isinstance(self.keep_queries, float | int) and self.keep_queries == 1)
+
+    def packed(self, layout: TileLayout) -> int:
+        """Q: packed queries of a tile, a power of two of at least 16."""
+        share = highest(self.keep_queries)
+        sizes = window_sizes(layout.sides, layout.sides if self.window is None else self.window)
+        kept = sum(math.ceil(share * size) for size in sizes)  # no cut tile keeps more than a full one
+        return max(MIN_SLOTS, 1 << (kept - 1).bit_length())
+
+    def plan(self, coarse: CoarseInputs, v: Tensor | None = None) -> tuple[TileSelection, Tensor | None]:
+        layout, kv_layout = coarse.layout, coarse.kv_layout
+        M = kv_layout.num_tiles
+        q_c = coarse.pooled_q().detach()
+        queries = None
+        if self.prunes:
+            queries, q_kept = prune_queries(self, coarse.q.detach(), layout)
+            q_c = q_kept if self.score_queries == "kept" else q_c
+        scores = tile_scores(q_c, coarse.pooled_k().detach(), coarse.scale)
+        allowed = candidates(self.within, coarse)
+        capacity = self.capacity(M)
+        count, capped = bounded(self.wanted(scores, allowed), allowed, self.min_tiles, capacity, M)
+        ranked = scores if allowed is None else scores.masked_fill(~allowed, -math.inf)
+        fields: dict[str, Any] = {
+            "capacity": capacity,
+            "capped": capped,
+            "queries": queries,
+            "tile_counts": coarse.tile_counts,
+        }
+        return TileSelection.from_mask(keep_top(ranked, count), layout, kv_layout, **fields), None
+
+    def wanted(self, scores: Tensor, allowed: Tensor | None) -> Tensor:
+        """Tiles that each row wants, before bounds: int64 ``[B, H, N, 1]``. What is wanted are the highest scores."""
+        if self.threshold == "mass":
+            return tiles_for_mass(masked_softmax(scores, allowed), current(self.mass), allowed)
+        values = masked_softmax(scores, allowed) if self.threshold == "probability" else scores
+        over = (-1,) if self.statistics == "row" else (-2, -1)
+        mask = torch.ones_like(values, dtype=torch.bool) if allowed is None else allowed.expand(values.shape)
+        total = mask.sum(over, keepdim=True).clamp_min(1)
+        mean = values.masked_fill(~mask, 0).sum(over, keepdim=True) / total
+        variance = (values - mean).square().masked_fill(~mask, 0).sum(over, keepdim=True) / total
+        density = torch.as_tensor(current(self.kv_density), dtype=torch.float64)
+        every = density >= 1  # Phi^-1(0) is -inf, and -inf * 0 is NaN for a row of equal logits
+        z = torch.special.ndtri(1 - density.clamp_max(1 - 1e-12)).to(values.dtype)
+        return ((values > mean + variance.sqrt() * z) | every).sum(-1, keepdim=True)
+
+    def nominal_density(self, layout: TileLayout, kv_layout: TileLayout) -> float:
+        """Kept queries times the density aimed at; for ``"mass"`` an upper bound."""
+        M = kv_layout.num_tiles
+        kv = self.capacity(M) / M if self.threshold == "mass" else target(self.kv_density)
+        slots, _ = windows_of(layout, self.window, torch.device("cpu"))
+        valid = (slots >= 0).sum(-1)
+        kept = (valid.double() * target(self.keep_queries)).ceil().sum()
+        return float(kept / valid.sum()) * kv
+
+
+def prune_queries(builder: BSA, q: Tensor, layout: TileLayout) -> tuple[KeptQueries, Tensor]:
+    """Choose the queries to compute.
+
+    Args:
+        builder: its ``keep_queries``, ``window``, ``fill`` and ``representative``.
+        q: ``[B, H, N, slots, D]`` queries in tile order.
+        layout: query layout.
+
+    Returns:
+        The kept queries, and their mean ``[B, H, N, D]``, at least float32.
+    """
+    B, H, N, slots, _ = q.shape
+    x = q.to(score_dtype(q.dtype))
+    table, centre = windows_of(layout, builder.window, q.device)
+    inside = table >= 0
+    A, n = table.shape[1:]
+    slot = table.clamp_min(0).long()
+    members = slot.flatten(1)[..., None].expand(B, H, N, A * n, 1)
+
+    def of_window(per_slot: Tensor) -> Tensor:  # [B, H, N, slots] -> [B, H, N, A, n]
+        return per_slot.gather(-1, members[..., 0]).unflatten(-1, (A, n))
+
+    tokens = x.gather(-2, members.expand(B, H, N, A * n, x.shape[-1])).unflatten(-2, (A, n))
+    size = inside.sum(-1)
+    if builder.representative == "center":
+        place = centre.long().expand(B, H, N, A)
+    else:
+        mean = (tokens * inside[..., None]).sum(-2, keepdim=True) / size.clamp_min(1)[..., None, None]
+        nearness = cosine(tokens, mean).masked_fill(~inside, -math.inf)
+        place = nearness.argsort(dim=-1, descending=True, stable=True)[..., 0]
+    chosen = tokens.gather(-2, place[..., None, None].expand(B, H, N, A, 1, x.shape[-1]))
+    likeness = cosine(tokens, chosen)
+    likeness = likeness.scatter(-1, place[..., None], -math.inf).masked_fill(~inside, math.inf)
+    rank = likeness.argsort(dim=-1, stable=True).argsort(dim=-1)
+    quota = (size.double() * current(builder.keep_queries)).ceil().long()  # float64: 0.1 * 10 is 1, not 2
+    kept = (rank < quota[..., None]) & inside
+
+    dump = torch.where(inside, table.long(), slots).flatten(1).expand(B, H, N, A * n)
+
+    def to_slots(per_token: Tensor) -> Tensor:  # [B, H, N, A, n] -> [B, H, N, slots]
+        out = per_token.new_zeros((B, H, N, slots + 1))
+        return out.scatter(-1, dump, per_token.flatten(-2))[..., :slots]
+
+    own = slot.expand(B, H, N, A, n)
+    if builder.fill == "nearest":
+        pairs = cosine(tokens[..., :, None, :], tokens[..., None, :, :]).masked_fill(~kept[..., None, :], -math.inf)
+        fill = own.gather(-1, pairs.argsort(dim=-1, descending=True, stable=True)[..., 0])
+    else:
+        fill = own.gather(-1, place[..., None]).expand_as(own)
+    source_slot = to_slots(torch.where(kept, own, fill))
+    kept_slots = to_slots(kept)
+    zero = ~kept_slots if builder.fill == "zero" else None
+
+    counts = quota.sum(-1).to(torch.int32)
+    Q = builder.packed(layout)
+    order = ascending_lists(kept_slots, Q).long()
+    token_of_slot, token_to_slot, _ = layout.index(q.device)
+    video = layout.video(token_of_slot[:, None])[..., 0].long().expand(B, H, N, slots)
+    rank_of_slot = kept_slots.cumsum(-1) - 1
+    first = layout.tiles_first * layout.slots
+    base = first + torch.arange(N, device=q.device)[:, None] * Q
+
+    def in_raster(values: Tensor, extra: Tensor) -> Tensor:  # [B, H, N, slots] -> int32 [B, H, S]
+        if zero is not None:
+            values = values.masked_fill(zero, -1)
+        ends = extra.expand(B, H, -1)
+        tail = ends.shape[-1] - first
+        whole = torch.cat([ends.narrow(-1, 0, first), values.flatten(-2), ends.narrow(-1, first, tail)], -1)
+        return whole.index_select(-1, token_to_slot).to(torch.int32)
+
+    last = layout.tiles_last * layout.slots
+    ends = torch.arange(first + last, device=q.device)
+    extra_position = torch.where(ends < first, ends, ends + N * Q)
+    extra_token = torch.cat([token_of_slot[:first], token_of_slot[first + N * slots :]]).long()
+    queries = KeptQueries(
+        kept=video.gather(-1, order).to(torch.int32),
+        counts=counts,
+        source=in_raster(video.gather(-1, source_slot), extra_token),
+        position=in_raster(base + rank_of_slot.gather(-1, source_slot), extra_position),
+    )
+    mean = (x * kept_slots[..., None]).sum(-2) / counts.to(x.dtype)[:, None]
+    return queries, mean

@@ -1,0 +1,192 @@
+"""Union, Intersection and PerHead: selections made of other builders' selections. Shape letters as in `base`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from flexsparse.layout import TileLayout
+from flexsparse.masks.base import CoarseInputs, MaskBuilder, StaticBuilder, expand_heads
+from flexsparse.selection import KeptQueries, TileSelection
+
+Kind = Literal["union", "intersection"]
+
+
+def _check_parts(name: str, parts: tuple[Any, ...]) -> None:
+    if not parts:
+        raise ValueError(f"{name} has no builders: give at least one")
+    for part in parts:
+        if not isinstance(part, MaskBuilder):
+            raise TypeError(f"{name} got {part!r}: give mask builders")
+
+
+def _join(masks: list[Tensor], kind: Kind) -> Tensor:
+    out = masks[0]
+    for mask in masks[1:]:
+        out = out | mask if kind == "union" else out & mask
+    return out
+
+
+@dataclass(frozen=True)
+class StaticCombination(StaticBuilder):
+    """`Union` or `Intersection` of static builders: static itself, so that it can restrict a dynamic one."""
+
+    parts: tuple[MaskBuilder, ...]
+    kind: Kind
+
+    def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:
+        for part in self.parts:
+            part.check(layout, kv_layout)
+
+    def tile_mask(self, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:
+        return _join([p.mask(layout, kv_layout, device) for p in self.parts if isinstance(p, StaticBuilder)], self.kind)
+
+
+@dataclass(frozen=True)
+class Combination(MaskBuilder):
+    """`Union` or `Intersection` with a dynamic part. Query pruning and the coarse output come from the part that has them."""
+
+    parts: tuple[MaskBuilder, ...]
+    kind: Kind
+
+    @property
+    def has_coarse(self) -> bool:  # type: ignore[override]
+        return any(part.has_coarse for part in self.parts)
+
+    def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:
+        for part in self.parts:
+            part.check(layout, kv_layout)
+
+    def plan(self, coarse: CoarseInputs, v: Tensor | None = None) -> tuple[TileSelection, Tensor | None]:
+        selections, coarse_out = [], None
+        for part in self.parts:
+            wants = v if part.has_coarse and coarse_out is None else None
+            selection, out = part.plan(coarse, wants)
+            selections.append(selection)
+            coarse_out = coarse_out if out is None else out
+        keep = _join([selection.keep() for selection in selections], self.kind)
+        fields: dict[str, Any] = {
+            "queries": _only_queries(type(self).__name__, selections),
+            "capped": _total([selection.capped for selection in selections]),
+            "tile_counts": coarse.tile_counts,
+        }
+        if self.kind == "intersection":
+            fields["capacity"] = min(selection.capacity for selection in selections)
+        return TileSelection.from_mask(keep, coarse.layout, coarse.kv_layout, **fields), coarse_out
+
+    def nominal_density(self, layout: TileLayout, kv_layout: TileLayout) -> float:
+        """A bound: the overlap of the parts depends on the data."""
+        parts = [part.nominal_density(layout, kv_layout) for part in self.parts]
+        return min(1.0, sum(parts)) if self.kind == "union" else min(parts)
+
+
+def _total(values: list[Tensor | None]) -> Tensor | None:
+    present = [value for value in values if value is not None]
+    return torch.stack(present).sum() if present else None
+
+
+def _only_queries(name: str, selections: list[TileSelection]) -> KeptQueries | None:
+    pruning = [selection.queries for selection in selections if selection.queries is not None]
+    if len(pruning) > 1:
+        raise ValueError(f"{name} has {len(pruning)} builders that prune queries (BSA): give at most one")
+    return pruning[0] if pruning else None
+
+
+def Union(*parts: MaskBuilder) -> MaskBuilder:
+    """Keep what any of the builders keeps; static if all of them are.
+
+    >>> fs.masks.Union(fs.VSA(top_k=16), fs.masks.SlidingTile(window=(3, 3, 3)))     # VSA's "C&F&L", Table 1b
+    """
+    return _combine("Union", parts, "union")
+
+
+def Intersection(*parts: MaskBuilder) -> MaskBuilder:
+    """Keep what all of the builders keep; static if all of them are. A row may keep nothing: its output is zero.
+
+    To restrict a dynamic builder *before* it selects, give it ``within=`` instead.
+    """
+    return _combine("Intersection", parts, "intersection")
+
+
+def _combine(name: str, parts: tuple[MaskBuilder, ...], kind: Kind) -> MaskBuilder:
+    _check_parts(name, parts)
+    static = all(isinstance(part, StaticBuilder) for part in parts)
+    return (StaticCombination if static else Combination)(tuple(parts), kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerHead(MaskBuilder):
+    """A builder for each query head.
+
+    Args:
+        builders: the builders.
+        heads: for each query head, the index of its builder.
+
+    Raises:
+        ValueError: an index that names no builder; a builder that prunes queries (packing is the same for all
+            heads); with q, a list that does not have one entry for each head.
+    """
+
+    builders: tuple[MaskBuilder, ...]
+    heads: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "builders", tuple(self.builders))
+        object.__setattr__(self, "heads", tuple(self.heads))
+        _check_parts("PerHead", self.builders)
+        if not self.heads or any(not 0 <= head < len(self.builders) for head in self.heads):
+            raise ValueError(
+                f"PerHead heads is {self.heads}: give for each query head the index of one of the "
+                f"{len(self.builders)} builders"
+            )
+
+    @property
+    def has_coarse(self) -> bool:  # type: ignore[override]
+        return all(self.builders[head].has_coarse for head in set(self.heads))
+
+    def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:
+        for builder in self.builders:
+            builder.check(layout, kv_layout)
+
+    def plan(self, coarse: CoarseInputs, v: Tensor | None = None) -> tuple[TileSelection, Tensor | None]:
+        H = coarse.q.shape[1]
+        if len(self.heads) != H:
+            raise ValueError(f"PerHead heads has {len(self.heads)} entries, but q has {H} heads: give one for each")
+        k = expand_heads(coarse.k, H)
+        values = None if v is None else expand_heads(v, H)
+        keep: list[Tensor | None] = [None] * H
+        outs: list[Tensor | None] = [None] * H
+        capped = []
+        for index, builder in enumerate(self.builders):
+            heads = [h for h in range(H) if self.heads[h] == index]
+            if not heads:
+                continue
+            part = CoarseInputs(
+                coarse.q[:, heads],
+                k[:, heads],
+                coarse.layout,
+                coarse.kv_layout,
+                coarse.scale,
+                coarse.tile_counts,
+                coarse.same,
+            )
+            selection, out = builder.plan(part, None if values is None else values[:, heads])
+            if selection.queries is not None:
+                raise ValueError("PerHead has a builder that prunes queries (BSA): use it for all heads instead")
+            capped.append(selection.capped)
+            mask = selection.keep()
+            for place, h in enumerate(heads):
+                keep[h] = mask[:, place]
+                outs[h] = None if out is None else out[:, place]
+        fields: dict[str, Any] = {"capped": _total(capped), "tile_counts": coarse.tile_counts}
+        joined = torch.stack([mask for mask in keep if mask is not None], 1)
+        selection = TileSelection.from_mask(joined, coarse.layout, coarse.kv_layout, **fields)
+        present = [out for out in outs if out is not None]
+        return selection, torch.stack(present, 1) if len(present) == H else None
+
+    def nominal_density(self, layout: TileLayout, kv_layout: TileLayout) -> float:
+        parts = [self.builders[head].nominal_density(layout, kv_layout) for head in self.heads]
+        return sum(parts) / len(parts)

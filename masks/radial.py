@@ -1,0 +1,53 @@
+"""Radial: a static mask that narrows with temporal distance (Radial Attention, arXiv 2506.19852, section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexsparse.layout import TileLayout
+from flexsparse.masks.base import StaticBuilder, tile_axes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Radial(StaticBuilder):
+    """Keep a spatial band whose width halves each time the temporal distance doubles.
+
+    The paper's rule, on tiles: with s tiles a frame, spatial distance d in raster order of a frame's tiles and
+    ``r = 2 ** floor(log2(max(temporal distance, 1)))``, a tile is kept where ``(d + 1) * r <= s``; where the band
+    is narrower than one tile (``r > s``), the same place of every ``ceil(r / s)``-th frame is kept.
+
+    Args:
+        first_frames: temporal tiles at the start that every row keeps besides (an attention sink), 0 for none.
+
+    Raises:
+        ValueError: a negative number of frames.
+    """
+
+    first_frames: int = 0
+
+    def __post_init__(self) -> None:
+        if self.first_frames < 0:
+            raise ValueError(f"Radial first_frames is {self.first_frames}: give a number of tiles of at least 0")
+
+    def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:
+        if layout.tiles[1:] != kv_layout.tiles[1:]:
+            raise ValueError(
+                f"Radial compares places within a frame, but queries have {layout.tiles[1:]} tiles a frame and "
+                f"keys {kv_layout.tiles[1:]}: use the same height, width and tile for both"
+            )
+
+    def tile_mask(self, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:
+        _, height, width = layout.tiles
+        s = height * width
+        (qt, qh, qw), (kt, kh, kw) = tile_axes(layout, device), tile_axes(kv_layout, device)
+        apart = (qt[:, None] - kt[None]).abs()
+        distance = ((qh * width + qw)[:, None] - (kh * width + kw)[None]).abs()
+        # floor(log2) by comparison: exact, where a float log2 may land below an integer
+        octave = sum(((apart >= 2**i).long() for i in range(1, 16)), torch.zeros_like(apart))
+        r = 2**octave
+        band = (distance + 1) * r <= s
+        sparse = (apart % ((r + s - 1) // s) == 0) & (distance == 0)
+        return band | sparse | (kt < self.first_frames)[None]
