@@ -2,6 +2,8 @@
 
 from flexsparse import masks
 from flexsparse.attention import AttentionAux, sparse_attention
+from flexsparse.compiler import backend
+from flexsparse.gates import gate_parameters, load_gates, save_gates
 from flexsparse.layout import TileLayout
 from flexsparse.masks import (
     BSA,
@@ -17,6 +19,7 @@ from flexsparse.masks import (
 )
 from flexsparse.schedule import SparsitySchedule
 from flexsparse.selection import KeptQueries, TileSelection
+from flexsparse.wrap import report, unwrap, wrap
 
 __version__ = "0.1.0"
 
@@ -36,6 +39,13 @@ __all__ = [
     "TileSelection",
     "TopP",
     "Union",
+    "backend",
+    "gate_parameters",
+    "load_gates",
     "masks",
+    "report",
+    "save_gates",
     "sparse_attention",
+    "unwrap",
+    "wrap",
 ]

@@ -108,13 +108,15 @@ def is_fake(x: Tensor) -> bool:
     return bool(fake(x))
 
 
-def case_of(q: Tensor, layout: TileLayout, *, gradients: bool, lse: bool, compiled: bool) -> Case:
-    """What a backend is asked for."""
+def case_of(
+    q: Tensor, layout: TileLayout, *, gradients: bool, lse: bool, compiled: bool, dtype: torch.dtype | None = None
+) -> Case:
+    """What a backend is asked for; ``dtype`` where q will be cast."""
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     dynamic = layout.symbolic or any(isinstance(size, torch.SymInt) for size in q.shape)
     return Case(
         device=q.device.type,
-        dtype=q.dtype,
+        dtype=dtype or q.dtype,
         gradients=gradients,
         lse=lse,
         compiled=compiled,
@@ -175,7 +177,7 @@ def attend(
             k, v = kv_layout.to_raster(k_tiles), kv_layout.to_raster(v_tiles)
         out, lse = reference.attend(q, k, v, selection, scale)
     elif backend == "gather":
-        out, lse = gather.attend(q, k_tiles, v_tiles, selection, scale, q_tiles)
+        out, lse = gather.attend(q, k_tiles, v_tiles, selection, scale, q_tiles, lse_wanted)
     else:
         out, lse = flex.attend(q, k_tiles, v_tiles, selection, scale, q_tiles, lse_wanted, in_graph)
 

@@ -18,13 +18,19 @@ from torch import Tensor
 from flexsparse.packing import pack_queries, unpack_lse, unpack_rows
 from flexsparse.selection import TileSelection, ascending_lists, unpack_bits
 
-CHUNK_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}
+CHUNK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 26}
 """Elements of one chunk's logits: on CPU so that a chunk stays in cache, on CUDA so that launches are few."""
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, selection: TileSelection, scale: float, q_tiles: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: TileSelection,
+    scale: float,
+    q_tiles: Tensor | None = None,
+    wants_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Fine-stage attention.
 
     Args:
@@ -34,11 +40,13 @@ def attend(
         selection: which KV tiles each query tile keeps.
         scale: softmax scale.
         q_tiles: q in tile order where it is at hand.
+        wants_lse: whether to return the log-sum-exp.
 
     Returns:
-        Output ``[B, H, S, D]`` in q's dtype and log-sum-exp ``[B, H, S]``, both raster.
+        Output ``[B, H, S, D]`` in q's dtype and log-sum-exp ``[B, H, S]`` or None, both raster.
     """
     layout, kv_layout = selection.layout, selection.kv_layout
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     rows, lse = torch.ops.flexsparse.gather_attention(
         pack_queries(q, q_tiles, selection),
         k,
@@ -52,18 +60,18 @@ def attend(
         kv_layout.num_tiles,
         kv_layout.slots,
         scale,
+        wants_lse or gradients,
     )
-    return unpack_rows(rows, selection), unpack_lse(lse, selection)
+    return unpack_rows(rows, selection), unpack_lse(lse, selection) if wants_lse else None
 
 
 @dataclass
 class _Rows:
-    """Some query rows and the KV tokens that they see.
+    """A chunk of query tiles and the KV tiles that they see.
 
     Attributes:
-        head: which (batch, head) each chunk entry belongs to, for extra rows; None for tiles.
-        q_index: rows of the flat query tensor, ``[C * t]`` as a slice.
-        kv: int64 ``[C, k]`` flat KV tiles, or None for a slice of all tiles of one head.
+        tiles: which of the ``B * H * N`` query tiles.
+        kv: int64 ``[C, k]``, KV tiles among ``B * G * U``.
         bias: ``[C, 1, k * s]`` 0 or -inf, or None where every slot is valid.
     """
 
@@ -110,34 +118,31 @@ class _Problem:
     def chunks(self) -> Iterator[_Rows]:
         """Query tiles in order, with the KV tiles they keep and the extra ones."""
         device = self.lists.device
-        rows = self.B * self.H * self.N
-        flat_counts = self.counts.reshape(-1).long()
+        total = self.B * self.H * self.N
         step = self.chunk(device)
-        extras = torch.cat(
-            [
-                torch.arange(self.kv_first, device=device),
-                torch.arange(self.kv_first + self.M, self.U, device=device),
-            ]
-        )
+        row = torch.arange(total, device=device)
+        batch = row // (self.H * self.N)
+        group = batch * self.G + row // self.N % self.H // (self.H // self.G)
+        extras = torch.arange(self.U, device=device)
+        extras = torch.cat([extras[: self.kv_first], extras[self.kv_first + self.M :]])
+        width, count = self.lists.shape[1], self.counts.reshape(-1).long()
+        kv = torch.cat([self.lists + self.kv_first, extras.expand(total, -1)], dim=1)
+        flat = kv + group[:, None] * self.U
+        starts = range(0, total, step)
+        if bool((self.kv_counts == self.s).all()) and bool((count == width).all()):
+            for start in starts:
+                yield _Rows(slice(start, start + step), flat[start : start + step], None)
+            return
         slot = torch.arange(self.s, device=device)
-        full = bool((self.kv_counts == self.s).all())
-        for start in range(0, rows, step):
-            tiles = slice(start, min(start + step, rows))
-            row = torch.arange(tiles.start, tiles.stop, device=device)
-            batch, head = row // (self.H * self.N), row // self.N % self.H
-            count = flat_counts[tiles]
-            width = int(count.max())
-            kv = self.lists[tiles, :width] + self.kv_first
-            kv = torch.cat([kv, extras.expand(len(row), -1)], dim=1)
-            listed = torch.arange(kv.shape[1], device=device)
-            on = (listed < count[:, None]) | (listed >= width)
-            bias = None
-            if not (full and bool((count == width).all())):
-                valid = on[..., None] & (slot < self.kv_counts[batch[:, None], kv][..., None])
-                bias = torch.zeros(valid.shape, dtype=self.dtype, device=device)
-                bias = bias.masked_fill_(~valid, -math.inf).view(len(row), 1, -1)
-            group = batch * self.G + head // (self.H // self.G)
-            yield _Rows(tiles, kv + group[:, None] * self.U, bias)
+        for start in starts:
+            tiles = slice(start, start + step)
+            longest = int(count[tiles].max())  # a chunk of short rows does not pay for the longest row of all
+            columns = torch.cat([torch.arange(longest, device=device), torch.arange(width, kv.shape[1], device=device)])
+            on = (columns < count[tiles, None]) | (columns >= width)
+            tokens = self.kv_counts[batch[tiles, None], kv[tiles][:, columns]]
+            valid = on[..., None] & (slot < tokens[..., None])
+            bias = torch.zeros(valid.shape, dtype=self.dtype, device=device).masked_fill_(~valid, -math.inf)
+            yield _Rows(tiles, flat[tiles][:, columns], bias.flatten(1)[:, None])
 
     def tokens(self, x: Tensor, rows: _Rows) -> Tensor:
         """KV tokens of a chunk: flat tiles ``[B * G * U, s * D]`` -> ``[C, k * s, D]`` in the compute dtype."""
@@ -186,10 +191,21 @@ def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     return logits if bias is None else logits.add_(bias)
 
 
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (in place) and log-sum-exp; a row of -inf has weights 0 and log-sum-exp -inf."""
-    lse = logits.logsumexp(-1, keepdim=True)
-    return logits.sub_(lse.masked_fill(lse == -math.inf, 0)).exp_(), lse[..., 0]
+def _softmax(logits: Tensor, lse: Tensor | None, masked: bool) -> Tensor:
+    """Weights, in place of the logits, and log-sum-exp into ``lse``.
+
+    A row of -inf (only where ``masked``) has weights 0 and log-sum-exp -inf. The log-sum-exp is read off the largest
+    weight, ``max(logits) - log(max(weights))``: one pass less than computing it.
+    """
+    top = logits.amax(-1) if masked or lse is not None else None
+    weights = torch.softmax(logits, -1, out=logits)
+    if masked and top is not None:
+        weights.masked_fill_((top == -math.inf)[..., None], 0)
+    if lse is not None and top is not None:
+        torch.sub(top, weights.amax(-1).log_(), out=lse)
+        if masked:
+            lse.masked_fill_(top == -math.inf, -math.inf)
+    return weights
 
 
 def _extra_rows(p: _Problem, R: int, start: int, length: int) -> Iterator[tuple[int, int, slice]]:
@@ -221,6 +237,7 @@ def gather_attention(
     kv_video: int,
     slots: int,
     scale: float,
+    wants_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention over tiles.
 
@@ -237,37 +254,43 @@ def gather_attention(
         kv_video: M.
         slots: slots of a KV tile.
         scale: softmax scale.
+        wants_lse: whether the log-sum-exp is computed; the backward needs it.
 
     Returns:
-        Output as q, and log-sum-exp (natural) ``[B, H, R]`` in at least float32.
+        Output as q, and log-sum-exp (natural) ``[B, H, R]`` in at least float32, or ``[B, H, 0]``.
     """
     p = _problem(q, k, bits, counts, kv_counts, query_rows, first_rows, kv_first, kv_video, slots)
     R = q.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=p.dtype, device=q.device)
+    lse = torch.empty((*q.shape[:2], R if wants_lse else 0), dtype=p.dtype, device=q.device)
     k_flat, v_flat = (x.reshape(p.B * p.G * p.U, p.s * p.D) for x in (k, v))
     q_video = p.video(q)
     out_video = q_video.new_empty(q_video.shape)
-    lse_video = lse.new_empty(q_video.shape[:2])
+    lse_video = lse.new_empty(q_video.shape[:2]) if wants_lse else None
     for rows in p.chunks():
         logits = _logits(q_video[rows.tiles].to(p.dtype), p.tokens(k_flat, rows), rows.bias, scale)
-        weights, lse_video[rows.tiles] = _softmax(logits)
-        out_video[rows.tiles] = torch.bmm(weights, p.tokens(v_flat, rows)).to(q.dtype)
+        weights = _softmax(logits, None if lse_video is None else lse_video[rows.tiles], rows.bias is not None)
+        v_c = p.tokens(v_flat, rows)
+        if p.dtype == q.dtype:
+            torch.bmm(weights, v_c, out=out_video[rows.tiles])
+        else:
+            out_video[rows.tiles] = torch.bmm(weights, v_c)
     out.narrow(2, first_rows, p.N * p.t).copy_(out_video.view(p.B, p.H, p.N * p.t, p.D))
-    lse.narrow(2, first_rows, p.N * p.t).copy_(lse_video.view(p.B, p.H, p.N * p.t))
+    if lse_video is not None:
+        lse.narrow(2, first_rows, p.N * p.t).copy_(lse_video.view(p.B, p.H, p.N * p.t))
     for start, length in p.extra():
         for b, h, at in _extra_rows(p, R, start, length):
-            g = h // (p.H // p.G)
-            logits = _logits(q[b, h, at][None].to(p.dtype), k[b, g][None].to(p.dtype), _extra_bias(p, b, q.device), scale)
-            weights, lse[b, h, at] = _softmax(logits)
-            out[b, h, at] = (weights[0] @ v[b, g].to(p.dtype)).to(q.dtype)
+            q_c, k_c, v_c = (x.to(p.dtype) for x in (q[b, h, at], k[b, h // (p.H // p.G)], v[b, h // (p.H // p.G)]))
+            logits = _logits(q_c[None], k_c[None], _extra_bias(p, b, q.device), scale)[0]
+            weights = _softmax(logits, lse[b, h, at] if wants_lse else None, True)
+            out[b, h, at] = (weights @ v_c).to(q.dtype)
     return out, lse
 
 
 @gather_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=dtype)
+    return q.new_empty(q.shape), q.new_empty((*q.shape[:2], q.shape[2] if args[-1] else 0), dtype=dtype)
 
 
 @torch.library.custom_op("flexsparse::gather_attention_backward", mutates_args=())
@@ -332,13 +355,13 @@ def _(grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *a
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, bits, counts, kv_counts, *ctx.rest = inputs
+    q, k, v, bits, counts, kv_counts, *ctx.rest, _ = inputs
     ctx.save_for_backward(q, k, v, *output, bits, counts, kv_counts)
 
 
 def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
     grads = torch.ops.flexsparse.gather_attention_backward(grad, grad_lse, *ctx.saved_tensors, *ctx.rest)
-    return (*grads, *(None,) * 9)
+    return (*grads, *(None,) * 10)
 
 
 gather_attention.register_autograd(_backward, setup_context=_setup)

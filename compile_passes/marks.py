@@ -1,0 +1,67 @@
+"""Identity ops by which a wrapped model tells its graph the grid and the gates.
+
+`RewriteSDPA` removes them. One that is executed shows that the model was compiled by a backend that knows nothing of
+flexsparse and would run dense: it raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _not_rewritten() -> RuntimeError:
+    return RuntimeError(
+        "this model is wrapped by flexsparse, but was compiled by another backend, which would leave its attention dense: "
+        "let wrap(model, ..., compile=True) or compile='regional' compile it, or pass torch.compile(..., "
+        "backend=flexsparse.backend(...)). After too many recompilations torch also runs uncompiled: see "
+        "torch._dynamo.config.recompile_limit"
+    )
+
+
+@torch.library.custom_op("flexsparse::mark_grid", mutates_args=())
+def mark_grid(x: Tensor, T: int, H: int, W: int) -> Tensor:
+    """Return ``x``; says that the graph's video tokens form the grid (T, H, W)."""
+    raise _not_rewritten()
+
+
+@mark_grid.register_fake
+def _(x: Tensor, T: int, H: int, W: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("flexsparse::mark_gate", mutates_args=())
+def mark_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """Return ``x``; says that the next sparse attention call takes ``gate``, ``[B, S, H * D]``."""
+    raise _not_rewritten()
+
+
+@mark_gate.register_fake
+def _(x: Tensor, gate: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _first_only(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return (grad, *(None,) * ctx.others)
+
+
+def _setup_grid(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.others = 3
+
+
+def _setup_gate(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.others = 1
+
+
+mark_grid.register_autograd(_first_only, setup_context=_setup_grid)
+mark_gate.register_autograd(_first_only, setup_context=_setup_gate)
+
+GRID = torch.ops.flexsparse.mark_grid
+GATE = torch.ops.flexsparse.mark_gate
+
+
+def is_mark(target: Any, mark: Any) -> bool:
+    """Whether a node's target is a mark; Dynamo's graphs hold the packet, later ones the overload."""
+    return target is mark or target is mark.default

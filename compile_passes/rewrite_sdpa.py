@@ -1,0 +1,282 @@
+"""RewriteSDPA: self-attention over video tokens becomes sparse attention, on the Dynamo graph."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from flexsparse.compile_passes import marks, sdpa_call
+from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
+
+# higher-order operators whose sub-graph takes the operands that follow it, one placeholder each
+WALKED = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "wrap_with_autocast", "invoke_subgraph")
+LINEAR = {torch._C._nn.linear, torch.nn.functional.linear, torch.matmul, torch.addmm, torch.bmm, torch.mm}
+
+Attend = Callable[..., Any]
+Seen = Callable[[str, Any, Any, "tuple[int, int, int] | None", "str | None"], dict[str, Any]]
+
+
+class RewriteError(RuntimeError):
+    """A graph whose attention cannot be made sparse as asked; the message says what was seen and the remedy."""
+
+
+def value_of(argument: Any) -> Any:
+    """The example value of a node, or the argument itself."""
+    return argument.meta["example_value"] if isinstance(argument, Node) else argument
+
+
+class RewriteSDPA:
+    """Replace ``scaled_dot_product_attention`` of the video's tokens among themselves.
+
+    Before::
+
+        x1 = mark_grid(x, T, H, W)
+        h1 = mark_gate(h, gate)                                # only where gates are used
+        o  = scaled_dot_product_attention(q, k, v, scale=s)    # S_q = S_kv = T*H*W + extra tokens
+
+    After::
+
+        o = attend(q, k, v, gate, (T, H, W), schedules, scale=s)
+
+    Everything else is left as it was: cross-attention (its queries and keys come from different tensors, whatever their
+    lengths), token refiners, calls with a mask, causal ones, dropout. Nested graphs (activation checkpointing) are
+    walked; grid, gate and schedules become operands of them.
+
+    Args:
+        attend: the callable put into the graph; torch traces through it.
+        seen: told of every call: ``seen(name, q, k, grid, reason)`` with example values, reason None for a call to
+            rewrite; returns keyword arguments of ``attend`` (the backend's choice).
+        grid: the grid, where it is given and not marked in the graph.
+        extra: extra tokens besides the grid's.
+        min_tokens: fewest tokens of a call worth it.
+        schedules: 0-d tensors that the builder reads; they enter the graph as buffers.
+        gates: whether every sparse call must have a gate.
+
+    Attributes:
+        matches: calls rewritten by the last run.
+        calls: calls met by the last run.
+        marked: whether the last graph had a grid mark.
+    """
+
+    def __init__(
+        self,
+        attend: Attend,
+        seen: Seen,
+        *,
+        grid: tuple[int, int, int] | None = None,
+        extra: int = 0,
+        min_tokens: int = 0,
+        schedules: Sequence[torch.Tensor] = (),
+        gates: bool = False,
+    ) -> None:
+        self.attend, self.seen, self.grid, self.extra = attend, seen, grid, extra
+        self.min_tokens, self.schedules, self.gates = min_tokens, tuple(schedules), gates
+        self.matches = self.calls = 0
+        self.marked = False
+
+    def uuid(self) -> str:
+        """Hash of this pass's source and parameters, for caches of compiled graphs."""
+        source = "".join(inspect.getsource(module) for module in (inspect.getmodule(type(self)), marks, sdpa_call))  # type: ignore[type-var]
+        parameters = (self.grid, self.extra, self.min_tokens, len(self.schedules), self.gates)
+        return hashlib.sha256(f"{source}{parameters}{self.attend!r}".encode()).hexdigest()
+
+    def __call__(self, gm: GraphModule) -> GraphModule:
+        """Rewrite a graph in place; a graph without a match is left as it was, less its marks."""
+        self.matches = self.calls = 0
+        self.marked = False
+        environment: dict[str, Any] = {}
+        if self.grid is not None:
+            environment["grid"] = self.grid
+        if self.schedules:
+            environment["schedules"] = self._buffers(gm)
+        self._walk(gm, environment, {})
+        _finish(gm)
+        return gm
+
+    def _buffers(self, gm: GraphModule) -> tuple[Node, ...]:
+        nodes = []
+        for index, tensor in enumerate(self.schedules):
+            name = f"flexsparse_schedule_{index}"
+            gm.register_buffer(name, tensor)
+            with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+                node = gm.graph.get_attr(name)
+            node.meta["example_value"] = tensor
+            nodes.append(node)
+        return tuple(nodes)
+
+    def _walk(self, gm: GraphModule, environment: dict[str, Any], lifted: dict[str, list[str]]) -> None:
+        for node in list(gm.graph.nodes):
+            if node.op != "call_function":
+                continue
+            if marks.is_mark(node.target, marks.GRID):
+                environment["grid"] = tuple(node.args[1:])
+                self.marked = True
+                _remove(node, node.args[0])
+            elif marks.is_mark(node.target, marks.GATE):
+                if "gate" in environment:
+                    raise RewriteError(
+                        f"a gate before {_name(node)} has no sparse attention to go to: give wrap(..., gates=[names]) with "
+                        "the attention modules that become sparse"
+                    )
+                environment["gate"] = node.args[1]
+                _remove(node, node.args[0])
+            elif node.target is SDPA:
+                self._call(gm.graph, node, environment)
+            elif isinstance(node.target, torch._ops.HigherOrderOperator):
+                self._descend(gm, node, environment)
+
+    def _descend(self, gm: GraphModule, node: Node, environment: dict[str, Any]) -> None:
+        for position, argument in enumerate(node.args):
+            if not isinstance(argument, Node) or argument.op != "get_attr":
+                continue
+            sub = getattr(gm, str(argument.target), None)
+            if not isinstance(sub, GraphModule) or not _has_attention(sub):
+                continue
+            if node.target.name() not in WALKED or position != _graph_position(node):  # type: ignore[union-attr]
+                for inner in _attention_nodes(sub):
+                    self._leave(inner, f"it is inside of {node.target.name()}")  # type: ignore[union-attr]
+                continue
+            inside = self._lift(node, sub, environment)
+            self._walk(sub, inside, {})
+            _finish(sub)
+            if "gate" in environment and "gate" not in inside:
+                environment.pop("gate")
+
+    def _lift(self, node: Node, sub: GraphModule, environment: dict[str, Any]) -> dict[str, Any]:
+        """Pass the environment's nodes into a sub-graph as operands; a sub-graph used twice has them already."""
+        inside: dict[str, Any] = {}
+        known: dict[str, Node] = sub.__dict__.setdefault("_flexsparse_operands", {})
+        for key, value in environment.items():
+            items = value if isinstance(value, tuple) else (value,)
+            inner: list[Any] = []
+            for index, item in enumerate(items):
+                if not isinstance(item, Node):
+                    inner.append(item)
+                    continue
+                name = f"flexsparse_{key}_{index}"
+                if name not in known:
+                    last = [n for n in sub.graph.nodes if n.op == "placeholder"][-1]
+                    with sub.graph.inserting_after(last):
+                        known[name] = sub.graph.placeholder(name)
+                    known[name].meta = dict(item.meta)
+                node.args = (*node.args, item)
+                inner.append(known[name])
+            inside[key] = tuple(inner) if isinstance(value, tuple) else inner[0]
+        return inside
+
+    def _leave(self, node: Node, reason: str) -> None:
+        call = SDPACall.of(node.args, node.kwargs)
+        self.calls += 1
+        self.seen(_name(node), value_of(call.query), value_of(call.key), None, reason)
+
+    def _call(self, graph: Graph, node: Node, environment: dict[str, Any]) -> None:
+        call = SDPACall.of(node.args, node.kwargs)
+        grid = environment.get("grid")
+        if grid is None:
+            self._leave(node, "the graph does not say the grid")
+            return
+        q, k, v = (value_of(x) for x in (call.query, call.key, call.value))
+        T, H, W = (value_of(size) for size in grid)
+        reason = call.stays_dense(q, k, v, T * H * W + self.extra, self.min_tokens)
+        if reason is None and _from_different_tensors(call.query, call.key):
+            reason = "queries and keys come from different tensors (cross-attention)"
+        if reason is not None:
+            self._leave(node, reason)
+            return
+        gate = environment.pop("gate", None)
+        if self.gates and gate is None:
+            raise RewriteError(
+                f"gates are on, but {_name(node)} became sparse without one: its module was not recognised as "
+                "self-attention; give wrap(..., gates=[names]) with the names of the attention modules"
+            )
+        self.calls += 1
+        choice = self.seen(_name(node), q, k, (T, H, W), None)
+        arguments = (call.query, call.key, call.value, gate, grid, environment.get("schedules", ()))
+        with graph.inserting_before(node):
+            new = graph.call_function(self.attend, arguments, {"scale": call.scale, **choice})
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        self.matches += 1
+
+
+def _remove(node: Node, replacement: Any) -> None:
+    node.replace_all_uses_with(replacement)
+    node.graph.erase_node(node)
+
+
+def _finish(gm: GraphModule) -> None:
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _attention_nodes(gm: GraphModule) -> list[Node]:
+    modules = [m for m in gm.modules() if isinstance(m, GraphModule)]
+    return [n for m in modules for n in m.graph.nodes if n.op == "call_function" and n.target is SDPA]
+
+
+def _has_attention(gm: GraphModule) -> bool:
+    return bool(_attention_nodes(gm)) or any(
+        marks.is_mark(n.target, marks.GATE) for m in gm.modules() if isinstance(m, GraphModule) for n in m.graph.nodes
+    )
+
+
+def _graph_position(node: Node) -> int:
+    """Where the sub-graph stands among the operator's arguments; its operands follow."""
+    return next(i for i, a in enumerate(node.args) if isinstance(a, Node) and a.op == "get_attr")
+
+
+def _sources(node: Any, limit: int = 2000) -> set[Node]:
+    """Inputs of the nearest linear maps above a node."""
+    found: set[Node] = set()
+    stack, visited = [node], set()
+    while stack and len(visited) < limit:
+        current = stack.pop()
+        if not isinstance(current, Node) or current in visited:
+            continue
+        visited.add(current)
+        if current.op == "call_function" and current.target in LINEAR:
+            first = current.args[0] if current.args else current.kwargs.get("input")
+            if isinstance(first, Node):
+                found.add(_through_views(first))
+        else:
+            stack.extend(current.all_input_nodes)
+    return found
+
+
+def _through_views(node: Node) -> Node:
+    """The tensor behind casts, reshapes and marks, so that two readings of one tensor compare equal."""
+    same = {"to", "type_as", "float", "contiguous", "view", "reshape", "flatten", "transpose", "permute", "clone"}
+    while True:
+        if node.op == "call_method" and node.target in same and isinstance(node.args[0], Node):
+            node = node.args[0]
+        elif node.op == "call_function" and marks.is_mark(node.target, marks.GATE) and isinstance(node.args[0], Node):
+            node = node.args[0]
+        else:
+            return node
+
+
+def _from_different_tensors(q: Any, k: Any) -> bool:
+    q_sources, k_sources = _sources(q), _sources(k)
+    return bool(q_sources and k_sources) and not (q_sources & k_sources)
+
+
+def _name(node: Node) -> str:
+    """The module path of a node, as far as the graph tells."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return clean_path(str(stack[-1][0])) if stack else node.name
+
+
+_NOISE = {"_modules", "__dict__", "__self__", "_flexsparse_forward", "L", "self", "module", "fn", "getattr"}
+
+
+def clean_path(path: str) -> str:
+    """Dynamo's source of a module to its path: ``L['module']._modules['blocks']._modules['0'].attn1`` to ``blocks.0.attn1``."""
+    parts = re.split(r"[^0-9A-Za-z_]+", path)
+    return ".".join(part for part in parts if part and part not in _NOISE) or "."

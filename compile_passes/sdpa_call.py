@@ -1,0 +1,61 @@
+"""One scaled_dot_product_attention call: its arguments by name, and why it has to stay dense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+SDPA = torch._C._nn.scaled_dot_product_attention
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+@dataclass(frozen=True)
+class SDPACall:
+    """Arguments of a call, tensors or graph nodes alike."""
+
+    query: Any
+    key: Any
+    value: Any
+    attn_mask: Any = None
+    dropout_p: Any = 0.0
+    is_causal: Any = False
+    scale: Any = None
+    enable_gqa: Any = False
+
+    @classmethod
+    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> SDPACall:
+        """From positional and keyword arguments."""
+        return cls(**dict(zip(_NAMES, args)), **kwargs)
+
+    def stays_dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: int, least: int) -> str | None:
+        """Why the call is left alone; None where it is attention of the video's tokens among themselves.
+
+        Args:
+            q: the query, or a fake of it.
+            k: the key.
+            v: the value.
+            tokens: tokens of the layout, extra ones included; may be symbolic.
+            least: fewest tokens worth it.
+        """
+        if q.dim() != 4:
+            return f"q has {q.dim()} dimensions, not [B, H, S, D]"
+        if q.shape[2] != tokens or k.shape[2] != tokens:
+            return f"{_size(q.shape[2])} x {_size(k.shape[2])} tokens are not the layout's {_size(tokens)}"
+        if self.attn_mask is not None:
+            return "it has an attention mask"
+        if self.is_causal:
+            return "it is causal"
+        if self.dropout_p:
+            return f"it has dropout {self.dropout_p}"
+        if q.shape[0] != k.shape[0] or k.shape != v.shape or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+            return f"shapes {tuple(map(_size, q.shape))}, {tuple(map(_size, k.shape))}, {tuple(map(_size, v.shape))} differ"
+        if tokens < least:
+            return f"{_size(tokens)} tokens are below min_tokens={least}"
+        return None
+
+
+def _size(size: Any) -> str:
+    return str(size)

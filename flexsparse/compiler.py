@@ -1,0 +1,300 @@
+"""The torch.compile backend: rewrites attention in the captured graph, then hands it to Inductor.
+
+Shape letters: B batch, H query heads, S tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexsparse.attention import attend, case_of
+from flexsparse.backends import choose, softmax_scale
+from flexsparse.compile_passes import RewriteError, RewriteSDPA
+from flexsparse.grids import Grid
+from flexsparse.layout import TileLayout
+from flexsparse.masks.base import MaskBuilder
+from flexsparse.reporting import Call, Report
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype to which autocast would cast attention's inputs; None where it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def gate_heads(gate: Tensor, q: Tensor) -> Tensor:
+    """A gate ``[B, S, H * D]`` as ``[B, H, S, D]``, in q's dtype.
+
+    Raises:
+        ValueError: the gate has other sizes than the attention's queries.
+    """
+    B, H, S, D = q.shape
+    if gate.dim() != 3 or gate.shape[0] != B or gate.shape[1] != S or gate.shape[2] != H * D:
+        raise ValueError(
+            f"the gate is {tuple(gate.shape)}, the attention's queries are {tuple(q.shape)}: a gate reads the hidden states "
+            "of its attention, [B, S, channels], and writes H * D channels; give wrap(..., gates=[names]) to choose modules"
+        )
+    return gate.unflatten(-1, (H, D)).transpose(1, 2).to(q.dtype)
+
+
+def sparse_call(
+    builder: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    layout: TileLayout,
+    scale: float | None,
+    backend: str,
+    in_graph: bool,
+) -> Tensor:
+    """What replaces a scaled_dot_product_attention call, in a graph or uncompiled."""
+    dtype = autocast_dtype(q.device.type)
+    if dtype is not None:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        if gate is not None:
+            gate = gate_heads(gate, q)
+        return attend(
+            q,
+            k,
+            v,
+            layout,
+            builder,
+            gate=gate,
+            scale=softmax_scale(scale, q.shape[-1]),
+            backend=backend,
+            in_graph=in_graph,
+        )[0]
+
+
+class Backend:
+    """A torch.compile backend that makes self-attention over video tokens sparse, then runs Inductor.
+
+    Made by `backend`. Also what `wrap` compiles with.
+    """
+
+    def __init__(
+        self,
+        builder: MaskBuilder,
+        *,
+        tile: Sequence[int] | str = (4, 4, 4),
+        grid: Sequence[int] | None = None,
+        expect: int | None = None,
+        fuse_selection: bool = True,
+        lower_flex: bool = True,
+        text_first: int = 0,
+        text_last: int = 0,
+        min_tokens: int = 0,
+        attention: str = "auto",
+        gates: bool = False,
+        wrapped: bool = False,
+    ) -> None:
+        if not callable(getattr(builder, "select", None)):
+            raise TypeError(f"builder is {builder!r}: give a mask builder, such as flexsparse.VSA(sparsity=0.9)")
+        if gates and not getattr(builder, "has_coarse", False):
+            raise ValueError(f"gates are on, but {type(builder).__name__} has no coarse output: use VSA or TopP, or no gates")
+        if expect is not None and expect < 0:
+            raise ValueError(f"expect is {expect}: give how many sparse calls a graph has, at least 0, or None")
+        self.builder, self.tile = builder, tile if isinstance(tile, str) else tuple(tile)
+        self.grid: Grid | None = None if grid is None else tuple(grid)  # type: ignore[assignment]
+        self.text_first, self.text_last = text_first, text_last
+        self.layout_of(self.grid or (1, 1, 1))  # raises for a tile, grid or text length that makes no sense
+        self.expect, self.min_tokens, self.attention, self.gates = expect, min_tokens, attention, gates
+        self.fuse_selection, self.lower_flex = fuse_selection, lower_flex
+        self.wrapped = wrapped
+        self.calls = Report()
+
+    def layout_of(self, grid: Grid) -> TileLayout:
+        """The layout of a grid, with this backend's tile and extra tokens."""
+        return TileLayout(grid=grid, tile=self.tile, text_first=self.text_first, text_last=self.text_last)  # type: ignore[arg-type]
+
+    def report(self) -> Report:
+        """Every attention call met so far; prints as a table."""
+        return self.calls
+
+    def check(self, grid: Grid) -> None:
+        """Raise a `ValueError` where the builder cannot work on a grid."""
+        layout = self.layout_of(grid)
+        if isinstance(self.builder, MaskBuilder):
+            self.builder.check(layout, layout)
+
+    def choose_backend(self, q: Tensor, grid: Grid, *, compiled: bool, gradients: bool) -> tuple[str, str]:
+        """The attention backend of a call, and why."""
+        dtype = autocast_dtype(q.device.type) or q.dtype
+        layout = self.layout_of(grid)
+        case = case_of(q, layout, dtype=dtype, gradients=gradients, lse=False, compiled=compiled)
+        return choose(self.attention, case)
+
+    def describe(
+        self, name: str, q: Tensor, k: Tensor, grid: Grid | None, reason: str | None, chosen: tuple[str, str]
+    ) -> Call:
+        """The report's row for a call; ``reason`` is why it stayed dense, ``chosen`` the backend and why."""
+        sizes = (*q.shape[:3], k.shape[2], q.shape[3]) if q.dim() == 4 and k.dim() == 4 else tuple(q.shape)
+        shape = tuple(size if isinstance(size, int) else -1 for size in sizes)
+        if reason is not None:
+            return Call(name=name, sparse=False, reason=reason, backend="sdpa", shape=shape, density=1.0)
+        density = math.nan
+        if grid is not None and isinstance(self.builder, MaskBuilder):
+            T, H, W = (size if isinstance(size, int) else int(size.node.hint) for size in grid)
+            layout = self.layout_of((T, H, W))
+            density = self.builder.nominal_density(layout, layout)
+        return Call(name=name, sparse=True, reason=chosen[1], backend=chosen[0], shape=shape, density=density)
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
+        """Rewrite a captured graph and compile it with Inductor.
+
+        Args:
+            gm: Dynamo's graph.
+            example_inputs: its inputs.
+            options: ``mode`` and ``options`` of torch.compile, which go to Inductor.
+
+        Raises:
+            RewriteError: no call could be made sparse, or not as many as expected; torch wraps it into its own error.
+        """
+        return self.compile(gm, example_inputs, "", options)
+
+    def compile(
+        self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], region: str, options: Mapping[str, Any]
+    ) -> Any:
+        """As calling the backend, for a region that several modules run (its name ends in ``::``)."""
+        from torch._inductor.compile_fx import compile_fx
+
+        builder = self.builder
+        schedules = builder.schedules() if isinstance(builder, MaskBuilder) else ()
+        met = Report()
+
+        def seen(name: str, q: Tensor, k: Tensor, grid: Grid | None, reason: str | None) -> dict[str, Any]:
+            chosen = ("sdpa", "")
+            if reason is None and grid is not None:
+                gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+                chosen = self.choose_backend(q, grid, compiled=True, gradients=gradients)
+            met.record(self.describe(met.unused(region + name), q, k, grid, reason, chosen))
+            return {"backend": chosen[0]} if reason is None else {}
+
+        def flexsparse_attend(
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            gate: Tensor | None,
+            grid: Grid,
+            ratios: Sequence[Tensor],
+            *,
+            scale: float | None,
+            backend: str,
+        ) -> Tensor:
+            tensors = {id(schedule): ratio for schedule, ratio in zip(schedules, ratios)}
+            bound = builder.bind(tensors) if schedules else builder
+            return sparse_call(bound, q, k, v, gate, self.layout_of(grid), scale, backend, in_graph=True)
+
+        rewrite = RewriteSDPA(
+            flexsparse_attend,
+            seen,
+            grid=self.grid,
+            extra=self.text_first + self.text_last,
+            min_tokens=self.min_tokens,
+            schedules=[schedule.tensor for schedule in schedules],
+            gates=self.gates,
+        )
+        rewrite(gm)
+        self._verify(rewrite, met)
+        self.calls.update(met)
+        return compile_fx(gm, list(example_inputs), config_patches=_inductor_options(options))
+
+    def _verify(self, rewrite: RewriteSDPA, met: Report) -> None:
+        if self.expect is not None:
+            if rewrite.matches != self.expect:
+                raise RewriteError(
+                    f"expect is {self.expect} sparse attention calls, but this graph has {rewrite.matches}. Seen:\n{met}"
+                )
+            return
+        if self.wrapped and rewrite.calls and not rewrite.marked:
+            raise RewriteError(
+                "the model's own code breaks the graph, and these attention calls lie after the break, where the grid is "
+                "not known; they would stay dense. Use wrap(..., compile='regional') or compile=False, or mend the break "
+                f"(fullgraph=True shows it). Seen:\n{met}"
+            )
+        if rewrite.matches == 0 and not self.calls.sparse_calls and (rewrite.calls or _is_whole_call()):
+            raise RewriteError(no_match("the compiled model", self.layout_of(self.grid) if self.grid else None, met))
+
+
+def no_match(model: str, layout: TileLayout | None, seen: Report) -> str:
+    """What is said where nothing became sparse."""
+    expected = "" if layout is None else f", with the {layout.seq_len} tokens of grid {layout.grid},"
+    calls = str(seen) if seen.calls else "no scaled_dot_product_attention call at all"
+    return (
+        f"flexsparse found no attention in {model} to make sparse: it looks for scaled_dot_product_attention of the video's "
+        f"tokens among themselves{expected} without a mask. Check grid=, text_first= and text_last=. Seen:\n{calls}"
+    )
+
+
+def _is_whole_call() -> bool:
+    """Whether the graph being compiled is a whole call, and not a piece between graph breaks."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        tx = InstructionTranslator.current_tx()
+        reason = tx.output.compile_subgraph_reason
+        resumed = tx.f_code.co_name.startswith("torch_dynamo_resume")
+    except AttributeError:  # not called by Dynamo
+        return False
+    return not resumed and (reason is None or not reason.graph_break)
+
+
+def _inductor_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    from torch._inductor import list_mode_options
+
+    config: dict[str, Any] = dict(list_mode_options(options["mode"])) if options.get("mode") else {}
+    config.update(options.get("options") or {})
+    return config
+
+
+def backend(
+    builder: Any,
+    tile: Sequence[int] | str = (4, 4, 4),
+    grid: Sequence[int] | None = None,
+    expect: int | None = None,
+    **options: Any,
+) -> Backend:
+    """A torch.compile backend that makes attention over video tokens sparse.
+
+    >>> model = torch.compile(model, backend=fs.backend(fs.VSA(sparsity=0.9), grid=(21, 30, 52)), fullgraph=True)
+
+    Args:
+        builder: a mask builder.
+        tile: tokens of one tile along (t, h, w), or ``"auto"``.
+        grid: the latent token grid (T, H, W). A graph of a wrapped model says its own, any other needs this.
+        expect: how many sparse calls every graph must have; None for at least one.
+        options: ``text_first``, ``text_last`` (extra tokens in every call), ``min_tokens`` (shorter calls stay dense),
+            ``attention`` (``"auto"`` or a backend's name), ``fuse_selection`` and ``lower_flex`` (switches of passes
+            that this version does not have yet; they change nothing).
+
+    Returns:
+        The backend; its ``report()`` says what became of every attention call.
+
+    Raises:
+        TypeError: an unknown option, or a builder that is none.
+        ValueError: an argument out of range.
+    """
+    return Backend(builder, tile=tile, grid=grid, expect=expect, **options)
+
+
+def by_name(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
+    """``torch.compile(model, backend="flexsparse", options={"builder": ..., "grid": ..., ...})``.
+
+    ``options`` holds the arguments of `backend`.
+
+    Raises:
+        ValueError: no builder.
+    """
+    own = dict(options.get("options") or {})
+    if "builder" not in own:
+        raise ValueError(
+            "backend='flexsparse' has no builder: give torch.compile(..., options={'builder': flexsparse.VSA(sparsity=0.9), "
+            "'grid': (T, H, W)}), or backend=flexsparse.backend(...)"
+        )
+    return backend(**own)(gm, example_inputs, mode=options.get("mode"))

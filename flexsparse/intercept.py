@@ -1,0 +1,215 @@
+"""Eager interception: scaled_dot_product_attention calls of an uncompiled model, activation checkpointing included.
+
+A `TorchFunctionMode` sees the calls. Activation checkpointing runs blocks again during backward, outside of the model's
+forward: every module of a wrapped model enters the mode itself then, with the grid of the forward that is being redone.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
+from flexsparse.compiler import Backend, sparse_call
+from flexsparse.grids import Grid
+
+
+class _Local(threading.local):
+    """What holds for the thread that runs the model; backward of a CUDA graph runs in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.grid: Grid | None = None
+        self.depth = 0
+        self.names: list[str] = []
+        self.crossing: list[bool] = []
+        self.gate: Tensor | None = None
+
+
+class Interceptor:
+    """Makes attention calls sparse while a model runs uncompiled."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.local = _Local()
+        self.backward_grid: Grid | None = None
+        self.mode = _Mode(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Interceptor:
+        return Interceptor(self.backend)
+
+    def current_grid(self) -> Grid:
+        """The grid of the forward that is running, or that backward is redoing.
+
+        Raises:
+            RuntimeError: a part of the model runs by itself.
+        """
+        if self.local.grid is not None:
+            return self.local.grid
+        if torch._C._current_graph_task_id() != -1 and self.backward_grid is not None:
+            return self.backward_grid
+        if self.backend.grid is not None:
+            return self.backend.grid
+        raise RuntimeError(
+            "a part of a wrapped model runs outside of the model's forward, where the grid is not known: call the whole "
+            "model, or give wrap(..., grid=(T, H, W))"
+        )
+
+    @contextmanager
+    def forward(self, grid: Grid) -> Iterator[None]:
+        """The model's forward on a grid."""
+        before, self.local.grid = self.local.grid, grid
+        try:
+            with self.active():
+                yield
+        finally:
+            self.local.grid = before
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Intercept calls; nested uses count once."""
+        if self.local.depth:
+            yield
+            return
+        self.local.depth = 1
+        try:
+            with self.mode:
+                yield
+        finally:
+            self.local.depth = 0
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """No interception: a compiled region rewrites its own graph, and cannot trace through the mode."""
+        if not self.local.depth:
+            yield
+            return
+        with torch.overrides._pop_mode_temporarily():
+            self.local.depth = 0
+            try:
+                yield
+            finally:
+                self.local.depth = 1
+
+    def call(self, name: str, run: Callable[[], Any], crossing: bool, gate: Tensor | None) -> Any:
+        """Run a module of the model, entering the mode where backward redoes it.
+
+        Args:
+            name: the module's path.
+            run: its forward.
+            crossing: whether it was given two token sequences (`two_sequences`).
+            gate: its gate ``[B, S, H * D]``, or None.
+        """
+        local = self.local
+        grid = self.current_grid()
+        before, local.grid = local.grid, grid
+        outer_gate = local.gate
+        if gate is not None:
+            local.gate = gate
+        local.names.append(name)
+        local.crossing.append(crossing)
+        try:
+            with self.active():
+                out = run()
+            if gate is not None and local.gate is gate:
+                raise RuntimeError(
+                    f"the gate of {name} was not used: its attention stayed dense; give wrap(..., gates=[names]) with the "
+                    f"attention modules that become sparse. Seen:\n{self.backend.calls}"
+                )
+            return out
+        finally:
+            local.names.pop()
+            local.crossing.pop()
+            local.gate = outer_gate if gate is not None else local.gate
+            local.grid = before
+
+    def sdpa(self, *args: Any, **kwargs: Any) -> Any:
+        """A scaled_dot_product_attention call: sparse, or dense with the reason in the report."""
+        call = SDPACall.of(args, kwargs)
+        q, k, v = call.query, call.key, call.value
+        grid = self.current_grid()
+        backend = self.backend
+        layout = backend.layout_of(grid)
+        name = self.local.names[-1] if self.local.names else "."
+        reason = call.stays_dense(q, k, v, layout.seq_len, backend.min_tokens)
+        if reason is None and any(self.local.crossing[-1:]):
+            reason = "its module was given two sequences of this length (cross-attention)"
+        if reason is not None:
+            backend.calls.record(backend.describe(_numbered(backend, name, False), q, k, grid, reason, ("sdpa", "")))
+            return SDPA(*args, **kwargs)
+        gate = self.local.gate
+        if backend.gates:
+            if gate is None:
+                raise RuntimeError(
+                    f"gates are on, but {name} became sparse without one: its module was not recognised as self-attention; "
+                    "give wrap(..., gates=[names]) with the names of the attention modules"
+                )
+            self.local.gate = None
+        gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        chosen = backend.choose_backend(q, grid, compiled=False, gradients=gradients)
+        backend.calls.record(backend.describe(_numbered(backend, name, True), q, k, grid, None, chosen))
+        return sparse_call(backend.builder, q, k, v, gate, layout, call.scale, chosen[0], in_graph=False)
+
+    def remember(self, out: Any, grid: Grid) -> Any:
+        """Tie the forward's grid to its outputs, so that backward knows it before it redoes a block."""
+
+        def tie(x: Any) -> Any:
+            return _Remember.apply(x, self, grid) if isinstance(x, Tensor) and x.requires_grad else x
+
+        return torch.utils._pytree.tree_map(tie, out) if torch.is_grad_enabled() else out
+
+
+def _numbered(backend: Backend, name: str, sparse: bool) -> str:
+    """A module's sparse and dense calls are separate rows of the report."""
+    known = {call.name: call.sparse for call in backend.calls.calls}
+    return name if known.get(name, sparse) == sparse else f"{name} (2)"
+
+
+def two_sequences(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a module was given two different token sequences of one shape, as cross-attention may be."""
+    sequences = {id(x): x.shape for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() == 3}
+    shapes = list(sequences.values())
+    return any(shapes[0] == shape for shape in shapes[1:]) if shapes else False
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, interceptor: Interceptor) -> None:
+        super().__init__()
+        self.interceptor = interceptor
+        # nn.MultiheadAttention's function calls SDPA by a global name, where a mode does not see it
+        self.multi_head = types.FunctionType(
+            F.multi_head_attention_forward.__code__,
+            {**vars(F), "scaled_dot_product_attention": interceptor.sdpa},
+            argdefs=F.multi_head_attention_forward.__defaults__,
+        )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is SDPA:
+            return self.interceptor.sdpa(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:
+            return self.multi_head(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _Remember(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, interceptor: Interceptor, grid: Grid) -> Tensor:
+        ctx.interceptor, ctx.grid = interceptor, grid
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        interceptor = ctx.interceptor
+        interceptor.backward_grid = ctx.grid
+        # a stale grid must not survive this backward
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: setattr(interceptor, "backward_grid", None))
+        return grad, None, None

@@ -1,0 +1,112 @@
+"""What became of every attention call: `fs.report`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One attention call of a model.
+
+    Attributes:
+        name: where in the model, or which call of a graph.
+        sparse: whether it became sparse.
+        reason: why it stayed dense; for a sparse call, why its backend was chosen.
+        backend: what computes it; ``sdpa`` where it stayed dense.
+        fused: whether the coarse stage runs as one fused op.
+        lowered: whether a template replaced FlexAttention.
+        shape: ``(B, H, S_q, S_kv, D)`` as compiled or seen last; -1 for a symbolic size.
+        density: share of token pairs that the builder asks for; 1 where the call stayed dense.
+    """
+
+    name: str
+    sparse: bool
+    reason: str
+    backend: str
+    shape: tuple[int, ...]
+    density: float
+    fused: bool = False
+    lowered: bool = False
+
+
+class Report:
+    """Attention calls of one model, by name; prints as a table."""
+
+    def __init__(self) -> None:
+        self._calls: dict[str, Call] = {}
+        self._regions: dict[str, list[str]] = {}
+
+    def record(self, call: Call) -> None:
+        """Add a call, or replace what was known of it."""
+        self._calls[call.name] = call
+
+    def unused(self, name: str) -> str:
+        """The name, numbered where a call of that name is known already."""
+        if name not in self._calls:
+            return name
+        return next(n for i in itertools.count(2) if (n := f"{name} ({i})") not in self._calls)
+
+    def update(self, other: Report) -> None:
+        """Take over every call of another report."""
+        self._calls.update(other._calls)
+
+    def add_region(self, region: str, module: str) -> None:
+        """Say that a module runs a region that is compiled once for several modules."""
+        modules = self._regions.setdefault(region, [])
+        if module not in modules:
+            modules.append(module)
+
+    def clear(self) -> None:
+        """Forget every call."""
+        self._calls.clear()
+        self._regions.clear()
+
+    @property
+    def calls(self) -> list[Call]:
+        """Every attention call, in the order in which they were met; a region's once for each module that runs it."""
+        return list(self._expand())
+
+    def _expand(self) -> Iterator[Call]:
+        shared: dict[str, list[tuple[str, Call]]] = {}
+        for name, call in self._calls.items():
+            region, _, inner = name.partition("::")
+            if inner:
+                shared.setdefault(region, []).append((inner, call))
+            else:
+                yield call
+        for region, calls in shared.items():
+            for module in self._regions.get(region, [region]):
+                for inner, call in calls:
+                    yield replace(call, name=module if inner == "." else f"{module}.{inner}")
+
+    @property
+    def sparse_calls(self) -> int:
+        """How many calls became sparse."""
+        return sum(call.sparse for call in self._calls.values())
+
+    def __str__(self) -> str:
+        if not self._calls:
+            return "no attention call seen yet: run the model once"
+        head = ("call", "state", "backend", "B,H,Sq,Skv,D", "density", "fused", "lowered", "why")
+        rows = [
+            (
+                call.name,
+                "sparse" if call.sparse else "dense",
+                call.backend,
+                ",".join("?" if size < 0 else str(size) for size in call.shape),
+                f"{call.density:.3f}",
+                "yes" if call.fused else "no",
+                "yes" if call.lowered else "no",
+                call.reason,
+            )
+            for call in self.calls
+        ]
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows]]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join(lines)
+
+    __repr__ = __str__
