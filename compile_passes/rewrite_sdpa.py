@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.source import ConstantSource
 from torch.fx import Graph, GraphModule, Node
 
 from flexsparse.compile_passes import marks, sdpa_call
@@ -104,6 +105,8 @@ class RewriteSDPA:
         for index, tensor in enumerate(self.schedules):
             name = f"flexsparse_schedule_{index}"
             gm.register_buffer(name, tensor)
+            if hasattr(gm, "_param_name_to_source"):  # Dynamo's graphs say of every buffer where it comes from
+                gm._param_name_to_source[name] = ConstantSource(name)  # type: ignore[operator,union-attr,index]
             with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
                 node = gm.graph.get_attr(name)
             node.meta["example_value"] = tensor

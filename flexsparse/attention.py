@@ -5,6 +5,7 @@ Shape letters: B batch, H query heads, G KV heads, S query tokens, Z KV tokens, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from dataclasses import dataclass
@@ -61,8 +62,8 @@ def check_inputs(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: give [batch, heads, tokens, head dim]")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} is {x.dtype}: give a floating point tensor")
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise TypeError(f"{name} is {x.dtype}: give float32, bfloat16, float16 or float64")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise TypeError(f"{name} is {x.dtype} and q is {q.dtype}: cast them to one dtype")
@@ -74,7 +75,7 @@ def check_inputs(
             raise ValueError(f"{name} has head dim {x.shape[3]} and q has {q.shape[3]}: give the same head dim")
     if v.shape != k.shape:
         raise ValueError(f"v has shape {tuple(v.shape)} and k has {tuple(k.shape)}: give the same shape")
-    if q.shape[1] % k.shape[1]:
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"q has {q.shape[1]} heads and k has {k.shape[1]}: q's must be a multiple of k's (GQA)")
     for name, x, one in (("q", q, layout), ("k", k, kv_layout)):
         if x.shape[2] != one.seq_len:
@@ -170,6 +171,8 @@ def attend(
     else:
         with torch.no_grad():
             selection = builder.select(q.detach(), k.detach(), layout, kv_layout=kv_layout, scale=scale)
+        if tile_counts is not None:  # a builder of somebody's own does not know of them
+            selection = dataclasses.replace(selection, tile_counts=tile_counts)
 
     lse: Tensor | None
     if backend == "reference":
@@ -185,7 +188,7 @@ def attend(
         out = out * fine_gate
     if gate is not None and coarse_out is not None:
         out = out + gate * broadcast_coarse(coarse_out, layout).to(out.dtype)
-    return out, selection, coarse_out, lse
+    return out.to(q.dtype), selection, coarse_out, lse  # gates may be of another dtype
 
 
 def broadcast_coarse(coarse_out: Tensor, layout: TileLayout) -> Tensor:
@@ -260,8 +263,8 @@ def sparse_attention(  # type: ignore[misc]
             )
         if builder.counts.shape[:2] != q.shape[:2]:
             raise ValueError(f"the selection is for [B, H] = {tuple(builder.counts.shape[:2])}, q has {tuple(q.shape[:2])}")
-        if tile_counts is not None and builder.tile_counts is None:
-            builder = TileSelection(**{**vars(builder), "tile_counts": tile_counts})
+        if tile_counts is not None:
+            builder = dataclasses.replace(builder, tile_counts=tile_counts)
         tile_counts = builder.tile_counts
     elif isinstance(builder, MaskBuilder):
         builder.check(layout, keys)

@@ -15,6 +15,7 @@ from torch import Tensor
 from flexsparse.attention import attend, case_of
 from flexsparse.backends import choose, softmax_scale
 from flexsparse.compile_passes import RewriteError, RewriteSDPA
+from flexsparse.compile_passes.fusion_guard import compile_guarded
 from flexsparse.grids import Grid
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import MaskBuilder
@@ -91,6 +92,7 @@ class Backend:
         text_last: int = 0,
         min_tokens: int = 0,
         attention: str = "auto",
+        inner: str = "inductor",
         gates: bool = False,
         wrapped: bool = False,
     ) -> None:
@@ -98,6 +100,8 @@ class Backend:
             raise TypeError(f"builder is {builder!r}: give a mask builder, such as flexsparse.VSA(sparsity=0.9)")
         if gates and not getattr(builder, "has_coarse", False):
             raise ValueError(f"gates are on, but {type(builder).__name__} has no coarse output: use VSA or TopP, or no gates")
+        if inner not in ("inductor", "aot_eager"):
+            raise ValueError(f"inner is {inner!r}: give 'inductor', or 'aot_eager' to leave out Inductor when debugging")
         if expect is not None and expect < 0:
             raise ValueError(f"expect is {expect}: give how many sparse calls a graph has, at least 0, or None")
         self.builder, self.tile = builder, tile if isinstance(tile, str) else tuple(tile)
@@ -106,7 +110,7 @@ class Backend:
         self.layout_of(self.grid or (1, 1, 1))  # raises for a tile, grid or text length that makes no sense
         self.expect, self.min_tokens, self.attention, self.gates = expect, min_tokens, attention, gates
         self.fuse_selection, self.lower_flex = fuse_selection, lower_flex
-        self.wrapped = wrapped
+        self.inner, self.wrapped = inner, wrapped
         self.calls = Report()
 
     def layout_of(self, grid: Grid) -> TileLayout:
@@ -162,7 +166,7 @@ class Backend:
         self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], region: str, options: Mapping[str, Any]
     ) -> Any:
         """As calling the backend, for a region that several modules run (its name ends in ``::``)."""
-        from torch._inductor.compile_fx import compile_fx
+        from torch._dynamo import lookup_backend
 
         builder = self.builder
         schedules = builder.schedules() if isinstance(builder, MaskBuilder) else ()
@@ -203,7 +207,9 @@ class Backend:
         rewrite(gm)
         self._verify(rewrite, met)
         self.calls.update(met)
-        return compile_fx(gm, list(example_inputs), config_patches=_inductor_options(options))
+        if self.inner == "aot_eager":
+            return lookup_backend("aot_eager")(gm, list(example_inputs))
+        return compile_guarded(gm, list(example_inputs), _inductor_options(options))
 
     def _verify(self, rewrite: RewriteSDPA, met: Report) -> None:
         if self.expect is not None:
@@ -270,7 +276,8 @@ def backend(
         grid: the latent token grid (T, H, W). A graph of a wrapped model says its own, any other needs this.
         expect: how many sparse calls every graph must have; None for at least one.
         options: ``text_first``, ``text_last`` (extra tokens in every call), ``min_tokens`` (shorter calls stay dense),
-            ``attention`` (``"auto"`` or a backend's name), ``fuse_selection`` and ``lower_flex`` (switches of passes
+            ``attention`` (``"auto"`` or a backend's name), ``inner`` (``"inductor"``, or ``"aot_eager"`` to leave out
+            code generation when debugging), ``fuse_selection`` and ``lower_flex`` (switches of passes
             that this version does not have yet; they change nothing).
 
     Returns:

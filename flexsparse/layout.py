@@ -219,8 +219,8 @@ class TileLayout:
     def __post_init__(self) -> None:
         grid = _axes("grid", self.grid)
         if self.tile == "auto":
-            if self.slots < MIN_SLOTS or self.slots & (self.slots - 1):
-                raise ValueError(f"slots is {self.slots}: give a power of two of at least {MIN_SLOTS}")
+            if not isinstance(self.slots, int) or self.slots < MIN_SLOTS or self.slots & (self.slots - 1):
+                raise ValueError(f"slots is {self.slots!r}: give a power of two of at least {MIN_SLOTS}")
             tile = auto_tile(cast(tuple[int, int, int], tuple(int(x) for x in grid)), self.slots)
         elif isinstance(self.tile, str):
             raise ValueError(f"tile is {self.tile!r}: give three ints (t, h, w), or 'auto'")

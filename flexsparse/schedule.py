@@ -33,13 +33,13 @@ class SparsitySchedule:
 
     def __init__(self, *, target: float, start: float = 0.0, step: float = 0.03, every: int = 50) -> None:
         for name, value in (("target", target), ("start", start)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}: give a ratio in [0, 1]")
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value!r}: give a ratio in [0, 1]")
         if not step > 0 or not math.isfinite(step):
             raise ValueError(f"step is {step}: give how much the ratio moves at a time, a finite number above 0")
-        if every < 1:
-            raise ValueError(f"every is {every}: give the training steps between moves, an int of at least 1")
-        self.target, self.start, self.every, self.step = float(target), float(start), int(every), float(step)
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every is {every!r}: give the training steps between moves, an int of at least 1")
+        self.target, self.start, self.every, self.step = float(target), float(start), every, float(step)
         self.steps_done = 0
         self.tensor: Tensor = torch.tensor(self.start, dtype=torch.float64)
         self.seek(0)

@@ -24,7 +24,7 @@ from flexsparse.reporting import Report
 
 Model = TypeVar("Model", bound=nn.Module)
 STATE = "_flexsparse"
-OWN_OPTIONS = ("text_first", "text_last", "min_tokens", "attention", "fuse_selection", "lower_flex", "expect")
+OWN_OPTIONS = ("text_first", "text_last", "min_tokens", "attention", "inner", "fuse_selection", "lower_flex", "expect")
 
 
 class State:
@@ -34,9 +34,8 @@ class State:
         self.backend, self.reader, self.compile, self.options = backend, reader, compile, options
         self.own_grid: GridFunction | None = None
         self.interceptor = Interceptor(backend)
-        self.whole = torch.compile(_fresh(_traced_model), backend=backend, **options) if compile is True else None
-        self.regions: dict[type, Callable[..., Any]] = {}
-        self.checked: set[Grid] = set()
+        self.compiled: dict[Any, Callable[..., Any]] = {}
+        self.checked: dict[Grid, int] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         new = State(self.backend, self.reader, self.compile, self.options)
@@ -58,7 +57,7 @@ class State:
                 )
         if grid not in self.checked:
             self.backend.check(grid)  # type: ignore[arg-type]
-            self.checked.add(grid)  # type: ignore[arg-type]
+            self.checked[grid] = len(self.checked)  # type: ignore[index]
         return grid  # type: ignore[return-value]
 
     def _own(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grid | None:
@@ -70,17 +69,37 @@ class State:
             return None  # not a video: the given grid is all there is
         return tuple(int(size) for size in reader(module, args, kwargs))  # type: ignore[return-value]
 
-    def region(self, module: nn.Module, options: dict[str, Any]) -> Callable[..., Any]:
+    def variant(self, grid: Grid, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Which compiled form serves a grid, and how it is compiled.
+
+        The first grid has static shapes, all others share one form with dynamic shapes: two graphs for any number of
+        resolutions. Left to itself, torch makes one size after the other dynamic, and may redo a checkpointed block with
+        another graph than the forward's. ``tile="auto"`` depends on the numbers, so each grid has a form of its own.
+        """
+        if self.backend.tile == "auto":
+            return grid, {"dynamic": False, **options}
+        first = self.checked.get(grid, 1) == 0
+        return first, options if first or options.get("dynamic") is not None else {**options, "dynamic": True}
+
+    def whole(self, grid: Grid) -> Callable[..., Any]:
+        """The compiled form of the model for a grid."""
+        key, options = self.variant(grid, self.options)
+        if key not in self.compiled:
+            self.compiled[key] = torch.compile(_fresh(_traced_model), backend=self.backend, **options)
+        return self.compiled[key]
+
+    def region(self, module: nn.Module, grid: Grid, options: dict[str, Any]) -> Callable[..., Any]:
         """The compiled form of a class of modules: one for all of them, so that N blocks compile once."""
         kind = type(module)
-        if kind not in self.regions:
+        key, options = self.variant(grid, options)
+        if (kind, key) not in self.compiled:
             name = f"{kind.__name__}::"
 
             def compile_region(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
                 return self.backend.compile(gm, inputs, name, kwargs)
 
-            self.regions[kind] = torch.compile(_fresh(_traced_region), backend=compile_region, **options)
-        return self.regions[kind]
+            self.compiled[kind, key] = torch.compile(_fresh(_traced_region), backend=compile_region, **options)
+        return self.compiled[kind, key]
 
 
 def _fresh(function: types.FunctionType | Callable[..., Any]) -> Callable[..., Any]:
@@ -141,9 +160,9 @@ def _model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if torch.compiler.is_compiling():
         return _traced_model(module, args, kwargs)
     grid = state.grid_of(module, args, kwargs)
-    if state.whole is not None:
+    if state.compile is True:
         try:
-            out = state.whole(module, args, kwargs)
+            out = state.whole(grid)(module, args, kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, RewriteError):
                 raise error.inner_exception from None
@@ -177,14 +196,14 @@ def _compile_module(module: nn.Module, *args: Any, backend: Any = None, **option
 def compile_region(module: nn.Module, options: dict[str, Any]) -> None:
     """Compile one module of a wrapped model; modules of one class share one compiled form."""
     state: State = getattr(module, STATE)
-    compiled = state.region(module, options)
     state.backend.calls.add_region(type(module).__name__, module.__dict__["_flexsparse_name"])
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        T, H, W = state.interceptor.current_grid()
+        grid = state.interceptor.current_grid()
+        compiled = state.region(module, grid, options)
         with state.interceptor.suspended():
             try:
-                return compiled(module, T, H, W, args, kwargs)
+                return compiled(module, *grid, args, kwargs)
             except BackendCompilerFailed as error:
                 if isinstance(error.inner_exception, RewriteError):
                     raise error.inner_exception from None

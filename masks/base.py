@@ -176,6 +176,14 @@ class MaskBuilder:
         same = kv_layout is None or kv_layout is layout
         kv_layout = layout if kv_layout is None else kv_layout
         self.check(layout, kv_layout)
+        if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+            raise ValueError(
+                f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}: give [B, H, S, D] and [B, G, S_kv, D]"
+            )
+        if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+            raise ValueError(f"q has {q.shape[1]} heads and k has {k.shape[1]}: q's must be a multiple of k's (GQA)")
+        if scale is not None and not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale is {scale}: give a positive finite number, or None for head_dim ** -0.5")
         with torch.no_grad():
             coarse = CoarseInputs(
                 layout.video(layout.to_tiles(q.detach())),

@@ -8,6 +8,7 @@ queries of a tile.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -64,7 +65,8 @@ class BSA(MaskBuilder):
             more peaked a row is); ``"mass"`` keeps the smallest set whose softmax mass reaches ``mass`` (what
             FastVideo's backend does).
         mass: for ``threshold="mass"``, in (0, 1].
-        statistics: mean and std of each ``"row"`` (the paper: for each query), or of a whole ``"head"``.
+        statistics: mean and std of each ``"row"`` (the paper: for each query), or of a whole ``"head"`` (not with
+            ``within``: each row would depend on the tiles that others may see).
         score_queries: pool the ``"kept"`` queries (what is computed) or ``"all"`` of a tile for the logits.
         fill: what a pruned token gets: the output of its window's ``"representative"`` (pruned tokens are those most
             similar to it), of the ``"nearest"`` kept token of its window (highest cosine), or ``"zero"`` (the model's
@@ -105,8 +107,13 @@ class BSA(MaskBuilder):
         ):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"BSA {name} is {getattr(self, name)!r}: give one of {get_args(choices)}")
+        if self.statistics == "head" and self.within is not None:
+            raise ValueError(
+                "BSA statistics is 'head' and within is given: a threshold over all rows would let a row depend on "
+                "tiles outside of it (the future, for FrameCausal); use statistics='row'"
+            )
         if self.window is not None:
-            window = tuple(self.window)
+            window = tuple(self.window) if isinstance(self.window, Sequence) else (self.window,)
             if len(window) != 3 or any(not isinstance(w, int) or w < 1 for w in window):
                 raise ValueError(f"BSA window is {window}: give three ints (t, h, w) of at least 1, or None")
             object.__setattr__(self, "window", window)
@@ -171,7 +178,7 @@ class BSA(MaskBuilder):
         density = torch.as_tensor(current(self.kv_density), dtype=torch.float64)
         every = density >= 1  # Phi^-1(0) is -inf, and -inf * 0 is NaN for a row of equal logits
         z = torch.special.ndtri(1 - density.clamp_max(1 - 1e-12)).to(values.dtype)
-        return ((values > mean + variance.sqrt() * z) | every).sum(-1, keepdim=True)
+        return (((values > mean + variance.sqrt() * z) | every) & mask).sum(-1, keepdim=True)
 
     def nominal_density(self, layout: TileLayout, kv_layout: TileLayout) -> float:
         """Kept queries times the density aimed at; for ``"mass"`` an upper bound."""

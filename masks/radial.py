@@ -29,8 +29,8 @@ class Radial(StaticBuilder):
     first_frames: int = 0
 
     def __post_init__(self) -> None:
-        if self.first_frames < 0:
-            raise ValueError(f"Radial first_frames is {self.first_frames}: give a number of tiles of at least 0")
+        if not isinstance(self.first_frames, int) or self.first_frames < 0:
+            raise ValueError(f"Radial first_frames is {self.first_frames!r}: give a number of tiles of at least 0")
 
     def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:
         if layout.tiles[1:] != kv_layout.tiles[1:]:

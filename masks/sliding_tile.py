@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ class SlidingTile(StaticBuilder):
     window: tuple[int, int, int] = (3, 3, 3)
 
     def __post_init__(self) -> None:
-        window = tuple(self.window)
+        window = tuple(self.window) if isinstance(self.window, Sequence) else (self.window,)
         if len(window) != 3 or any(not isinstance(w, int) or w < 1 for w in window):
             raise ValueError(f"SlidingTile window is {window}: give three ints (t, h, w) of at least 1, in tiles")
         object.__setattr__(self, "window", window)

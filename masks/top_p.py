@@ -48,10 +48,10 @@ def tiles_for_mass(weights: Tensor, mass: float | Tensor, allowed: Tensor | None
 
 def check_tiles(method: str, min_tiles: int, max_tiles: int | None) -> None:
     """Raise a `ValueError` where the bounds on a row's tiles make no sense."""
-    if min_tiles < 1:
-        raise ValueError(f"{method} min_tiles is {min_tiles}: give an int of at least 1")
-    if max_tiles is not None and max_tiles < min_tiles:
-        raise ValueError(f"{method} max_tiles is {max_tiles}: give at least min_tiles={min_tiles}, or None")
+    if not isinstance(min_tiles, int) or min_tiles < 1:
+        raise ValueError(f"{method} min_tiles is {min_tiles!r}: give an int of at least 1")
+    if max_tiles is not None and not (isinstance(max_tiles, int) and max_tiles >= min_tiles):
+        raise ValueError(f"{method} max_tiles is {max_tiles!r}: give an int of at least min_tiles={min_tiles}, or None")
 
 
 def bounded(

@@ -7,8 +7,9 @@ Shape letters: B batch, H query heads, G KV heads, N query tiles, M KV video til
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,6 +186,18 @@ def _problem(
     )
 
 
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Backward runs under whatever autocast holds where it is called; the op chooses its own precision."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        q = next(x for x in args if isinstance(x, Tensor))
+        with torch.autocast(q.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
 def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     # the scale is applied to the fp32 product: a pre-scaled operand rounds differently in forward and backward
     logits = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=scale)
@@ -197,6 +210,10 @@ def _softmax(logits: Tensor, lse: Tensor | None, masked: bool) -> Tensor:
     A row of -inf (only where ``masked``) has weights 0 and log-sum-exp -inf. The log-sum-exp is read off the largest
     weight, ``max(logits) - log(max(weights))``: one pass less than computing it.
     """
+    if logits.shape[-1] == 0:  # rows that see nothing at all
+        if lse is not None:
+            lse.fill_(-math.inf)
+        return logits
     top = logits.amax(-1) if masked or lse is not None else None
     weights = torch.softmax(logits, -1, out=logits)
     if masked and top is not None:
@@ -224,6 +241,7 @@ def _extra_bias(p: _Problem, b: int, device: torch.device) -> Tensor:
 
 
 @torch.library.custom_op("flexsparse::gather_attention", mutates_args=())
+@_without_autocast
 def gather_attention(
     q: Tensor,
     k: Tensor,
@@ -294,6 +312,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("flexsparse::gather_attention_backward", mutates_args=())
+@_without_autocast
 def gather_attention_backward(
     grad: Tensor,
     grad_lse: Tensor | None,
@@ -315,10 +334,13 @@ def gather_attention_backward(
     """Gradients of `gather_attention` with respect to q, k and v; logits are recomputed as the forward does."""
     p = _problem(q, k, bits, counts, kv_counts, query_rows, first_rows, kv_first, kv_video, slots)
     R = q.shape[2]
-    delta = (grad.to(p.dtype) * out.to(p.dtype)).sum(-1)
+    finite = lse.masked_fill(lse == -math.inf, 0)
+    # sum(grad * out) is sum(weights * dP), unless out was rounded: where one weight is near 1 the difference to dP is
+    # all that counts, and a rounding of out is larger than it
+    rounded = out.dtype != p.dtype
+    delta = finite.new_zeros(finite.shape) if rounded else (grad * out).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse
-    finite = lse.masked_fill(lse == -math.inf, 0)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.zeros(k.shape, dtype=p.dtype, device=k.device)
     dv = torch.zeros(v.shape, dtype=p.dtype, device=v.device)
@@ -331,10 +353,12 @@ def gather_attention_backward(
         k_c = p.tokens(k_flat, rows)
         weights = _logits(q_c, k_c, rows.bias, scale).sub_(lse_video[rows.tiles]).exp_()
         index = rows.kv.reshape(-1)
-        dv_flat.index_add_(0, index, torch.bmm(weights.transpose(1, 2), g_c).view(len(index), -1))
-        ds = torch.bmm(g_c, p.tokens(v_flat, rows).transpose(1, 2)).sub_(delta_video[rows.tiles]).mul_(weights)
+        dv_flat.index_add_(0, index, torch.bmm(weights.transpose(1, 2), g_c).view(len(index), p.s * p.D))
+        ds = torch.bmm(g_c, p.tokens(v_flat, rows).transpose(1, 2))
+        total = torch.linalg.vecdot(ds, weights)[..., None] if rounded else 0
+        ds.sub_(delta_video[rows.tiles] + total).mul_(weights)
         dq_video[rows.tiles] = torch.bmm(ds, k_c).mul_(scale).to(q.dtype)
-        dk_flat.index_add_(0, index, torch.bmm(ds.transpose(1, 2), q_c).mul_(scale).view(len(index), -1))
+        dk_flat.index_add_(0, index, torch.bmm(ds.transpose(1, 2), q_c).mul_(scale).view(len(index), p.s * p.D))
     dq.narrow(2, first_rows, p.N * p.t).copy_(dq_video.view(p.B, p.H, p.N * p.t, p.D))
     for start, length in p.extra():
         for b, h, at in _extra_rows(p, R, start, length):
@@ -342,7 +366,9 @@ def gather_attention_backward(
             q_c, g_c, k_c, v_c = (x.to(p.dtype) for x in (q[b, h, at], grad[b, h, at], k[b, g], v[b, g]))
             logits = _logits(q_c[None], k_c[None], _extra_bias(p, b, q.device), scale)[0]
             weights = logits.sub_(finite[b, h, at, None]).exp_()
-            ds = (g_c @ v_c.T).sub_(delta[b, h, at, None]).mul_(weights).mul_(scale)
+            ds = g_c @ v_c.T
+            total = torch.linalg.vecdot(ds, weights)[:, None] if rounded else 0
+            ds.sub_(delta[b, h, at, None] + total).mul_(weights).mul_(scale)
             dq[b, h, at] = (ds @ k_c).to(q.dtype)
             dk[b, g].addmm_(ds.T, q_c)
             dv[b, g].addmm_(weights.T, g_c)

@@ -1,0 +1,73 @@
+"""Keeps Inductor's CPU code generator from a fusion that it miscompiles.
+
+In torch up to 2.13, fusing the outer loops of a reduction and its consumer replaces the buffer between them by one row's
+worth of local memory, also where vectorisation works on 16 rows at a time: 15 of them are overwritten, and the result is
+wrong without a word (pytorch issue 185702; its fix, PR 185855, is not in 2.13.0). It struck the gradient of a LayerNorm
+after a patch convolution, as soon as a gate made four linear maps read the normalised tokens instead of three.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from typing import Any
+
+import torch
+from torch._inductor.choices import InductorChoices
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.virtualized import V
+from torch.fx import Graph
+
+
+class GuardedChoices(InductorChoices):
+    """Inductor's own choices, less the vertical fusions of outer loops on CPU."""
+
+    @staticmethod
+    def can_fuse_vertical(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+        """Refuse what only outer loop fusion could fuse."""
+        device = node1.get_device()
+        if device is not None and device.type == "cpu":
+            backend = scheduler.get_backend(device)
+            outer = getattr(backend, "can_fuse_vertical_outer_loop", None)
+            if outer is not None and outer(node1, node2):
+                return False
+        return InductorChoices.can_fuse_vertical(scheduler, node1, node2, shared_data_score)
+
+    def uuid(self) -> str:
+        """Identifies these choices in caches of compiled graphs."""
+        return hashlib.sha256(inspect.getsource(type(self)).encode()).hexdigest()
+
+
+class CacheTag(CustomGraphPass):
+    """Does nothing to a graph; its uuid enters the key under which the compiled graph is cached.
+
+    The choices themselves do not, so that a graph compiled without them could be served.
+    """
+
+    def __init__(self, choices: GuardedChoices, inner: Any = None) -> None:
+        self.choices, self.inner = choices, inner
+
+    def __call__(self, graph: Graph) -> None:
+        if self.inner is not None:
+            self.inner(graph)
+
+    def uuid(self) -> Any:
+        inner = self.inner.uuid() if isinstance(self.inner, CustomGraphPass) else None
+        if self.inner is not None and inner is None:
+            return None  # a pass without an identity: nothing may be cached
+        return f"{self.choices.uuid()}{inner or ''}"
+
+
+def compile_guarded(gm: torch.fx.GraphModule, example_inputs: list[Any], config: dict[str, Any]) -> Any:
+    """Inductor's ``compile_fx`` under the guard, forward and backward (which is compiled later) alike."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    choices = GuardedChoices()
+    key = "post_grad_custom_post_pass"
+    config = {**config, key: CacheTag(choices, config.get(key, getattr(torch._inductor.config, key)))}
+
+    def inner_compile(*args: Any, **kwargs: Any) -> Any:
+        with V.set_choices_handler(choices):
+            return compile_fx_inner(*args, **kwargs)
+
+    return compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=config)
