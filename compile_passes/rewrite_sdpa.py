@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,13 @@ from flexsparse.compile_passes import marks, sdpa_call
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
 
 # higher-order operators whose sub-graph takes the operands that follow it, one placeholder each
-WALKED = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "wrap_with_autocast", "invoke_subgraph")
+WALKED = (
+    "tag_activation_checkpoint",
+    "wrap",
+    "wrap_activation_checkpoint",
+    "wrap_with_autocast",
+    "invoke_subgraph",
+)
 LINEAR = {torch._C._nn.linear, torch.nn.functional.linear, torch.matmul, torch.addmm, torch.bmm, torch.mm}
 
 Attend = Callable[..., Any]
@@ -83,7 +90,8 @@ class RewriteSDPA:
 
     def uuid(self) -> str:
         """Hash of this pass's source and parameters, for caches of compiled graphs."""
-        source = "".join(inspect.getsource(module) for module in (inspect.getmodule(type(self)), marks, sdpa_call))  # type: ignore[type-var]
+        modules = (sys.modules[__name__], marks, sdpa_call)
+        source = "".join(inspect.getsource(module) for module in modules)
         parameters = (self.grid, self.extra, self.min_tokens, len(self.schedules), self.gates)
         return hashlib.sha256(f"{source}{parameters}{self.attend!r}".encode()).hexdigest()
 
@@ -106,7 +114,7 @@ class RewriteSDPA:
             name = f"flexsparse_schedule_{index}"
             gm.register_buffer(name, tensor)
             if hasattr(gm, "_param_name_to_source"):  # Dynamo's graphs say of every buffer where it comes from
-                gm._param_name_to_source[name] = ConstantSource(name)  # type: ignore[operator,union-attr,index]
+                gm._param_name_to_source[name] = ConstantSource(name)  # type: ignore[operator,union-attr,index,assignment]
             with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
                 node = gm.graph.get_attr(name)
             node.meta["example_value"] = tensor
@@ -238,7 +246,8 @@ def _graph_position(node: Node) -> int:
 def _sources(node: Any, limit: int = 2000) -> set[Node]:
     """Inputs of the nearest linear maps above a node."""
     found: set[Node] = set()
-    stack, visited = [node], set()
+    stack: list[Any] = [node]
+    visited: set[Node] = set()
     while stack and len(visited) < limit:
         current = stack.pop()
         if not isinstance(current, Node) or current in visited:
@@ -255,11 +264,22 @@ def _sources(node: Any, limit: int = 2000) -> set[Node]:
 
 def _through_views(node: Node) -> Node:
     """The tensor behind casts, reshapes and marks, so that two readings of one tensor compare equal."""
-    same = {"to", "type_as", "float", "contiguous", "view", "reshape", "flatten", "transpose", "permute", "clone"}
+    same = {
+        "to",
+        "type_as",
+        "float",
+        "contiguous",
+        "view",
+        "reshape",
+        "flatten",
+        "transpose",
+        "permute",
+        "clone",
+    }
     while True:
-        if node.op == "call_method" and node.target in same and isinstance(node.args[0], Node):
-            node = node.args[0]
-        elif node.op == "call_function" and marks.is_mark(node.target, marks.GATE) and isinstance(node.args[0], Node):
+        if (node.op == "call_method" and node.target in same and isinstance(node.args[0], Node)) or (
+            node.op == "call_function" and marks.is_mark(node.target, marks.GATE) and isinstance(node.args[0], Node)
+        ):
             node = node.args[0]
         else:
             return node

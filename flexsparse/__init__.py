@@ -1,6 +1,6 @@
 """Trainable block-sparse attention for video diffusion transformers, integrated with torch.compile."""
 
-from flexsparse import masks
+from flexsparse import masks, nn
 from flexsparse.attention import AttentionAux, sparse_attention
 from flexsparse.compiler import backend
 from flexsparse.gates import gate_parameters, load_gates, save_gates
@@ -43,6 +43,7 @@ __all__ = [
     "gate_parameters",
     "load_gates",
     "masks",
+    "nn",
     "report",
     "save_gates",
     "sparse_attention",

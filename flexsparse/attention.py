@@ -88,7 +88,10 @@ def check_inputs(
             raise ValueError(f"{name} has shape {tuple(gate_.shape)}: give the shape of q, {tuple(q.shape)}")
     if tile_counts is not None:
         total = kv_layout.total_tiles
-        if tile_counts.dtype != torch.int32 or tuple(tile_counts.shape) not in ((total,), (q.shape[0], total)):
+        if tile_counts.dtype != torch.int32 or tuple(tile_counts.shape) not in (
+            (total,),
+            (q.shape[0], total),
+        ):
             raise ValueError(
                 f"tile_counts is {tile_counts.dtype} {tuple(tile_counts.shape)}: give int32 [{total}] or "
                 f"[{q.shape[0]}, {total}], valid tokens of every KV tile in sequence order"
@@ -110,7 +113,13 @@ def is_fake(x: Tensor) -> bool:
 
 
 def case_of(
-    q: Tensor, layout: TileLayout, *, gradients: bool, lse: bool, compiled: bool, dtype: torch.dtype | None = None
+    q: Tensor,
+    layout: TileLayout,
+    *,
+    gradients: bool,
+    lse: bool,
+    compiled: bool,
+    dtype: torch.dtype | None = None,
 ) -> Case:
     """What a backend is asked for; ``dtype`` where q will be cast."""
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
@@ -201,14 +210,19 @@ def broadcast_coarse(coarse_out: Tensor, layout: TileLayout) -> Tensor:
 
 @overload
 def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: TileLayout, builder: Any, *, return_aux: Literal[True], **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TileLayout,
+    builder: Any,
+    *,
+    return_aux: Literal[True],
+    **options: Any,
 ) -> tuple[Tensor, AttentionAux]: ...
 
 
 @overload
-def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: TileLayout, builder: Any, **options: Any
-) -> Tensor: ...
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, layout: TileLayout, builder: Any, **options: Any) -> Tensor: ...
 
 
 def sparse_attention(  # type: ignore[misc]
@@ -262,7 +276,9 @@ def sparse_attention(  # type: ignore[misc]
                 f"{builder.layout.tile} and {builder.kv_layout.tile}; give it with the layouts it was made for"
             )
         if builder.counts.shape[:2] != q.shape[:2]:
-            raise ValueError(f"the selection is for [B, H] = {tuple(builder.counts.shape[:2])}, q has {tuple(q.shape[:2])}")
+            raise ValueError(
+                f"the selection is for [B, H] = {tuple(builder.counts.shape[:2])}, q has {tuple(q.shape[:2])}"
+            )
         if tile_counts is not None:
             builder = dataclasses.replace(builder, tile_counts=tile_counts)
         tile_counts = builder.tile_counts
@@ -301,5 +317,3 @@ def sparse_attention(  # type: ignore[misc]
     computed, valid = selection.valid_pairs()
     capped = selection.capped if selection.capped is not None else torch.zeros((), dtype=torch.int64, device=q.device)
     return out, AttentionAux(selection, coarse_out, cast(Tensor, lse), computed / valid, capped, name)
-
-

@@ -99,9 +99,13 @@ class Backend:
         if not callable(getattr(builder, "select", None)):
             raise TypeError(f"builder is {builder!r}: give a mask builder, such as flexsparse.VSA(sparsity=0.9)")
         if gates and not getattr(builder, "has_coarse", False):
-            raise ValueError(f"gates are on, but {type(builder).__name__} has no coarse output: use VSA or TopP, or no gates")
+            raise ValueError(
+                f"gates are on, but {type(builder).__name__} has no coarse output: use VSA or TopP, or no gates"
+            )
         if inner not in ("inductor", "aot_eager"):
-            raise ValueError(f"inner is {inner!r}: give 'inductor', or 'aot_eager' to leave out Inductor when debugging")
+            raise ValueError(
+                f"inner is {inner!r}: give 'inductor', or 'aot_eager' to leave out Inductor when debugging"
+            )
         if expect is not None and expect < 0:
             raise ValueError(f"expect is {expect}: give how many sparse calls a graph has, at least 0, or None")
         self.builder, self.tile = builder, tile if isinstance(tile, str) else tuple(tile)

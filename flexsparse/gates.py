@@ -120,7 +120,10 @@ def save_gates(model: nn.Module, path: str | Path) -> None:
     if not tensors:
         raise ValueError(f"{type(model).__name__} has no gates: wrap it with gates=True before saving them")
     state = model.__dict__.get("_flexsparse")
-    metadata = {"format": "flexsparse-gates", "builder": json.dumps(repr(state.backend.builder) if state else "")}
+    metadata = {
+        "format": "flexsparse-gates",
+        "builder": json.dumps(repr(state.backend.builder) if state else ""),
+    }
     _safetensors().torch.save_file(tensors, str(path), metadata=metadata)
 
 
@@ -158,7 +161,9 @@ def load_gates(model: nn.Module, path: str | Path, strict: bool = True) -> list[
             if key is None:
                 missing.append(options[0])
             elif found[key].shape != parameter.shape:
-                raise ValueError(f"{key} in {path} is {tuple(found[key].shape)}, the model's gate {tuple(parameter.shape)}")
+                raise ValueError(
+                    f"{key} in {path} is {tuple(found[key].shape)}, the model's gate {tuple(parameter.shape)}"
+                )
             else:
                 used.add(key)
                 planned.append((parameter, found[key]))
@@ -169,6 +174,6 @@ def load_gates(model: nn.Module, path: str | Path, strict: bool = True) -> list[
             f"{extra or 'none'}; wrap with gates=True first, or load with strict=False"
         )
     with torch.no_grad():
-        for parameter, value in planned:
-            parameter.copy_(value)
+        for target, value in planned:
+            target.copy_(value)
     return sorted({key.rpartition(".")[0] for key in used})

@@ -85,7 +85,11 @@ def grid_reader(model: nn.Module, grid: Sequence[int] | GridFunction | None) -> 
             raise ValueError(f"grid is {tuple(grid)}: give three ints (T, H, W) of at least 1")
         return FixedGrid(cast(Grid, tuple(grid)))
     patch = _patch_size(model)
-    names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [
+        p.name
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     if patch is None or not names:
         raise ValueError(
             f"grid is None, and {type(model).__name__} has no patch_size (configuration or attribute) and no patch "

@@ -144,7 +144,9 @@ def tile_index(
     An op, so that a compiled graph holds the lookup and not the arithmetic, with static and symbolic sizes alike.
     """
     index = _index(tuple(grid), tuple(tile), first, last, device)  # type: ignore[arg-type]
-    return cast(tuple[Tensor, Tensor, Tensor], tuple(x.clone() for x in index))  # the compiler reuses outputs as buffers
+    return cast(
+        tuple[Tensor, Tensor, Tensor], tuple(x.clone() for x in index)
+    )  # the compiler reuses outputs as buffers
 
 
 @tile_index.register_fake

@@ -203,7 +203,7 @@ class TileSelection:
 
     def valid_pairs(self) -> tuple[Tensor, Tensor]:
         """(pairs computed, all valid pairs) of query and KV tokens, float64 0-d; see `density`."""
-        q, kv = self.layout, self.kv_layout
+        q, _kv = self.layout, self.kv_layout
         device = self.bits.device
         q_counts = q.index(device)[2].double()
         kv_counts = self.kv_tile_counts().double()
@@ -310,5 +310,5 @@ def block_lists(selection: TileSelection) -> BlockLists:
         repeat = q.slots // rows
         dense = torch.cat([first.repeat_interleave(repeat, 2), video, last.repeat_interleave(repeat, 2)], dim=2)
     slots = selection.kv_layout.slots
-    lists = torch.ops.flexsparse.block_lists(dense, selection.kv_tile_counts(), slots)
-    return BlockLists(*lists, rows.bit_length() - 1, slots.bit_length() - 1)
+    lists: Any = torch.ops.flexsparse.block_lists(dense, selection.kv_tile_counts(), slots)
+    return BlockLists._make((*lists, rows.bit_length() - 1, slots.bit_length() - 1))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -24,7 +25,16 @@ from flexsparse.reporting import Report
 
 Model = TypeVar("Model", bound=nn.Module)
 STATE = "_flexsparse"
-OWN_OPTIONS = ("text_first", "text_last", "min_tokens", "attention", "inner", "fuse_selection", "lower_flex", "expect")
+OWN_OPTIONS = (
+    "text_first",
+    "text_last",
+    "min_tokens",
+    "attention",
+    "inner",
+    "fuse_selection",
+    "lower_flex",
+    "expect",
+)
 
 
 class State:
@@ -85,7 +95,7 @@ class State:
         """The compiled form of the model for a grid."""
         key, options = self.variant(grid, self.options)
         if key not in self.compiled:
-            self.compiled[key] = torch.compile(_fresh(_traced_model), backend=self.backend, **options)
+            self.compiled[key] = _distinct_sizes(torch.compile(_fresh(_traced_model), backend=self.backend, **options))
         return self.compiled[key]
 
     def region(self, module: nn.Module, grid: Grid, options: dict[str, Any]) -> Callable[..., Any]:
@@ -98,7 +108,9 @@ class State:
             def compile_region(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
                 return self.backend.compile(gm, inputs, name, kwargs)
 
-            self.compiled[kind, key] = torch.compile(_fresh(_traced_region), backend=compile_region, **options)
+            self.compiled[kind, key] = _distinct_sizes(
+                torch.compile(_fresh(_traced_region), backend=compile_region, **options)
+            )
         return self.compiled[kind, key]
 
 
@@ -108,12 +120,25 @@ def _fresh(function: types.FunctionType | Callable[..., Any]) -> Callable[..., A
     return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
+def _distinct_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Sizes that happen to be equal get symbols of their own: 16 frames and 16 channels would tie the grid to the model."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return function(*args, **kwargs)
+
+    return call
+
+
 def _original(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run the forward that was there before wrapping: the class's, or an instance's own (offloading hooks set one)."""
     return module._flexsparse_forward(*args, **kwargs)  # type: ignore[operator]
 
 
-def _mark(args: tuple[Any, ...], kwargs: dict[str, Any], mark: Callable[..., Tensor], *values: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _mark(
+    args: tuple[Any, ...], kwargs: dict[str, Any], mark: Callable[..., Tensor], *values: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Send the first floating point argument through a mark."""
     for index, value in enumerate(args):
         if isinstance(value, Tensor) and value.is_floating_point():

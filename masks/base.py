@@ -242,9 +242,7 @@ class MaskBuilder:
 
 
 @functools.lru_cache(64)
-def _cached_mask(
-    builder: StaticBuilder, layout: TileLayout, kv_layout: TileLayout, device: torch.device
-) -> Tensor:
+def _cached_mask(builder: StaticBuilder, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:
     return builder.tile_mask(layout, kv_layout, device)
 
 

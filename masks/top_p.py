@@ -54,9 +54,7 @@ def check_tiles(method: str, min_tiles: int, max_tiles: int | None) -> None:
         raise ValueError(f"{method} max_tiles is {max_tiles!r}: give an int of at least min_tiles={min_tiles}, or None")
 
 
-def bounded(
-    wanted: Tensor, allowed: Tensor | None, min_tiles: int, capacity: int, M: int
-) -> tuple[Tensor, Tensor]:
+def bounded(wanted: Tensor, allowed: Tensor | None, min_tiles: int, capacity: int, M: int) -> tuple[Tensor, Tensor]:
     """Tiles that each row keeps, int64 ``[B, H, N, 1]``, and how many rows wanted more than the capacity (0-d)."""
     wanted = torch.as_tensor(row_count(wanted.clamp_min(min_tiles).clamp_max(M), allowed))
     return wanted.clamp_max(capacity), (wanted > capacity).sum()

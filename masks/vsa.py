@@ -54,9 +54,7 @@ class VSA(MaskBuilder):
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.top_k is None):
-            raise ValueError(
-                f"VSA has sparsity={self.sparsity} and top_k={self.top_k}: give exactly one of them"
-            )
+            raise ValueError(f"VSA has sparsity={self.sparsity} and top_k={self.top_k}: give exactly one of them")
         if self.top_k is not None:
             try:
                 value = operator.index(self.top_k)

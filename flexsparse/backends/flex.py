@@ -53,7 +53,9 @@ def _compiled(case: tuple[Any, ...]) -> Any:
         )
 
     fresh = types.FunctionType(
-        flex_case.__code__.replace(co_name=f"flex_{len(case)}"), flex_case.__globals__, closure=flex_case.__closure__
+        flex_case.__code__.replace(co_name=f"flex_{len(case)}"),
+        flex_case.__globals__,
+        closure=flex_case.__closure__,
     )
     return torch.compile(fresh, fullgraph=True, dynamic=False)
 
@@ -85,6 +87,9 @@ def attend(
     k, v = k.contiguous(), v.contiguous()  # on CPU, views of other ranks do not lower
     lists = block_lists(selection)
     gqa = q.shape[1] != k.shape[1]
+    out: Tensor
+    lse: Tensor | None
+    result: Any
     if in_graph:
         out, lse = _operator(rows, k, v, lists, scale, wants_lse)
     else:
@@ -93,10 +98,26 @@ def attend(
             aux = AuxRequest(lse=True) if wants_lse else None
             options = _kernel_options(*mask.BLOCK_SIZE, q.device.type)
             result = flex_attention(
-                rows, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, return_aux=aux, kernel_options=options
+                rows,
+                k,
+                v,
+                block_mask=mask,
+                scale=scale,
+                enable_gqa=gqa,
+                return_aux=aux,
+                kernel_options=options,
             )
         else:
-            case = (rows.shape, k.shape, mask.BLOCK_SIZE, q.dtype, str(q.device), scale, wants_lse, rows.requires_grad)
+            case = (
+                rows.shape,
+                k.shape,
+                mask.BLOCK_SIZE,
+                q.dtype,
+                str(q.device),
+                scale,
+                wants_lse,
+                rows.requires_grad,
+            )
             result = _compiled(case)(rows, k, v, mask, scale, gqa, wants_lse)
         out, lse = (result[0], result[1].lse) if wants_lse else (result, None)
     return unpack_rows(out, selection), None if lse is None else unpack_lse(lse, selection)

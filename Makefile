@@ -1,0 +1,46 @@
+# Everything runs in a virtual environment of its own, with the versions that constraints.txt pins.
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+SOURCES := flexsparse masks compile_passes tests bench
+
+.PHONY: help demo test test-full lint typecheck bench clean
+
+help:
+	@echo "make demo       train a small video transformer on a real clip: dense, VSA, BSA; writes runs/demo/report.html"
+	@echo "make test       lint, types, tests (under 15 minutes on 2 cores)"
+	@echo "make test-full  the above, slow tests and mutations of the code"
+	@echo "make bench      CPU benchmark; writes bench/results/ and the README's table"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,dev,diffusers]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/flexsparse demo $(DEMO)
+
+test: lint typecheck
+	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+
+test-full: lint typecheck
+	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m tests.mutations
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+# masks/ and compile_passes/ become sub-packages when installed, so it is the installed tree that is type-checked
+typecheck: $(VENV)/.installed
+	rm -rf build/typecheck build/lib
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
+	MYPYPATH=build/typecheck $(BIN)/mypy --config-file pyproject.toml --cache-dir .mypy_cache -p flexsparse
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m bench.cpu
+	$(BIN)/python -m bench.table
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,5 @@
+"""`python -m flexsparse.cli`."""
+
+from flexsparse.cli import main
+
+main()

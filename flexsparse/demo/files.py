@@ -1,0 +1,54 @@
+"""Writing files so that a kill or a full disk never destroys what was there; showing their names safely."""
+
+import os
+from pathlib import Path
+
+_TEMPORARY = ".partial"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all: a temporary file in the same folder, fsync, rename.
+
+    Args:
+        path: the file; replaced if it exists.
+        data: its content.
+
+    Raises:
+        OSError: the write failed (a full disk, say); what `path` held before is untouched.
+    """
+    remove_leftovers(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def printable(name: str) -> str:
+    """A file's name for screens and pages: control characters and undecodable bytes are replaced."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in name)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes temporary files that an earlier, killed write of `path` left behind."""
+    for leftover in path.parent.glob(f".{path.name}.*{_TEMPORARY}"):
+        leftover.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself durable, where the system lets a folder be opened."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

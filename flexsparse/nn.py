@@ -1,0 +1,139 @@
+"""Modules for models written from scratch.
+
+Shape letters: B batch, S tokens in raster order, H query heads, G KV heads, D head dim, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from flexsparse.attention import sparse_attention
+from flexsparse.gates import NAME
+from flexsparse.layout import TileLayout
+
+
+def rope_frequencies(
+    layout: TileLayout, head_dim: int, base: float = 10000.0, device: Any = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of a 3D rotary embedding, float32 ``[S, D / 2]`` each, raster order.
+
+    The channel pairs are split among (t, h, w): a third each to h and w, the rest to t. Extra tokens are not rotated.
+    """
+    pairs = head_dim // 2
+    share = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+    first, total = layout.text_first, layout.num_tokens
+    _, H, W = layout.grid
+    index = torch.arange(total, device=device)
+    places = [index // (H * W), index // W % H, index % W]
+    angles = []
+    for place, count in zip(places, share):
+        rate = base ** (-torch.arange(count, device=device, dtype=torch.float32) / max(count, 1))
+        angles.append(place[:, None].float() * rate)
+    angle = nn.functional.pad(torch.cat(angles, dim=-1), (0, 0, first, layout.text_last))
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate interleaved channel pairs of ``[B, H, S, D]``, computed in at least float32."""
+    pairs = rearrange(x.to(torch.promote_types(x.dtype, torch.float32)), "b h s (d two) -> b h s d two", two=2)
+    a, b = pairs.unbind(-1)
+    rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    return rearrange(rotated, "b h s d two -> b h s (d two)").to(x.dtype)
+
+
+class VideoSelfAttention(nn.Module):
+    """Self-attention over video tokens: q, k, v, QK-norm, 3D RoPE, sparse attention with a learned gate, output.
+
+    >>> attention = fs.nn.VideoSelfAttention(512, 8, fs.VSA(sparsity=0.9))
+    >>> layout = fs.TileLayout(grid=(21, 30, 52))
+    >>> attention(torch.randn(1, layout.seq_len, 512), layout).shape
+    torch.Size([1, 32760, 512])
+
+    Args:
+        dim: channels C.
+        num_heads: query heads H.
+        builder: a mask builder.
+        num_kv_heads: KV heads G, H by default; must divide H.
+        head_dim: D, ``dim // num_heads`` by default; even, for RoPE.
+        gate: a zero-initialised gate on the coarse output; None for one wherever the builder has a coarse output.
+        qk_norm: RMSNorm over each head's queries and keys.
+        rope: 3D rotary embedding.
+        bias: of the linear maps.
+        backend: see `sparse_attention`.
+
+    Raises:
+        ValueError: sizes that do not divide, or a gate with a builder that has no coarse output.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        builder: Any,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        gate: bool | None = None,
+        qk_norm: bool = True,
+        rope: bool = True,
+        bias: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if head_dim is None and dim % num_heads:
+            raise ValueError(f"dim is {dim} and num_heads is {num_heads}: give a multiple, or head_dim")
+        if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(f"num_kv_heads is {kv_heads}: give a divisor of num_heads={num_heads}")
+        width = dim // num_heads if head_dim is None else head_dim
+        if rope and width % 2:
+            raise ValueError(f"head_dim is {width}: rope=True needs an even one")
+        has_coarse = bool(getattr(builder, "has_coarse", False))
+        gate = has_coarse if gate is None else gate
+        if gate and not has_coarse:
+            raise ValueError(
+                f"gate is True, but {type(builder).__name__} has no coarse output: use VSA or TopP, or gate=False"
+            )
+        self.builder, self.backend, self.rope = builder, backend, rope
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, width
+        self.to_q = nn.Linear(dim, num_heads * width, bias=bias)
+        self.to_k = nn.Linear(dim, kv_heads * width, bias=bias)
+        self.to_v = nn.Linear(dim, kv_heads * width, bias=bias)
+        self.to_out = nn.Linear(num_heads * width, dim, bias=bias)
+        self.norm_q = nn.RMSNorm(width, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(width, eps=1e-6) if qk_norm else nn.Identity()
+        if gate:
+            linear = nn.Linear(dim, num_heads * width, bias=True)
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            self.add_module(NAME, linear)
+
+    def forward(self, x: Tensor, layout: TileLayout) -> Tensor:
+        """Attend.
+
+        Args:
+            x: ``[B, S, C]`` hidden states in raster order, extra tokens at the layout's ends.
+            layout: the layout of the sequence.
+
+        Returns:
+            ``[B, S, C]``.
+
+        Raises:
+            ValueError: x does not have the layout's tokens.
+        """
+        q = self.norm_q(rearrange(self.to_q(x), "b s (h d) -> b h s d", h=self.num_heads))
+        k = self.norm_k(rearrange(self.to_k(x), "b s (g d) -> b g s d", g=self.num_kv_heads))
+        v = rearrange(self.to_v(x), "b s (g d) -> b g s d", g=self.num_kv_heads)
+        if self.rope and x.shape[1] == layout.seq_len:
+            cos, sin = rope_frequencies(layout, self.head_dim, device=x.device)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        gate = None
+        if NAME in self._modules:
+            gate = rearrange(self._modules[NAME](x), "b s (h d) -> b h s d", h=self.num_heads)  # type: ignore[misc]
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast keeps norms in float32
+        out = sparse_attention(q, k, v, layout, self.builder, gate=gate, backend=self.backend)
+        return self.to_out(rearrange(out, "b h s d -> b s (h d)"))
