@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import operator
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch._dynamo.source import ConstantSource
 from torch.fx import Graph, GraphModule, Node
 
-from flexsparse.compile_passes import marks, sdpa_call
+from flexsparse.compile_passes import marks, multi_head, sdpa_call
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
 
 # higher-order operators whose sub-graph takes the operands that follow it, one placeholder each
@@ -24,7 +25,7 @@ WALKED = (
     "wrap_with_autocast",
     "invoke_subgraph",
 )
-LINEAR = {torch._C._nn.linear, torch.nn.functional.linear, torch.matmul, torch.addmm, torch.bmm, torch.mm}
+LINEAR = {torch._C._nn.linear, operator.matmul, torch.matmul, torch.addmm, torch.bmm, torch.mm}
 
 Attend = Callable[..., Any]
 Seen = Callable[[str, Any, Any, "tuple[int, int, int] | None", "str | None"], dict[str, Any]]
@@ -90,7 +91,7 @@ class RewriteSDPA:
 
     def uuid(self) -> str:
         """Hash of this pass's source and parameters, for caches of compiled graphs."""
-        modules = (sys.modules[__name__], marks, sdpa_call)
+        modules = (sys.modules[__name__], marks, multi_head, sdpa_call)
         source = "".join(inspect.getsource(module) for module in modules)
         parameters = (self.grid, self.extra, self.min_tokens, len(self.schedules), self.gates)
         return hashlib.sha256(f"{source}{parameters}{self.attend!r}".encode()).hexdigest()
@@ -139,6 +140,8 @@ class RewriteSDPA:
                 _remove(node, node.args[0])
             elif node.target is SDPA:
                 self._call(gm.graph, node, environment)
+            elif node.target is multi_head.MULTI_HEAD:
+                self._multi_head(gm.graph, node, environment)
             elif isinstance(node.target, torch._ops.HigherOrderOperator):
                 self._descend(gm, node, environment)
 
@@ -151,7 +154,9 @@ class RewriteSDPA:
                 continue
             if node.target.name() not in WALKED or position != _graph_position(node):  # type: ignore[union-attr]
                 for inner in _attention_nodes(sub):
-                    self._leave(inner, f"it is inside of {node.target.name()}")  # type: ignore[union-attr]
+                    call = SDPACall.of(inner.args, inner.kwargs)
+                    q, k = value_of(call.query), value_of(call.key)
+                    self._leave(inner, q, k, f"it is inside of {node.target.name()}")  # type: ignore[union-attr]
                 continue
             inside = self._lift(node, sub, environment)
             self._walk(sub, inside, {})
@@ -181,25 +186,12 @@ class RewriteSDPA:
             inside[key] = tuple(inner) if isinstance(value, tuple) else inner[0]
         return inside
 
-    def _leave(self, node: Node, reason: str) -> None:
-        call = SDPACall.of(node.args, node.kwargs)
+    def _leave(self, node: Node, q: Any, k: Any, reason: str) -> None:
         self.calls += 1
-        self.seen(_name(node), value_of(call.query), value_of(call.key), None, reason)
+        self.seen(_name(node), q, k, None, reason)
 
-    def _call(self, graph: Graph, node: Node, environment: dict[str, Any]) -> None:
-        call = SDPACall.of(node.args, node.kwargs)
-        grid = environment.get("grid")
-        if grid is None:
-            self._leave(node, "the graph does not say the grid")
-            return
-        q, k, v = (value_of(x) for x in (call.query, call.key, call.value))
-        T, H, W = (value_of(size) for size in grid)
-        reason = call.stays_dense(q, k, v, T * H * W + self.extra, self.min_tokens)
-        if reason is None and _from_different_tensors(call.query, call.key):
-            reason = "queries and keys come from different tensors (cross-attention)"
-        if reason is not None:
-            self._leave(node, reason)
-            return
+    def _take(self, node: Node, q: Any, k: Any, environment: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The gate of a call that becomes sparse, and the backend's choice."""
         gate = environment.pop("gate", None)
         if self.gates and gate is None:
             raise RewriteError(
@@ -207,14 +199,67 @@ class RewriteSDPA:
                 "self-attention; give wrap(..., gates=[names]) with the names of the attention modules"
             )
         self.calls += 1
-        choice = self.seen(_name(node), q, k, (T, H, W), None)
-        arguments = (call.query, call.key, call.value, gate, grid, environment.get("schedules", ()))
+        self.matches += 1
+        T, H, W = (value_of(size) for size in environment["grid"])
+        return gate, self.seen(_name(node), q, k, (T, H, W), None)
+
+    def _tokens(self, environment: dict[str, Any]) -> Any:
+        T, H, W = (value_of(size) for size in environment["grid"])
+        return T * H * W + self.extra
+
+    def _call(self, graph: Graph, node: Node, environment: dict[str, Any]) -> None:
+        call = SDPACall.of(node.args, node.kwargs)
+        q, k, v = (value_of(x) for x in (call.query, call.key, call.value))
+        if "grid" not in environment:
+            self._leave(node, q, k, "the graph does not say the grid")
+            return
+        reason = call.stays_dense(q, k, v, self._tokens(environment), self.min_tokens)
+        if reason is None and _from_different_tensors(call.query, call.key):
+            reason = "queries and keys come from different tensors (cross-attention)"
+        if reason is not None:
+            self._leave(node, q, k, reason)
+            return
+        gate, choice = self._take(node, q, k, environment)
+        rest = (gate, environment["grid"], environment.get("schedules", ()))
+        arguments = (call.query, call.key, call.value, *rest)
         with graph.inserting_before(node):
             new = graph.call_function(self.attend, arguments, {"scale": call.scale, **choice})
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-        self.matches += 1
+        _replace(node, new)
+
+    def _multi_head(self, graph: Graph, node: Node, environment: dict[str, Any]) -> None:
+        call = multi_head.arguments_of(node.args, node.kwargs)
+        query = value_of(call["query"])
+        reason = multi_head.stays_dense(call)
+        if reason is None and "grid" not in environment:
+            reason = "the graph does not say the grid"
+        if reason is None and query.dim() != 3:
+            reason = f"its query has {query.dim()} dimensions, not [L, B, E]"
+        if reason is not None:
+            self._leave(node, query, value_of(call["key"]), reason)
+            return
+        q = multi_head.heads_of(query, call["num_heads"])
+        reason = SDPACall(q, q, q).stays_dense(q, q, q, self._tokens(environment), self.min_tokens)
+        if reason is not None:
+            self._leave(node, q, q, reason)
+            return
+        gate, choice = self._take(node, q, q, environment)
+        attend = self.attend
+
+        def flexsparse_multi_head(*args: Any, flexsparse: Any, **kwargs: Any) -> Any:
+            def sdpa(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
+                return attend(q, k, v, *flexsparse, scale=None, **choice)
+
+            return multi_head.multi_head_with(sdpa)(*args, **kwargs)
+
+        extra = {"flexsparse": (gate, environment["grid"], environment.get("schedules", ()))}
+        with graph.inserting_before(node):
+            new = graph.call_function(flexsparse_multi_head, node.args, {**node.kwargs, **extra})
+        _replace(node, new)
+
+
+def _replace(node: Node, new: Node) -> None:
+    new.meta = dict(node.meta)
+    _remove(node, new)
 
 
 def _remove(node: Node, replacement: Any) -> None:
@@ -233,9 +278,8 @@ def _attention_nodes(gm: GraphModule) -> list[Node]:
 
 
 def _has_attention(gm: GraphModule) -> bool:
-    return bool(_attention_nodes(gm)) or any(
-        marks.is_mark(n.target, marks.GATE) for m in gm.modules() if isinstance(m, GraphModule) for n in m.graph.nodes
-    )
+    nodes = [n for m in gm.modules() if isinstance(m, GraphModule) for n in m.graph.nodes]
+    return any(n.target in (SDPA, multi_head.MULTI_HEAD) or marks.is_mark(n.target, marks.GATE) for n in nodes)
 
 
 def _graph_position(node: Node) -> int:
@@ -253,7 +297,7 @@ def _sources(node: Any, limit: int = 2000) -> set[Node]:
         if not isinstance(current, Node) or current in visited:
             continue
         visited.add(current)
-        if current.op == "call_function" and current.target in LINEAR:
+        if current.target in LINEAR or (current.op == "call_method" and current.target == "matmul"):
             first = current.args[0] if current.args else current.kwargs.get("input")
             if isinstance(first, Node):
                 found.add(_through_views(first))
@@ -293,7 +337,7 @@ def _from_different_tensors(q: Any, k: Any) -> bool:
 def _name(node: Node) -> str:
     """The module path of a node, as far as the graph tells."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    return clean_path(str(stack[-1][0])) if stack else node.name
+    return clean_path(str(stack[-1][0])) if stack else "."
 
 
 _NOISE = {"_modules", "__dict__", "__self__", "_flexsparse_forward", "L", "self", "module", "fn", "getattr"}

@@ -7,16 +7,15 @@ forward: every module of a wrapped model enters the mode itself then, with the g
 from __future__ import annotations
 
 import threading
-import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from flexsparse.compile_passes import multi_head
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
 from flexsparse.compiler import Backend, sparse_call
 from flexsparse.grids import Grid
@@ -183,19 +182,14 @@ class _Mode(TorchFunctionMode):
     def __init__(self, interceptor: Interceptor) -> None:
         super().__init__()
         self.interceptor = interceptor
-        # nn.MultiheadAttention's function calls SDPA by a global name, where a mode does not see it
-        self.multi_head = types.FunctionType(
-            F.multi_head_attention_forward.__code__,
-            {**vars(F), "scaled_dot_product_attention": interceptor.sdpa},
-            argdefs=F.multi_head_attention_forward.__defaults__,
-        )
+        self.multi_head = multi_head.multi_head_with(interceptor.sdpa)  # a mode does not see calls inside of functions
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is SDPA:
             return self.interceptor.sdpa(*args, **(kwargs or {}))
-        if func is F.multi_head_attention_forward:
+        if func is multi_head.MULTI_HEAD:
             return self.multi_head(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

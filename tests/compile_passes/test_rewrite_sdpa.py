@@ -1,0 +1,156 @@
+"""`RewriteSDPA` alone: the graph before and after, what it leaves, its identity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule
+
+from flexsparse.compile_passes import RewriteSDPA
+from flexsparse.compile_passes.rewrite_sdpa import clean_path
+from flexsparse.compile_passes.sdpa_call import SDPA
+
+GRID = (2, 8, 8)
+W = torch.randn(3, 16, 16)
+
+
+def capture(function: Any, *inputs: Tensor) -> list[GraphModule]:
+    """Dynamo's graphs of a function."""
+    graphs: list[GraphModule] = []
+
+    def backend(gm: GraphModule, example_inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, fullgraph=True)(*inputs)
+    return graphs
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, gate: Any, grid: Any, ratios: Any, *, scale: Any) -> Tensor:
+    return q
+
+
+def make_pass(**changes: Any) -> tuple[RewriteSDPA, list[tuple[str, str | None]]]:
+    seen: list[tuple[str, str | None]] = []
+
+    def record(name: str, q: Any, k: Any, grid: Any, reason: str | None) -> dict[str, Any]:
+        seen.append((name, reason))
+        return {}
+
+    return RewriteSDPA(attend, record, **{"grid": GRID, **changes}), seen
+
+
+def count(gm: GraphModule, target: Any) -> int:
+    modules = [m for m in gm.modules() if isinstance(m, GraphModule)]
+    return sum(n.target is target for m in modules for n in m.graph.nodes)
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (2, 8)).transpose(1, 2)
+
+
+def self_attention(x: Tensor) -> Tensor:
+    q, k, v = (heads(x @ W[i]) for i in range(3))
+    return F.scaled_dot_product_attention(q, k, v, scale=0.5)
+
+
+def test_before_and_after() -> None:
+    (gm,) = capture(self_attention, torch.randn(1, 128, 16))
+    assert count(gm, SDPA) == 1
+    rewrite, seen = make_pass()
+    rewrite(gm)
+    assert (count(gm, SDPA), count(gm, attend), rewrite.matches) == (0, 1, 1)
+    node = next(n for n in gm.graph.nodes if n.target is attend)
+    assert node.args[3:] == (None, GRID, ())
+    assert node.kwargs == {"scale": 0.5}
+    assert [reason for _, reason in seen] == [None]
+
+
+def test_positional_and_keyword_calls_alike() -> None:
+    def by_keyword(x: Tensor) -> Tensor:
+        q, k, v = (heads(x @ W[i]) for i in range(3))
+        return F.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=None, dropout_p=0.0, is_causal=False)
+
+    (gm,) = capture(by_keyword, torch.randn(1, 128, 16))
+    rewrite, _ = make_pass()
+    rewrite(gm)
+    assert rewrite.matches == 1
+
+
+def test_what_is_left_alone() -> None:
+    mask = torch.ones(128, 128, dtype=torch.bool)
+
+    def others(x: Tensor, y: Tensor) -> Any:
+        q, k, v = (heads(x @ W[i]) for i in range(3))
+        other_k, other_v = heads(y @ W[1]), heads(y @ W[2])
+        return (
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+            F.scaled_dot_product_attention(q, k, v, is_causal=True),
+            F.scaled_dot_product_attention(q, k, v, dropout_p=0.1),
+            F.scaled_dot_product_attention(q, other_k, other_v),
+            F.scaled_dot_product_attention(q[:, :, :64], k, v),
+            F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0]),
+        )
+
+    (gm,) = capture(others, torch.randn(1, 128, 16), torch.randn(1, 128, 16))
+    before = gm.code
+    rewrite, seen = make_pass()
+    rewrite(gm)
+    assert rewrite.matches == 0
+    assert gm.code == before
+    expected = ("mask", "causal", "dropout", "cross-attention", "64 x 128 tokens", "3 dimensions")
+    assert len(seen) == len(expected)
+    assert all(reason is not None and part in reason for (_, reason), part in zip(seen, expected))
+
+
+def test_without_a_grid_nothing_matches() -> None:
+    (gm,) = capture(self_attention, torch.randn(1, 128, 16))
+    rewrite, seen = make_pass(grid=None)
+    rewrite(gm)
+    assert rewrite.matches == 0
+    assert seen[0][1] == "the graph does not say the grid"
+
+
+def test_checkpointed_attention_is_found_and_gets_the_schedules() -> None:
+    """It lies in a nested graph: a pass over the outer graph alone would leave the model dense."""
+
+    def model(x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self_attention, x, use_reentrant=False)
+
+    (gm,) = capture(model, torch.randn(1, 128, 16, requires_grad=True))
+    ratio = torch.tensor(0.5, dtype=torch.float64)
+    rewrite, _ = make_pass(schedules=[ratio])
+    rewrite(gm)
+    assert (count(gm, SDPA), count(gm, attend)) == (0, 1)
+    nested = next(
+        m for m in gm.modules() if isinstance(m, GraphModule) and any(n.target is attend for n in m.graph.nodes)
+    )
+    node = next(n for n in nested.graph.nodes if n.target is attend)
+    (schedule,) = node.args[5]
+    assert schedule.op == "placeholder"
+    outer = next(n for n in gm.graph.nodes if n.op == "call_function" and "checkpoint" in str(n.target))
+    assert outer.args[-1].op == "get_attr"
+    assert dict(gm.named_buffers())[outer.args[-1].target] is ratio
+
+
+def test_a_changed_parameter_changes_the_identity() -> None:
+    base = make_pass()[0].uuid()
+    assert base == make_pass()[0].uuid()
+    changes = (
+        {"grid": (2, 4, 16)},
+        {"extra": 3},
+        {"min_tokens": 1},
+        {"gates": True},
+        {"schedules": [torch.tensor(0.5)]},
+    )
+    assert len({base, *(make_pass(**change)[0].uuid() for change in changes)}) == 1 + len(changes)
+
+
+def test_module_paths_are_readable() -> None:
+    assert clean_path("L['module']._modules['blocks']._modules['0'].attn1") == "blocks.0.attn1"
+    assert clean_path("L['self'].blocks[3].attn1") == "blocks.3.attn1"
+    assert clean_path("L['module']._flexsparse_forward.__self__") == "."

@@ -1,0 +1,83 @@
+"""`fs.nn.VideoSelfAttention`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import flexsparse as fs
+
+LAYOUT = fs.TileLayout(grid=(3, 6, 7), text_last=3)
+
+
+@pytest.mark.parametrize("builder", [fs.VSA(sparsity=0.5), fs.BSA(kv_density=0.4), fs.TopP(mass=0.6)])
+@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2}, {"qk_norm": False, "rope": False, "head_dim": 16}])
+def test_backends_agree_and_everything_trains(builder: Any, options: dict[str, Any]) -> None:
+    attention = fs.nn.VideoSelfAttention(48, 4, builder, **options)
+    for name, parameter in attention.named_parameters():
+        if "gate" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(2, LAYOUT.seq_len, 48)
+    outs, grads = [], []
+    for backend in ("reference", "gather"):
+        attention.backend = backend
+        attention.zero_grad()
+        out = attention(x, LAYOUT)
+        out.square().mean().backward()
+        outs.append(out.detach())
+        grads.append({name: p.grad.clone() for name, p in attention.named_parameters()})
+    torch.testing.assert_close(outs[0], outs[1], atol=1e-5, rtol=1e-4)
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], atol=1e-5, rtol=1e-3)
+        assert grad.abs().sum() > 0, name
+
+
+def test_the_gate_starts_at_zero() -> None:
+    torch.manual_seed(0)
+    gated = fs.nn.VideoSelfAttention(32, 2, fs.VSA(top_k=2))
+    plain = fs.nn.VideoSelfAttention(32, 2, fs.VSA(top_k=2), gate=False)
+    plain.load_state_dict({k: v for k, v in gated.state_dict().items() if "gate" not in k})
+    x = torch.randn(1, LAYOUT.seq_len, 32)
+    assert torch.equal(gated(x, LAYOUT), plain(x, LAYOUT))
+    assert set(gated.state_dict()) - set(plain.state_dict()) == {"to_gate_compress.weight", "to_gate_compress.bias"}
+    assert len(fs.gate_parameters(gated)) == 2
+
+
+def test_rope_makes_logits_depend_on_distance_only() -> None:
+    """A query and a key moved by the same step give the same logit; extra tokens are not rotated."""
+    layout = fs.TileLayout(grid=(4, 5, 6), text_first=2)
+    cos, sin = fs.nn.rope_frequencies(layout, 24)
+    x, y = torch.randn(24), torch.randn(24)
+
+    def at(vector: torch.Tensor, t: int, h: int, w: int) -> torch.Tensor:
+        place = 2 + (t * 5 + h) * 6 + w
+        return fs.nn.rotate(vector.view(1, 1, 1, -1), cos[place], sin[place]).flatten()
+
+    step = at(x, 0, 1, 2) @ at(y, 1, 2, 3)
+    torch.testing.assert_close(at(x, 2, 2, 1) @ at(y, 3, 3, 2), step)
+    assert (at(x, 0, 1, 2) @ at(y, 1, 2, 4) - step).abs() > 1e-4
+    assert torch.equal(cos[:2], torch.ones(2, 12))
+
+
+@pytest.mark.slow
+def test_compiled_as_one_graph() -> None:
+    attention = fs.nn.VideoSelfAttention(32, 2, fs.VSA(sparsity=0.5))
+    x = torch.randn(1, LAYOUT.seq_len, 32)
+    compiled = torch.compile(attention, fullgraph=True)
+    torch.testing.assert_close(compiled(x, LAYOUT), attention(x, LAYOUT), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dim": 50, "num_heads": 4}, "dim is 50 and num_heads is 4"),
+        ({"num_kv_heads": 3}, "num_kv_heads is 3: give a divisor of num_heads=4"),
+        ({"head_dim": 7}, "head_dim is 7: rope=True needs an even one"),
+        ({"builder": fs.BSA(), "gate": True}, "BSA has no coarse output"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fs.nn.VideoSelfAttention(**{"dim": 48, "num_heads": 4, "builder": fs.VSA(top_k=2), **arguments})

@@ -1,0 +1,215 @@
+"""`fs.wrap` on models that know nothing of it, and what it says when it cannot help."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import flexsparse as fs
+from flexsparse.compile_passes import RewriteError
+
+from .conftest import Stranger
+
+WAYS: list[Any] = [True, "regional", False]
+
+
+def clip(T: int = 4, H: int = 16, W: int = 16) -> Tensor:
+    return torch.randn(1, 3, T, H, W, generator=torch.Generator().manual_seed(T + H * W))
+
+
+def inner(way: Any) -> dict[str, Any]:
+    return {"compile": way, "inner": "aot_eager"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_plain_transformer(stranger: Stranger, way: Any) -> None:
+    with torch.no_grad():
+        dense = stranger(clip())
+    fs.wrap(stranger, fs.VSA(top_k=4), gates=True, **inner(way))
+    with torch.no_grad():
+        torch.testing.assert_close(stranger(clip()), dense, atol=1e-5, rtol=0)
+    stranger(clip()).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in fs.gate_parameters(stranger))
+    calls = fs.report(stranger).calls
+    assert [call.name for call in calls] == ["blocks.0", "blocks.1"]
+    assert all(call.sparse and call.density == 1.0 for call in calls)
+
+
+@pytest.mark.parametrize("way", [True, False])
+def test_a_grid_given_as_a_function(way: Any) -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+
+        def forward(self, tokens: Tensor, frames: int) -> Tensor:
+            q, k, v = (m(tokens).unflatten(-1, (2, 16)).transpose(1, 2) for m in (self.q, self.k, self.v))
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(0)
+    model = Flat()
+    x = torch.randn(1, 256, 32)
+    with torch.no_grad():
+        dense = model(x, 4)
+        with pytest.raises(ValueError, match=r"grid is None.*no patch_size.*give grid="):
+            fs.wrap(model, fs.VSA(top_k=4))
+        fs.wrap(
+            model,
+            fs.VSA(top_k=4),
+            grid=lambda module, args, kwargs: (args[1], 8, args[0].shape[1] // args[1] // 8),
+            **inner(way),
+        )
+        torch.testing.assert_close(model(x, 4), dense, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("way", [True, False])
+def test_torchs_own_multi_head_attention(way: Any) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch = nn.Conv3d(3, 32, (1, 2, 2), (1, 2, 2))
+            self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.patch(x).flatten(2).transpose(1, 2)
+            return h + self.attention(h, h, h, need_weights=False)[0]
+
+    torch.manual_seed(0)
+    model = Model()
+    dense = model(clip())
+    fs.wrap(model, fs.VSA(top_k=2), **inner(way))
+    sparse = model(clip())
+    assert fs.report(model).sparse_calls == 1
+    assert 1e-4 < (sparse - dense).abs().max() < 1
+    fs.unwrap(model)
+    fs.wrap(model, fs.VSA(top_k=4), **inner(way))
+    torch.testing.assert_close(model(clip()), dense, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_to_make_sparse_is_an_error_that_says_what_was_seen(stranger: Stranger, way: Any) -> None:
+    class Masked(Stranger):
+        pass
+
+    for block in stranger.blocks:
+        block.forward = lambda x, b=block: (
+            x + F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], is_causal=True)[:, 0]
+        )
+    fs.wrap(stranger, fs.VSA(top_k=2), **inner(way))
+    with pytest.raises(RewriteError, match=r"(?s)no attention in .* to make sparse.*it is causal"):
+        stranger(clip())
+
+
+@pytest.mark.parametrize("way", [True, False])
+def test_no_attention_at_all_is_an_error(way: Any) -> None:
+    model = nn.Sequential(nn.Conv3d(3, 8, (1, 2, 2), (1, 2, 2)), nn.GELU())
+    fs.wrap(model, fs.VSA(top_k=2), **inner(way))
+    with pytest.raises(RewriteError, match="no scaled_dot_product_attention call at all"):
+        model(clip())
+    compiled = torch.compile(nn.Linear(4, 4), backend=fs.backend(fs.VSA(top_k=2), grid=(4, 8, 8)))
+    with pytest.raises(Exception, match="no scaled_dot_product_attention call at all"):
+        compiled(torch.randn(2, 4))
+
+
+def test_another_number_of_sparse_calls_than_expected_is_an_error(stranger: Stranger) -> None:
+    model = torch.compile(stranger, backend=fs.backend(fs.VSA(top_k=2), grid=(4, 8, 8), expect=3))
+    with pytest.raises(Exception, match=r"expect is 3 sparse attention calls, but this graph has 2"):
+        model(clip())
+
+
+def test_a_given_grid_that_is_not_the_inputs_raises(stranger: Stranger) -> None:
+    """Equal token counts: only the input tells that the permutation would be another's."""
+    fs.wrap(stranger, fs.VSA(top_k=2), grid=(4, 8, 8), compile=False)
+    stranger(clip())
+    with pytest.raises(ValueError, match=r"grid is \(4, 8, 8\), but the input's grid is \(4, 4, 16\)"):
+        stranger(clip(4, 8, 32))
+    model = torch.compile(fs.unwrap(stranger), backend=fs.backend(fs.VSA(top_k=2), grid=(4, 8, 8)))
+    with pytest.raises(Exception, match=r"(?s)256 tokens of grid \(4, 8, 8\).*192 x 192 tokens are not"):
+        model(clip(3, 16, 16))
+
+
+def test_another_compiler_cannot_run_a_wrapped_model_densely(stranger: Stranger) -> None:
+    fs.wrap(stranger, fs.VSA(top_k=2), compile=False)
+    with pytest.raises(RuntimeError, match="compiled by another backend, which would leave its attention dense"):
+        torch.compile(stranger, backend="aot_eager")(clip())
+
+
+def test_too_large_a_top_k_is_one_line_before_compiling(stranger: Stranger) -> None:
+    fs.wrap(stranger, fs.VSA(top_k=5))
+    with pytest.raises(ValueError, match=r"^VSA top_k is 5, but grid \(4, 8, 8\) has 4 tiles .*give at most 4[^\n]*$"):
+        stranger(clip())
+
+
+def test_a_graph_break_is_an_error_and_the_region_a_remedy(stranger: Stranger) -> None:
+    original = type(stranger.blocks[0]).forward
+
+    class Breaking(type(stranger.blocks[0])):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return original(self, x)
+
+    stranger.blocks[1].__class__ = Breaking
+    fs.wrap(stranger, fs.VSA(top_k=4), **inner(True))
+    with pytest.raises(Exception, match=r"(?s)breaks the graph.*compile='regional'\) or compile=False"):
+        stranger(clip())
+    fs.unwrap(stranger)
+    fs.wrap(stranger, fs.VSA(top_k=4), **inner(False))
+    stranger(clip())
+    assert fs.report(stranger).sparse_calls == 2
+
+
+def test_wrapping_twice_and_unwrapping_nothing_are_errors(stranger: Stranger) -> None:
+    with pytest.raises(ValueError, match="not wrapped"):
+        fs.unwrap(stranger)
+    with pytest.raises(ValueError, match="not wrapped"):
+        fs.report(stranger)
+    fs.wrap(stranger, fs.VSA(top_k=2))
+    with pytest.raises(ValueError, match=r"wrapped already.*unwrap"):
+        fs.wrap(stranger, fs.VSA(top_k=2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"builder": "vsa"}, "builder is 'vsa'.*give a mask builder"),
+        ({"compile": "blocks"}, "compile is 'blocks'.*True, False or 'regional'"),
+        ({"grid": (4, 0, 8)}, r"grid is \(4, 0, 8\).*at least 1"),
+        ({"tile": (4, 4)}, r"tile is \(4, 4\).*three ints"),
+        ({"gates": ["nothing.*"]}, "gates has 'nothing.*', which matches no module"),
+        ({"gates": True, "builder": fs.BSA()}, "gates are on, but BSA has no coarse output"),
+        ({"compile": False, "fullgraph": True}, "go to torch.compile, but compile is False"),
+        ({"inner": "eager"}, "inner is 'eager'"),
+    ],
+)
+def test_bad_arguments(stranger: Stranger, arguments: dict[str, Any], message: str) -> None:
+    names = list(stranger.state_dict())
+    with pytest.raises((ValueError, TypeError), match=message):
+        fs.wrap(stranger, **{"builder": fs.VSA(top_k=2), **arguments})
+    assert list(stranger.state_dict()) == names
+    assert not any("flexsparse" in key for module in stranger.modules() for key in vars(module))
+
+
+def test_min_tokens_and_extra_tokens() -> None:
+    class Joint(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            q, k, v = self.qkv(tokens).chunk(3, -1)
+            return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+
+    torch.manual_seed(0)
+    model = Joint()
+    x = torch.randn(2, 256 + 7, 16)
+    dense = model(x)
+    fs.wrap(model, fs.VSA(top_k=4), grid=(4, 8, 8), text_last=7, compile=False)
+    torch.testing.assert_close(model(x), dense, atol=1e-5, rtol=0)
+    fs.unwrap(model)
+    fs.wrap(model, fs.VSA(top_k=4), grid=(4, 8, 8), text_last=7, compile=False, min_tokens=1000)
+    with pytest.raises(RewriteError, match="below min_tokens=1000"):
+        model(x)
