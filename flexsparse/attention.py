@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.backends import Case, choose, flex, gather, reference, softmax_scale
-from flexsparse.layout import TileLayout
+from flexsparse.layout import TileLayout, is_tracing
 from flexsparse.masks.base import CoarseInputs, MaskBuilder
 from flexsparse.selection import TileSelection
 
@@ -96,20 +96,13 @@ def check_inputs(
                 f"tile_counts is {tile_counts.dtype} {tuple(tile_counts.shape)}: give int32 [{total}] or "
                 f"[{q.shape[0]}, {total}], valid tokens of every KV tile in sequence order"
             )
-        if not torch.compiler.is_compiling() and not is_fake(tile_counts):
+        if not is_tracing():
             most = kv_layout.index(tile_counts.device)[2]
             if bool((tile_counts < 0).any()) or bool((tile_counts > most).any()):
                 raise ValueError(
                     f"tile_counts holds {int(tile_counts.min())} to {int(tile_counts.max())}: each must lie between 0 "
                     "and the tokens that the layout puts into that tile"
                 )
-
-
-def is_fake(x: Tensor) -> bool:
-    """Whether a tensor has no data to look at (it is being traced)."""
-    from torch._subclasses.fake_tensor import is_fake as fake
-
-    return bool(fake(x))
 
 
 def case_of(

@@ -26,6 +26,18 @@ def is_symbolic(*values: Any) -> bool:
     return any(isinstance(value, torch.SymInt) for value in values)
 
 
+def is_tracing() -> bool:
+    """Whether this code is being traced, by Dynamo or by what follows it: nothing may be cached or looked at then.
+
+    `torch.compiler.is_compiling` alone says no where a backend traces its graph, in torch 2.11.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._guards.TracingContext.try_get() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def ceil_div(a: int, b: int) -> int:
     """Ceiling of ``a / b``; symbolic sizes stay symbolic."""
     return (a + b - 1) // b
@@ -97,6 +109,7 @@ def auto_tile(grid: tuple[int, int, int], slots: int = AUTO_SLOTS) -> tuple[int,
 
 
 @functools.lru_cache(128)
+@torch.inference_mode(False)  # what is cached must serve training later
 def _index(
     grid: tuple[int, int, int], tile: tuple[int, int, int], first: int, last: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -294,7 +307,7 @@ class TileLayout:
     def index(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """Slot -> token int32 ``[P]`` (-1: padding), token -> slot int32 ``[S]``, counts int32 ``[total_tiles]``."""
         device = torch.device(device)
-        if torch.compiler.is_compiling() or self.symbolic:
+        if is_tracing() or self.symbolic:
             return torch.ops.flexsparse.tile_index(
                 list(self.grid), list(self.sides), self.text_first, self.text_last, device
             )

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flexsparse.layout import TileLayout
+from flexsparse.layout import TileLayout, is_tracing
 from flexsparse.schedule import BoundRatio, SparsitySchedule
 from flexsparse.selection import TileSelection
 
@@ -242,6 +242,7 @@ class MaskBuilder:
 
 
 @functools.lru_cache(64)
+@torch.inference_mode(False)  # what is cached must serve training later
 def _cached_mask(builder: StaticBuilder, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:
     return builder.tile_mask(layout, kv_layout, device)
 
@@ -258,7 +259,7 @@ class StaticBuilder(MaskBuilder):
 
     def mask(self, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:
         """`tile_mask`, cached."""
-        if torch.compiler.is_compiling() or layout.symbolic or kv_layout.symbolic:
+        if is_tracing() or layout.symbolic or kv_layout.symbolic:
             return self.tile_mask(layout, kv_layout, device)
         return _cached_mask(self, layout, kv_layout, device)
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from flexsparse.layout import TileLayout, ceil_div
+from flexsparse.layout import TileLayout, ceil_div, is_tracing
 
 Axes = tuple[int, int, int]
 
@@ -26,6 +26,7 @@ def window_sizes(tile: Sequence[int], window: Sequence[int]) -> list[int]:
 
 
 @functools.lru_cache(128)
+@torch.inference_mode(False)  # what is cached must serve training later
 def _windows(grid: Axes, tile: Axes, window: Axes, device: torch.device) -> tuple[Tensor, Tensor]:
     def grow(x: Tensor, axis: int) -> Tensor:  # [N] -> [N, A, n], or [A] / [n] by axis
         shape = [1, 1, 1]
@@ -87,6 +88,6 @@ def windows_of(layout: TileLayout, window: Axes | None, device: torch.device) ->
         representative, the token at ``floor(extent / 2)`` on each axis of the window's valid extent, ``[N, A]``.
     """
     shape: Axes = layout.sides if window is None else cast(Axes, tuple(map(min, window, layout.sides)))
-    if torch.compiler.is_compiling() or layout.symbolic:
+    if is_tracing() or layout.symbolic:
         return torch.ops.flexsparse.tile_windows(list(layout.grid), list(layout.sides), list(shape), device)
     return _windows(layout.grid, layout.sides, shape, device)

@@ -19,8 +19,8 @@ from torch import Tensor
 from flexsparse.packing import pack_queries, unpack_lse, unpack_rows
 from flexsparse.selection import TileSelection, ascending_lists, unpack_bits
 
-CHUNK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""Elements of one chunk's logits: on CPU so that a chunk stays in cache, on CUDA so that launches are few."""
+CHUNK_ENTRIES = {"forward": 1 << 17, "backward": 1 << 19, "cuda": 1 << 26}
+"""Elements of one chunk's logits: on CPU so that what a chunk touches stays in cache, on CUDA so that launches are few."""
 
 
 def attend(
@@ -81,6 +81,21 @@ class _Rows:
     bias: Tensor | None
 
 
+class Room:
+    """Memory that chunks use in turn: fresh memory for each costs more in page faults than the work on it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory of a shape, the same memory at every call with this name."""
+        size = math.prod(shape)
+        if name not in self.buffers or self.buffers[name].numel() < size:
+            self.buffers[name] = torch.empty(size, dtype=dtype, device=self.device)
+        return self.buffers[name][:size].view(shape)
+
+
 @dataclass
 class _Problem:
     """The op's arguments as flat tiles, shared by forward and backward."""
@@ -110,17 +125,17 @@ class _Problem:
         """(start, length) of the extra rows at both ends, for a query of R rows."""
         return [(0, self.first_rows), (self.first_rows + self.N * self.t, -1)]
 
-    def chunk(self, device: torch.device) -> int:
+    def chunk(self, direction: str) -> int:
         """Query tiles of a chunk."""
         width = (self.lists.shape[1] + self.U - self.M) * self.s
-        budget = CHUNK_ENTRIES["cuda" if device.type == "cuda" else "cpu"]
+        budget = CHUNK_ENTRIES["cuda" if self.lists.is_cuda else direction]
         return max(1, budget // max(1, self.t * width))
 
-    def chunks(self) -> Iterator[_Rows]:
+    def chunks(self, direction: str) -> Iterator[_Rows]:
         """Query tiles in order, with the KV tiles they keep and the extra ones."""
         device = self.lists.device
         total = self.B * self.H * self.N
-        step = self.chunk(device)
+        step = self.chunk(direction)
         row = torch.arange(total, device=device)
         batch = row // (self.H * self.N)
         group = batch * self.G + row // self.N % self.H // (self.H // self.G)
@@ -145,10 +160,13 @@ class _Problem:
             bias = torch.zeros(valid.shape, dtype=self.dtype, device=device).masked_fill_(~valid, -math.inf)
             yield _Rows(tiles, flat[tiles][:, columns], bias.flatten(1)[:, None])
 
-    def tokens(self, x: Tensor, rows: _Rows) -> Tensor:
+    def tokens(self, x: Tensor, rows: _Rows, room: Room, name: str) -> Tensor:
         """KV tokens of a chunk: flat tiles ``[B * G * U, s * D]`` -> ``[C, k * s, D]`` in the compute dtype."""
-        picked = x.index_select(0, rows.kv.reshape(-1))
-        return picked.view(rows.kv.shape[0], rows.kv.shape[1] * self.s, self.D).to(self.dtype)
+        picked = room.take(f"{name} picked", (rows.kv.numel(), self.s * self.D), x.dtype)
+        torch.index_select(x, 0, rows.kv.reshape(-1), out=picked)
+        if x.dtype != self.dtype:
+            picked = room.take(name, tuple(picked.shape), self.dtype).copy_(picked)
+        return picked.view(rows.kv.shape[0], rows.kv.shape[1] * self.s, self.D)
 
 
 def _problem(
@@ -198,9 +216,10 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    # the scale is applied to the fp32 product: a pre-scaled operand rounds differently in forward and backward
-    logits = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, room: Room) -> Tensor:
+    """Scaled logits ``[C, t, k]``. The scale applies to the fp32 product: a pre-scaled operand rounds differently."""
+    logits = room.take("logits", (q.shape[0], q.shape[1], k.shape[1]), q.dtype)
+    torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=scale, out=logits)
     return logits if bias is None else logits.add_(bias)
 
 
@@ -228,7 +247,7 @@ def _softmax(logits: Tensor, lse: Tensor | None, masked: bool) -> Tensor:
 def _extra_rows(p: _Problem, R: int, start: int, length: int) -> Iterator[tuple[int, int, slice]]:
     """(batch, head, rows) of the extra queries, which attend to all KV tiles, in chunks."""
     length = R - start if length < 0 else length
-    step = max(1, CHUNK_ENTRIES["cpu"] // max(1, p.U * p.s))
+    step = max(1, CHUNK_ENTRIES["backward"] // max(1, p.U * p.s))
     for b in range(p.B):
         for h in range(p.H):
             for row in range(start, start + length, step):
@@ -282,24 +301,27 @@ def gather_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((*q.shape[:2], R if wants_lse else 0), dtype=p.dtype, device=q.device)
     k_flat, v_flat = (x.reshape(p.B * p.G * p.U, p.s * p.D) for x in (k, v))
+    room = Room(q.device)
     q_video = p.video(q)
-    out_video = q_video.new_empty(q_video.shape)
+    whole = R == p.N * p.t  # without extra rows, results are written in place
+    out_video = p.video(out) if whole else q_video.new_empty(q_video.shape)
     lse_video = lse.new_empty(q_video.shape[:2]) if wants_lse else None
-    for rows in p.chunks():
-        logits = _logits(q_video[rows.tiles].to(p.dtype), p.tokens(k_flat, rows), rows.bias, scale)
+    for rows in p.chunks("forward"):
+        logits = _logits(q_video[rows.tiles].to(p.dtype), p.tokens(k_flat, rows, room, "k"), rows.bias, scale, room)
         weights = _softmax(logits, None if lse_video is None else lse_video[rows.tiles], rows.bias is not None)
-        v_c = p.tokens(v_flat, rows)
+        v_c = p.tokens(v_flat, rows, room, "v")
         if p.dtype == q.dtype:
             torch.bmm(weights, v_c, out=out_video[rows.tiles])
         else:
             out_video[rows.tiles] = torch.bmm(weights, v_c)
-    out.narrow(2, first_rows, p.N * p.t).copy_(out_video.view(p.B, p.H, p.N * p.t, p.D))
+    if not whole:
+        out.narrow(2, first_rows, p.N * p.t).copy_(out_video.view(p.B, p.H, p.N * p.t, p.D))
     if lse_video is not None:
         lse.narrow(2, first_rows, p.N * p.t).copy_(lse_video.view(p.B, p.H, p.N * p.t))
     for start, length in p.extra():
         for b, h, at in _extra_rows(p, R, start, length):
             q_c, k_c, v_c = (x.to(p.dtype) for x in (q[b, h, at], k[b, h // (p.H // p.G)], v[b, h // (p.H // p.G)]))
-            logits = _logits(q_c[None], k_c[None], _extra_bias(p, b, q.device), scale)[0]
+            logits = _logits(q_c[None], k_c[None], _extra_bias(p, b, q.device), scale, room)[0]
             weights = _softmax(logits, lse[b, h, at] if wants_lse else None, True)
             out[b, h, at] = (weights @ v_c).to(q.dtype)
     return out, lse
@@ -345,26 +367,31 @@ def gather_attention_backward(
     dk = torch.zeros(k.shape, dtype=p.dtype, device=k.device)
     dv = torch.zeros(v.shape, dtype=p.dtype, device=v.device)
     k_flat, v_flat, dk_flat, dv_flat = (x.reshape(p.B * p.G * p.U, p.s * p.D) for x in (k, v, dk, dv))
+    room = Room(q.device)
     q_video, g_video = p.video(q), p.video(grad)
     lse_video, delta_video = p.video(finite)[..., None], p.video(delta)[..., None]
     dq_video = q_video.new_empty(q_video.shape)
-    for rows in p.chunks():
+    for rows in p.chunks("backward"):
         q_c, g_c = q_video[rows.tiles].to(p.dtype), g_video[rows.tiles].to(p.dtype)
-        k_c = p.tokens(k_flat, rows)
-        weights = _logits(q_c, k_c, rows.bias, scale).sub_(lse_video[rows.tiles]).exp_()
+        k_c = p.tokens(k_flat, rows, room, "k")
+        weights = _logits(q_c, k_c, rows.bias, scale, room).sub_(lse_video[rows.tiles]).exp_()
         index = rows.kv.reshape(-1)
-        dv_flat.index_add_(0, index, torch.bmm(weights.transpose(1, 2), g_c).view(len(index), p.s * p.D))
-        ds = torch.bmm(g_c, p.tokens(v_flat, rows).transpose(1, 2))
+        d_tokens = room.take("d", tuple(k_c.shape), p.dtype)
+        torch.bmm(weights.transpose(1, 2), g_c, out=d_tokens)
+        dv_flat.index_add_(0, index, d_tokens.view(len(index), p.s * p.D))
+        v_c = p.tokens(v_flat, rows, room, "v")
+        ds = torch.bmm(g_c, v_c.transpose(1, 2), out=room.take("ds", tuple(weights.shape), p.dtype))
         total = torch.linalg.vecdot(ds, weights)[..., None] if rounded else 0
         ds.sub_(delta_video[rows.tiles] + total).mul_(weights)
         dq_video[rows.tiles] = torch.bmm(ds, k_c).mul_(scale).to(q.dtype)
-        dk_flat.index_add_(0, index, torch.bmm(ds.transpose(1, 2), q_c).mul_(scale).view(len(index), p.s * p.D))
+        torch.bmm(ds.transpose(1, 2), q_c, out=d_tokens).mul_(scale)
+        dk_flat.index_add_(0, index, d_tokens.view(len(index), p.s * p.D))
     dq.narrow(2, first_rows, p.N * p.t).copy_(dq_video.view(p.B, p.H, p.N * p.t, p.D))
     for start, length in p.extra():
         for b, h, at in _extra_rows(p, R, start, length):
             g = h // (p.H // p.G)
             q_c, g_c, k_c, v_c = (x.to(p.dtype) for x in (q[b, h, at], grad[b, h, at], k[b, g], v[b, g]))
-            logits = _logits(q_c[None], k_c[None], _extra_bias(p, b, q.device), scale)[0]
+            logits = _logits(q_c[None], k_c[None], _extra_bias(p, b, q.device), scale, room)[0]
             weights = logits.sub_(finite[b, h, at, None]).exp_()
             ds = g_c @ v_c.T
             total = torch.linalg.vecdot(ds, weights)[:, None] if rounded else 0

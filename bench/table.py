@@ -1,0 +1,249 @@
+"""Markdown tables of the result file, in the README between two marks: `python -m bench.table [--check]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.rows import RESULTS
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- bench:cpu -->", "<!-- /bench:cpu -->"
+
+NAMES = {
+    "dense_sdpa": "dense SDPA",
+    "flexsparse_gather": "`gather`",
+    "flexsparse_flex": "`flex`",
+    "flexsparse_compiled": "`torch.compile`",
+    "attention_forward": "forward",
+    "attention_training": "forward + backward",
+    "to_tiles": "`to_tiles`, one tensor",
+    "to_raster": "`to_raster`, one tensor",
+    "q_k_v_out": "all four of one call (q, k, v, out)",
+    "select": "`builder.select`, tiling of q and k included",
+    "select_without_tiling": "the same on tokens in tile order",
+}
+
+Result = dict[str, Any]
+Line = list[str]
+
+
+def load(path: Path) -> Result:
+    """Read a result file."""
+    return json.loads(path.read_text())
+
+
+def x_by(values: Iterable[int]) -> str:
+    """``4x4x4``."""
+    return "x".join(str(value) for value in values)
+
+
+def speedup(row: Result) -> float:
+    """Dense time over own time, median of pairs."""
+    return statistics.median(dense / own for own, dense in zip(row["ms"], row["dense_ms"]))
+
+
+def added(row: Result) -> float:
+    """MiB of peak memory over dense."""
+    return statistics.median(row["mib"]) - statistics.median(row["dense_mib"])
+
+
+def meets(row: Result) -> bool | None:
+    """Whether a row meets its target; None where it has none or was not measured."""
+    if row["target"] is None or not row["checked"]:
+        return None
+    if row["op"] == "peak_memory":
+        return added(row) <= row["target"]
+    if row["op"] == "layout":
+        return row["ratio_to_dense"] < row["target"]
+    return speedup(row) >= row["target"]
+
+
+def goal(row: Result) -> str:
+    """The target, and whether it is met."""
+    if row["target"] is None:
+        return ""
+    texts = {"peak_memory": "at most {:.0f} MiB", "layout": "under {:.0%}"}
+    text = texts.get(row["op"], "at least {:g}x").format(row["target"])
+    verdict = {True: "met", False: "**not met**", None: "not measured"}[meets(row)]
+    return f"{text}: {verdict}"
+
+
+def attention_lines(rows: list[Result]) -> list[Line]:
+    """Times of attention, speed-ups, errors."""
+    lines = [["", "grid", "tile", "D", "dtype", "density", "threads", "implementation", "ms", "speed-up", "target"]]
+    lines[0].append("error")
+    for row in rows:
+        if not row["op"].startswith("attention"):
+            continue
+        name = NAMES[row["op"]] + (f", {row['method'].upper()}" if row["method"] else "")
+        is_dense = row["impl"] == "dense_sdpa"
+        tile = "" if is_dense else x_by(row["tile"])
+        line = [name, x_by(row["grid"]), tile, str(row["D"]), row["dtype"], f"{row['density']:.3f}"]
+        line += [str(row["threads"]), NAMES[row["impl"]]]
+        if row["checked"]:
+            line += [f"{statistics.median(row['ms']):.1f}", "" if is_dense else f"{speedup(row):.2f}x"]
+        else:
+            line += ["check failed", ""]
+        line += [goal(row), f"{max(row['error'].values()):.1e}" if row["error"] else ""]
+        lines.append(line)
+    return lines
+
+
+def part_lines(rows: list[Result]) -> list[Line]:
+    """Layout and selection as shares of the dense forward."""
+    lines = [["share of the dense forward", "D", "ms", "share", "target"]]
+    for row in rows:
+        if row["op"] not in ("layout", "select"):
+            continue
+        line = [f"{row['op']}: {NAMES[row['part']]}", str(row["D"])]
+        if row["checked"]:
+            line += [f"{statistics.median(row['ms']):.2f}", f"{row['ratio_to_dense']:.2%}"]
+        else:
+            line += ["check failed", ""]
+        lines.append([*line, goal(row)])
+    return lines
+
+
+def memory_lines(rows: list[Result]) -> list[Line]:
+    """Peak memory of forward and backward."""
+    lines = [["peak memory of forward + backward", "D", "MiB", "over dense", "target"]]
+    for row in rows:
+        if row["op"] != "peak_memory":
+            continue
+        line = [NAMES[row["impl"]], str(row["D"])]
+        if row["checked"]:
+            line += [f"{statistics.median(row['mib']):.0f}"]
+            line += ["" if row["impl"] == "dense_sdpa" else f"{added(row):+.0f} MiB"]
+        else:
+            line += ["check failed", ""]
+        lines.append([*line, goal(row)])
+    return lines
+
+
+def profile_lines(result: Result) -> list[Line]:
+    """Where the gather forward spends its time, one column a case."""
+    parts = result.get("profile") or []
+    if not parts:
+        return []
+    lines = [["pieces of the `gather` forward, ms", *(f"D={part['D']}" for part in parts)]]
+    for name in parts[0]["pieces_ms"]:
+        lines.append([name.replace("_", " "), *(f"{part['pieces_ms'][name]:.1f}" for part in parts)])
+    lines.append(["other", *(f"{part['other_ms']:.1f}" for part in parts)])
+    lines.append(["whole forward", *(f"{part['forward_ms']:.1f}" for part in parts)])
+    lines.append(["matmuls, GFLOP/s", *(f"{part['matmul_gflops']:.0f}" for part in parts)])
+    lines.append(["dense SDPA, GFLOP/s", *(f"{part['dense_gflops']:.0f}" for part in parts)])
+    return lines
+
+
+def tables(result: Result) -> list[list[Line]]:
+    """All tables that have rows, each with its heading line."""
+    rows = result["rows"]
+    found = [attention_lines(rows), part_lines(rows), memory_lines(rows), profile_lines(result)]
+    return [lines for lines in found if len(lines) > 1]
+
+
+def machine(head: Result) -> str:
+    """Where and when, in a sentence."""
+    revision = (head["git_revision"] or "an unknown revision")[:12]
+    dirty = " with local changes" if head["git_dirty"] else ""
+    triton = f", triton {head['triton']}" if head["triton"] else ""
+    return (
+        f"{head['cpu']} ({head['cpu_capability']}), torch {head['torch']}{triton}, Python {head['python']}, "
+        f"flexsparse {head['flexsparse']} at {revision}{dirty}, {head['date'][:10]}. Not run on a GPU. "
+        f"Medians of {head['repeats']} interleaved runs; selection, tiling and untiling included; error: RMS error / "
+        "RMS of the float64 oracle given the same selection, the largest of out and gradients."
+    )
+
+
+def unmet(rows: list[Result]) -> list[str]:
+    """One line for each target that is not met and each check that failed."""
+    lines = []
+    for row in rows:
+        what = f"{row['case']}, {NAMES[row['impl']]}" + (f", {row['part']}" if row["part"] else "")
+        if not row["checked"]:
+            lines.append(f"Check failed, so not measured: {what}: {row['reason']}.")
+        elif meets(row) is False:
+            lines.append(f"Target not met: {what}: {measured(row)}, {goal(row).partition(':')[0]} wanted.")
+    return lines
+
+
+def measured(row: Result) -> str:
+    """The figure that a target is about."""
+    if row["op"] == "peak_memory":
+        return f"{added(row):+.0f} MiB"
+    return f"{row['ratio_to_dense']:.2%}" if row["op"] == "layout" else f"{speedup(row):.2f}x"
+
+
+def markdown(result: Result) -> str:
+    """The block between the marks, without them."""
+    parts = [machine(result["header"])]
+    for heading, *lines in tables(result):
+        rule = ["---"] * len(heading)
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in (heading, rule, *lines)))
+    failures = unmet(result["rows"])
+    if failures:
+        parts.append("\n".join(f"- {line}" for line in failures))
+    return "\n\n".join(parts)
+
+
+def replaced(text: str, block: str) -> str:
+    """A README with the block between its marks replaced.
+
+    Raises:
+        ValueError: the marks are not there exactly once, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the README must hold {BEGIN} and, after it, {END}, once each")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
+
+
+def show(result: Result) -> None:
+    """Print the tables for people: with rich where it is installed, else as Markdown."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(markdown(result))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for heading, *lines in tables(result):
+        grid = Table(*(name.replace("`", "") for name in heading))
+        for line in lines:
+            grid.add_row(*(cell.replace("`", "").replace("**", "") for cell in line))
+        console.print(grid)
+    for failure in unmet(result["rows"]):
+        console.print(failure.replace("`", ""), markup=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables and write them into the README; with ``--check`` only compare."""
+    parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="result file (default: bench/results/cpu.json)")
+    parser.add_argument("--readme", type=Path, default=README, help="file that holds the marks (default: README.md)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the block is out of date")
+    options = parser.parse_args(argv)
+    try:
+        block = markdown(load(options.results))
+        old = options.readme.read_text()
+        new = replaced(old, block)
+    except (OSError, ValueError) as error:
+        print(f"{options.results.name}, {options.readme.name}: {error}", file=sys.stderr)
+        return 1
+    if options.check:
+        if new != old:
+            print(f"{options.readme.name}: the tables differ from {options.results.name}; run `python -m bench.table`")
+        return int(new != old)
+    print(block)
+    options.readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
