@@ -1,0 +1,49 @@
+"""Shared set-up: hypothesis profiles, seeds, threads, memory that is NaN until it is written."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("dev", settings.get_profile("ci"), derandomize=False, max_examples=100)
+settings.register_profile("nightly", settings.get_profile("dev"), max_examples=1000, print_blob=True)
+settings.register_profile("mutations", settings.get_profile("ci"), phases=(Phase.generate,))  # no shrinking
+settings.load_profile("ci")  # `--hypothesis-profile` loads another one after this
+
+torch.set_num_threads(1)  # the tensors of tests are tiny: a second thread costs more than it does
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """No compiled code from before, none left behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _with_nan(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = allocate(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    return poisoned
+
+
+@pytest.fixture(scope="module")
+def poisoned() -> Iterator[None]:
+    """Uninitialised floating point memory is NaN; for uncompiled code only."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(owner, name, _with_nan(getattr(owner, name)))
+        yield

@@ -1,0 +1,118 @@
+"""Static builders against loops over tiles, and what they cost."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from strategies import layouts
+from torch import Tensor
+
+import flexsparse as fs
+
+CPU = torch.device("cpu")
+At = tuple[int, int, int]
+
+
+def tiles(layout: fs.TileLayout) -> list[At]:
+    return list(itertools.product(*(range(-(-extent // side)) for extent, side in zip(layout.grid, layout.sides))))
+
+
+def mask_of(builder: fs.masks.StaticBuilder, layout: fs.TileLayout, kv_layout: fs.TileLayout) -> Tensor:
+    q = torch.zeros(2, 3, layout.seq_len, 4)
+    k = torch.zeros(2, 3, kv_layout.seq_len, 4)
+    keep = builder.select(q, k, layout, kv_layout=kv_layout).keep()
+    assert bool((keep == keep[:1, :1]).all())
+    return keep[0, 0]
+
+
+@given(layouts(), layouts(), st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5)))
+def test_a_sliding_window_is_centred_and_moves_inwards_at_borders(
+    layout: fs.TileLayout, kv_layout: fs.TileLayout, window: At
+) -> None:
+    mask = mask_of(fs.SlidingTile(window=window), layout, kv_layout)
+    have = [-(-extent // side) for extent, side in zip(kv_layout.grid, kv_layout.sides)]
+    own = [-(-extent // side) for extent, side in zip(layout.grid, layout.sides)]
+    for row, kept in zip(tiles(layout), mask):
+        spans = []
+        for at, width, n, m in zip(row, window, have, own):
+            centre = math.floor((at + 0.5) / m * n + 1e-9)
+            start = max(0, min(centre - width // 2, n - width))
+            spans.append(range(start, min(start + width, n)))
+        expected = [all(x in span for x, span in zip(column, spans)) for column in tiles(kv_layout)]
+        assert kept.tolist() == expected
+    assert bool((mask.sum(-1) == math.prod(map(min, window, have))).all())
+
+
+@given(layouts(largest=(40, 5, 5)), st.integers(0, 2))
+def test_radial_halves_its_band_when_the_temporal_distance_doubles(layout: fs.TileLayout, first: int) -> None:
+    mask = mask_of(fs.Radial(first_frames=first), layout, layout)
+    frame = layout.tiles[1] * layout.tiles[2]
+    for (qt, qh, qw), kept in zip(tiles(layout), mask):
+        expected = []
+        for kt, kh, kw in tiles(layout):
+            r = 1
+            while 2 * r <= abs(qt - kt):
+                r *= 2
+            away = abs((qh * layout.tiles[2] + qw) - (kh * layout.tiles[2] + kw))
+            every = -(-r // frame)
+            same_place = away == 0 and abs(qt - kt) % every == 0
+            expected.append((away + 1) * r <= frame or same_place or kt < first)
+        assert kept.tolist() == expected
+    assert bool(mask.diagonal().all())
+
+
+@given(layouts(), layouts(), st.integers(1, 3))
+def test_no_chunk_of_frames_sees_a_later_one(layout: fs.TileLayout, kv_layout: fs.TileLayout, times: int) -> None:
+    chunk = math.lcm(layout.sides[0], kv_layout.sides[0]) * times
+    mask = mask_of(fs.FrameCausal(chunk=chunk), layout, kv_layout)
+    for (qt, _, _), kept in zip(tiles(layout), mask):
+        chunks = [kt * kv_layout.sides[0] // chunk for kt, _, _ in tiles(kv_layout)]
+        assert kept.tolist() == [other <= qt * layout.sides[0] // chunk for other in chunks]
+
+
+@given(layouts(), st.integers(1, 6))
+def test_a_chunk_that_cuts_a_tile_is_refused(layout: fs.TileLayout, chunk: int) -> None:
+    assume(chunk % layout.sides[0])
+    x = torch.zeros(1, 1, layout.seq_len, 4)
+    with pytest.raises(ValueError, match=rf"chunk is {chunk} frames.*give a multiple of {layout.sides[0]}"):
+        fs.FrameCausal(chunk=chunk).select(x, x, layout)
+
+
+def test_radial_on_grids_of_other_frames_is_refused() -> None:
+    layout, other = (
+        fs.TileLayout(grid=(2, 4, 4), tile=(1, 2, 2)),
+        fs.TileLayout(grid=(2, 6, 4), tile=(1, 2, 2)),
+    )
+    with pytest.raises(ValueError, match=r"queries have \(2, 2\) tiles a frame and keys \(3, 2\)"):
+        mask_of(fs.Radial(), layout, other)
+
+
+def test_dense_keeps_every_tile() -> None:
+    layout = fs.TileLayout(grid=(2, 5, 4), tile=(1, 2, 2))
+    assert bool(mask_of(fs.Dense(), layout, layout).all())
+    assert fs.Dense().nominal_density(layout, layout) == 1
+
+
+def test_a_static_mask_is_built_once_for_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    build = fs.SlidingTile.tile_mask
+
+    def counting(self: fs.SlidingTile, *args: object) -> Tensor:
+        calls.append(args)
+        return build(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fs.SlidingTile, "tile_mask", counting)
+    for _ in range(3):  # builders and layouts that are equal, not the same
+        layout = fs.TileLayout(grid=(5, 7, 11), tile=(1, 2, 2))
+        mask_of(fs.SlidingTile(window=(1, 3, 1)), layout, layout)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("builder", (fs.SlidingTile(window=(1, 3, 3)), fs.Radial(), fs.FrameCausal(chunk=2)))
+def test_the_nominal_density_of_a_static_builder_is_the_one_it_has(builder: fs.masks.StaticBuilder) -> None:
+    layout = fs.TileLayout(grid=(4, 8, 8), tile=(2, 2, 2))
+    selection = builder.select(torch.zeros(1, 1, 256, 4), torch.zeros(1, 1, 256, 4), layout)
+    assert selection.density == pytest.approx(builder.nominal_density(layout, layout))

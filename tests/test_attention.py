@@ -1,0 +1,232 @@
+"""`sparse_attention` itself: what it returns, what it chooses, compiled against eager."""
+
+import logging
+
+import pytest
+import torch
+from tolerance import assert_as_good
+from torch import Tensor
+
+import flexsparse as fs
+from flexsparse.attention import _log_once
+from flexsparse.backends import Case, choose
+from flexsparse.layout import _index
+from flexsparse.masks.base import _cached_mask
+from flexsparse.masks.windows import _windows
+
+LAYOUT = fs.TileLayout(grid=(2, 6, 7), tile=(2, 4, 4), text_last=4)
+
+
+def qkv(layout: fs.TileLayout = LAYOUT, dtype: torch.dtype = torch.float32, G: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(2, heads, layout.seq_len, 16, generator=generator).to(dtype) for heads in (2, G, G)]
+
+
+def test_aux_holds_what_was_computed() -> None:
+    q, k, v = qkv()
+    builder = fs.VSA(top_k=2)
+    out, aux = fs.sparse_attention(q, k, v, LAYOUT, builder, return_aux=True)
+    assert torch.equal(out, fs.sparse_attention(q, k, v, LAYOUT, builder))
+    assert torch.equal(aux.selection.bits, builder.select(q, k, LAYOUT).bits)
+    assert aux.coarse_out is not None and aux.coarse_out.shape == (2, 2, LAYOUT.num_tiles, 16)
+    assert aux.lse.shape == (2, 2, LAYOUT.seq_len)
+    assert aux.density.dtype == torch.float64 and float(aux.density) == aux.selection.density
+    assert int(aux.capped) == 0 and aux.backend == "gather"
+    _, static = fs.sparse_attention(q, k, v, LAYOUT, fs.Dense(), return_aux=True)
+    assert static.coarse_out is None and float(static.density) == 1
+
+
+def test_a_selection_in_the_builders_place_gives_the_same_output() -> None:
+    q, k, v = qkv()
+    for builder in (fs.VSA(top_k=2), fs.BSA(kv_density=0.4), fs.SlidingTile(window=(1, 1, 1))):
+        expected = fs.sparse_attention(q, k, v, LAYOUT, builder)
+        assert torch.equal(fs.sparse_attention(q, k, v, LAYOUT, builder.select(q, k, LAYOUT)), expected)
+
+
+@pytest.mark.parametrize("scale", (0.1, 1.0))
+def test_the_scale_is_that_of_both_stages(scale: float) -> None:
+    q, k, v = qkv(dtype=torch.float64)
+    gate = torch.randn(2, 2, LAYOUT.seq_len, 16, dtype=torch.float64)
+    for backend in ("reference", "gather"):
+        out = fs.sparse_attention(q, k, v, LAYOUT, fs.VSA(top_k=2), gate=gate, scale=scale, backend=backend)
+        scaled = q * (scale * 16**0.5)
+        expected = fs.sparse_attention(scaled, k, v, LAYOUT, fs.VSA(top_k=2), gate=gate, backend=backend)
+        torch.testing.assert_close(out, expected)
+
+
+def test_gates_of_another_dtype_do_not_change_the_outputs() -> None:
+    q, k, v = qkv(dtype=torch.bfloat16)
+    gate = torch.ones(2, 2, LAYOUT.seq_len, 16)
+    assert fs.sparse_attention(q, k, v, LAYOUT, fs.VSA(top_k=1), gate=gate, fine_gate=gate).dtype == torch.bfloat16
+
+
+def test_autocast_changes_nothing() -> None:
+    q, k, v = qkv()
+    expected = fs.sparse_attention(q, k, v, LAYOUT, fs.VSA(top_k=2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fs.sparse_attention(q, k, v, LAYOUT, fs.VSA(top_k=2)), expected)
+
+
+@pytest.mark.parametrize("backend", ("reference", "gather"))
+def test_training_under_autocast_is_training_without(backend: str) -> None:
+    q, k, v = (x.requires_grad_() for x in qkv())
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = fs.sparse_attention(q, k, v, LAYOUT, fs.VSA(top_k=2), gate=q, backend=backend)
+        grads.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
+    for actual, expected in zip(*grads):
+        assert torch.equal(actual, expected)
+
+
+def test_the_gather_backward_ignores_an_autocast_around_it() -> None:
+    q, k, v = (x.requires_grad_() for x in qkv())
+    out = fs.sparse_attention(q, k, v, LAYOUT, fs.VSA(top_k=2), backend="gather").square().sum()
+    expected = torch.autograd.grad(out, (q, k, v), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        grads = torch.autograd.grad(out, (q, k, v))
+    for actual, wanted in zip(grads, expected):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("backend", ("reference", "gather"))
+def test_a_layout_first_seen_in_inference_mode_can_be_trained_on(backend: str) -> None:
+    layout = fs.TileLayout(grid=(1, 5, 23), tile=(1, 4, 4))
+    q, k, v = qkv(layout)
+    for builder in (fs.VSA(top_k=1, within=fs.SlidingTile(window=(1, 1, 2))), fs.BSA(), fs.Radial()):
+        _index.cache_clear()
+        _windows.cache_clear()
+        _cached_mask.cache_clear()
+        with torch.inference_mode():
+            fs.sparse_attention(q, k, v, layout, builder, backend=backend)
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        fs.sparse_attention(*inputs, layout, builder, backend=backend).sum().backward()
+        assert all(x.grad is not None for x in inputs)
+
+
+def test_selection_takes_no_gradient_but_the_coarse_branch_trains_q_k_and_v() -> None:
+    q, k, v = (x.requires_grad_() for x in qkv())
+    assert not fs.VSA(top_k=2).select(q, k, LAYOUT).bits.requires_grad
+    builder = fs.VSA(top_k=2)
+    fine = torch.zeros_like(q)  # only the coarse branch is left
+    out = fs.sparse_attention(q, k, v, LAYOUT, builder, gate=torch.ones_like(q), fine_gate=fine)
+    for grad in torch.autograd.grad(out.square().sum(), (q, k, v)):
+        assert bool((grad[:, :, :84] != 0).any()) and bool((grad[:, :, 84:] == 0).all())
+
+
+def test_a_builder_needs_no_more_than_select() -> None:
+    class Own:
+        def select(self, q, k, layout, kv_layout=None, scale=None):  # type: ignore[no-untyped-def]
+            return fs.VSA(top_k=1).select(q, k, layout, kv_layout=kv_layout, scale=scale)
+
+    q, k, v = qkv()
+    out = fs.sparse_attention(q, k, v, LAYOUT, Own())
+    assert torch.equal(out, fs.sparse_attention(q, k, v, LAYOUT, fs.VSA(top_k=1)))
+
+
+@pytest.mark.parametrize("builder", (fs.VSA(top_k=1), fs.BSA(), fs.TopP(), fs.SlidingTile()))
+def test_a_single_token_attends_to_itself(builder: fs.masks.MaskBuilder) -> None:
+    layout = fs.TileLayout(grid=(1, 1, 1), tile=(1, 1, 1))
+    q, k, v = torch.randn(3, 1, 1, 1, 8).unbind()
+    for backend in ("reference", "gather"):
+        torch.testing.assert_close(fs.sparse_attention(q, k, v, layout, builder, backend=backend), v)
+
+
+def test_an_empty_batch_has_an_empty_output() -> None:
+    q, k, v = (x[:0] for x in qkv())
+    assert fs.sparse_attention(q, k, v, LAYOUT, fs.VSA(top_k=1)).shape == (0, 2, LAYOUT.seq_len, 16)
+
+
+def case(**changes: object) -> Case:
+    plain: dict[str, object] = {"device": "cpu", "dtype": torch.float32, "gradients": False, "lse": False}
+    plain |= {"compiled": True, "dynamic": False, "rows": 64}
+    return Case(**(plain | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "flex"),
+        ({"compiled": False}, "gather"),
+        ({"gradients": True}, "gather"),
+        ({"lse": True}, "gather"),
+        ({"dynamic": True}, "gather"),
+        ({"dtype": torch.float64}, "gather"),
+        ({"device": "cuda", "capability": (9, 0), "gradients": True}, "gather"),
+        ({"device": "cuda", "capability": (9, 0), "gradients": True, "rows": 128}, "flex"),
+        ({"device": "cuda", "capability": (9, 0), "lse": True, "compiled": False}, "flex"),
+    ],
+)
+def test_auto_takes_what_can_do_the_case_and_says_why(changes: dict[str, object], expected: str) -> None:
+    name, reason = choose("auto", case(**changes))
+    assert name == expected and reason
+
+
+def test_the_choice_of_backend_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    _log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="flexsparse"):
+        for _ in range(3):
+            fs.sparse_attention(*qkv(), LAYOUT, fs.VSA(top_k=1))
+    assert [record.getMessage() for record in caplog.records] == [
+        "cpu torch.float32 grid (2, 6, 7): backend gather (uncompiled on CPU)"
+    ]
+
+
+BUILDERS = {
+    "VSA": fs.VSA(top_k=2, within=fs.SlidingTile(window=(1, 2, 2))),
+    "TopP": fs.TopP(mass=0.6),
+    "BSA": fs.BSA(kv_density=0.4),
+    "Union": fs.Union(fs.VSA(top_k=1), fs.Radial()),
+}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_compiled_training_is_eager_training(name: str, fresh_dynamo: None) -> None:
+    builder = BUILDERS[name]
+    inputs = [x.requires_grad_() for x in [*qkv(), *qkv(G=2)[:2]]]
+    gated = builder.has_coarse
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, fine_gate: Tensor) -> Tensor:
+        return fs.sparse_attention(q, k, v, LAYOUT, builder, gate=gate if gated else None, fine_gate=fine_gate)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    out, expected = compiled(*inputs), attend(*inputs)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    used = [x for x in inputs if gated or x is not inputs[3]]
+    for actual, wanted in zip(
+        torch.autograd.grad(out.square().sum(), used), torch.autograd.grad(expected.square().sum(), used)
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_compiled_graph_that_selects_and_runs_flex_is_the_eager_one(fresh_dynamo: None) -> None:
+    q, k, v = qkv()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fs.sparse_attention(q, k, v, LAYOUT, fs.VSA(top_k=2), gate=q)
+
+    with torch.no_grad():
+        out = torch.compile(attend, fullgraph=True)(q, k, v)
+        torch.testing.assert_close(out, attend(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", (False, True))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
+def test_compiled_equals_eager_in_any_precision_with_the_selection_given(
+    dtype: torch.dtype, training: bool, fresh_dynamo: None
+) -> None:
+    q, k, v = (x.requires_grad_(training) for x in qkv(dtype=dtype))
+    selection = fs.BSA(kv_density=0.4).select(q, k, LAYOUT)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fs.sparse_attention(q, k, v, LAYOUT, selection)
+
+    out, expected = torch.compile(attend, fullgraph=True)(q, k, v), attend(q, k, v)
+    with torch.no_grad():
+        gold = fs.sparse_attention(*(x.double() for x in (q, k, v)), LAYOUT, selection, backend="reference")
+    assert_as_good(out, expected, gold, "compiled out")  # flex rounds otherwise than gather
+    if training:
+        grads = torch.autograd.grad(out.float().sum(), (q, k, v))
+        for actual, wanted in zip(grads, torch.autograd.grad(expected.float().sum(), (q, k, v))):
+            torch.testing.assert_close(actual, wanted)

@@ -1,0 +1,149 @@
+"""Tile layouts: permutations, counts, automatic tiles, closed forms against loops."""
+
+import itertools
+import math
+
+import oracle
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import layouts
+from torch import Tensor
+
+from flexsparse import TileLayout
+from flexsparse.layout import auto_tile, slots_of, tile_index
+
+AXIS = st.integers(1, 70)
+
+
+def tokens(layout: TileLayout) -> Tensor:
+    """``[S, 1]``: 1 + the raster index of each token, so that padding (0) is no token."""
+    return torch.arange(1, layout.seq_len + 1)[:, None]
+
+
+@given(layouts())
+def test_tile_order_puts_every_token_where_walking_the_tiles_puts_it(layout: TileLayout) -> None:
+    tiled = layout.to_tiles(tokens(layout))[:, 0]
+    expected = torch.zeros(layout.padded_len, dtype=torch.int64)
+    for token, (tile, slot) in enumerate(oracle.places(layout)):
+        expected[tile * layout.slots + slot] = token + 1
+    assert torch.equal(tiled, expected)
+
+
+@given(layouts())
+def test_to_raster_inverts_to_tiles_and_padding_is_zero(layout: TileLayout) -> None:
+    x = torch.randn(2, 3, layout.seq_len, 4)
+    tiled = layout.to_tiles(x)
+    assert tiled.shape == (2, 3, layout.padded_len, 4)
+    assert torch.equal(layout.to_raster(tiled), x)
+    slot_to_token, token_to_slot, _ = layout.index()
+    assert bool((tiled[:, :, slot_to_token < 0] == 0).all())
+    assert torch.equal(slot_to_token[token_to_slot], torch.arange(layout.seq_len, dtype=torch.int32))
+    assert int((slot_to_token >= 0).sum()) == layout.seq_len
+
+
+@given(layouts())
+def test_to_tiles_and_to_raster_are_adjoint(layout: TileLayout) -> None:
+    x = torch.randn(layout.seq_len, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(layout.padded_len, 3, dtype=torch.float64, requires_grad=True)
+    (dx,) = torch.autograd.grad(layout.to_tiles(x), x, y.detach())
+    (dy,) = torch.autograd.grad(layout.to_raster(y), y, x.detach())
+    assert torch.equal(dx, layout.to_raster(y))
+    assert torch.equal(dy, layout.to_tiles(x))
+
+
+@given(layouts())
+def test_counts_are_those_of_the_walk_and_sum_to_the_sequence(layout: TileLayout) -> None:
+    assert layout.tile_counts.dtype == torch.int32
+    assert layout.tile_counts.tolist() == oracle.counts(layout)
+    assert int(layout.tile_counts.sum()) == layout.seq_len
+    assert len(layout.tile_counts) == layout.tiles_first + layout.num_tiles + layout.tiles_last
+    assert layout.padded_len == len(layout.tile_counts) * layout.slots
+
+
+@given(layouts())
+def test_the_video_slots_are_those_of_the_video_tiles(layout: TileLayout) -> None:
+    video = layout.video(layout.to_tiles(tokens(layout)))
+    assert video.shape == (layout.num_tiles, layout.slots, 1)
+    first = layout.text_first
+    assert sorted(video[video > 0].tolist()) == list(range(first + 1, first + math.prod(layout.grid) + 1))
+
+
+@pytest.mark.parametrize(("tile", "slots"), [((1, 1, 1), 16), ((2, 3, 3), 32), ((4, 4, 4), 64), ((1, 8, 9), 128)])
+def test_slots_are_a_power_of_two_of_at_least_sixteen(tile: tuple[int, int, int], slots: int) -> None:
+    assert TileLayout(grid=(5, 5, 5), tile=tile).slots == slots
+
+
+def padded(grid: tuple[int, int, int], tile: tuple[int, int, int]) -> int:
+    return math.prod(-(-extent // side) for extent, side in zip(grid, tile)) * slots_of(tile)
+
+
+@given(st.tuples(st.integers(1, 24), AXIS, AXIS), st.sampled_from((16, 64, 128)))
+def test_an_automatic_tile_is_the_best_of_all_that_its_contract_allows(grid: tuple[int, int, int], slots: int) -> None:
+    usable = []
+    for tile in itertools.product(*(range(1, min(extent, slots) + 1) for extent in grid)):
+        sides = [side for side, extent in zip(tile, grid) if side != extent]  # a whole axis may be shorter
+        if math.prod(tile) <= slots and all(max(tile) <= 2 * side for side in sides):
+            usable.append(tile)
+    if math.prod(grid) >= slots:
+        usable = [tile for tile in usable if 2 * math.prod(tile) > slots or slots == 16] or usable
+    best = min(usable, key=lambda tile: (padded(grid, tile), max(tile) / min(tile), tile))
+    assert auto_tile(grid, slots) == best
+
+
+def test_the_automatic_tile_of_a_480p_video_pads_under_eight_per_cent() -> None:
+    layout = TileLayout(grid=(21, 30, 52), tile="auto")
+    assert layout.padded_len / layout.seq_len - 1 < 0.08
+    assert TileLayout(grid=(21, 30, 52), tile=(4, 4, 4)).padded_len / layout.seq_len - 1 > 0.21
+
+
+def test_layouts_are_values() -> None:
+    layout = TileLayout(grid=(4, 6, 8), tile="auto", text_last=3)
+    same = TileLayout(grid=(4, 6, 8), tile=layout.tile, text_last=3)
+    assert layout == same and hash(layout) == hash(same)
+    assert layout.index()[0] is same.index()[0]
+    assert layout != TileLayout(grid=(4, 8, 6), tile=layout.tile, text_last=3)
+
+
+def test_landscape_and_portrait_of_one_length_are_permuted_differently() -> None:
+    wide, tall = TileLayout(grid=(1, 4, 8), tile=(1, 4, 4)), TileLayout(grid=(1, 8, 4), tile=(1, 4, 4))
+    x = torch.arange(32.0)[:, None]
+    assert wide.padded_len == tall.padded_len
+    assert not torch.equal(wide.to_tiles(x), tall.to_tiles(x))
+
+
+def test_a_nan_token_stays_alone() -> None:
+    layout = TileLayout(grid=(1, 3, 5), tile=(1, 2, 2))
+    x = torch.ones(layout.seq_len, 2)
+    x[0] = float("nan")
+    assert int(layout.to_tiles(x).isnan().any(-1).sum()) == 1
+
+
+@pytest.mark.parametrize("dtype", (torch.bool, torch.int64, torch.bfloat16, torch.float64))
+def test_any_dtype_is_reordered_exactly(dtype: torch.dtype) -> None:
+    layout = TileLayout(grid=(2, 3, 5), tile=(2, 2, 2), text_first=2)
+    x = (torch.randn(layout.seq_len, 4) * 3).to(dtype)
+    assert torch.equal(layout.to_raster(layout.to_tiles(x)), x)
+
+
+def test_the_reordering_is_differentiable_twice() -> None:
+    layout = TileLayout(grid=(1, 3, 3), tile=(1, 2, 2), text_last=2)
+    x = torch.randn(layout.seq_len, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: layout.to_tiles(x).square(), x)
+
+
+@pytest.mark.parametrize("extra", ((0, 0), (5, 0), (17, 33)))
+def test_tile_index_keeps_its_promises_to_the_compiler(extra: tuple[int, int]) -> None:
+    arguments = ((3, 4, 5), (2, 2, 2), *extra, torch.device("cpu"))
+    torch.library.opcheck(tile_index, arguments)
+
+
+def test_a_compiled_reordering_is_the_eager_one(fresh_dynamo: None) -> None:
+    layout = TileLayout(grid=(2, 3, 5), tile=(2, 2, 2), text_first=2)
+    x = torch.randn(2, layout.seq_len, 4, requires_grad=True)
+    compiled = torch.compile(lambda x: layout.to_tiles(x) * 2, fullgraph=True, backend="aot_eager")
+    out = compiled(x)
+    assert torch.equal(out, layout.to_tiles(x) * 2)
+    (grad,) = torch.autograd.grad(out.square().sum(), x)
+    torch.testing.assert_close(grad, 8 * x.detach())

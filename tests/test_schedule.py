@@ -1,0 +1,116 @@
+"""Annealing: monotone, exact at its target, resumable, and a new step is no new graph."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
+
+import flexsparse as fs
+from flexsparse import SparsitySchedule
+
+RATIO = st.floats(0, 1)
+
+
+@given(RATIO, RATIO, st.floats(0.001, 2), st.integers(1, 7))
+def test_a_schedule_is_monotone_and_reaches_exactly_its_target(
+    start: float, target: float, step: float, every: int
+) -> None:
+    schedule = SparsitySchedule(start=start, target=target, step=step, every=every)
+    direction = 1 if target >= start else -1
+    last = start
+    assert schedule.value == start or schedule.moves == 0
+    for training_step in range((schedule.moves + 2) * every):
+        assert schedule.finished == (training_step >= schedule.moves * every)
+        assert (schedule.value - last) * direction >= 0
+        assert abs(schedule.value - last) <= step * (1 + 1e-6)
+        assert float(schedule.tensor) == schedule.value
+        last = schedule.value
+        schedule.advance()
+    assert schedule.value == target and schedule.finished
+
+
+@pytest.mark.parametrize(
+    ("target", "step", "moves"),
+    [
+        (0.8, 0.03, 27),
+        (0.95, 0.05, 19),
+        (0.9, 0.03, 30),
+        (0.3, 0.1, 3),
+        (0.7, 0.1, 7),
+        (0.5, 0.7, 1),
+        (0.0, 0.1, 0),
+    ],
+)
+def test_the_target_is_reached_after_the_moves_that_it_needs(target: float, step: float, moves: int) -> None:
+    schedule = SparsitySchedule(target=target, step=step, every=50)
+    assert schedule.moves == moves
+    assert schedule.value_at(50 * moves) == target
+    if moves:
+        assert schedule.value_at(50 * moves - 1) < target
+        assert schedule.value_at(49) == 0.0
+    down = SparsitySchedule(start=1.0, target=1 - target, step=step)
+    assert down.moves == moves and down.value_at(10_000) == 1 - target
+
+
+@given(st.integers(0, 500), st.integers(0, 500))
+def test_a_resumed_schedule_goes_on_as_if_never_stopped(before: int, after: int) -> None:
+    through, stopped = (SparsitySchedule(target=0.9, step=0.03, every=7) for _ in range(2))
+    through.advance(before + after)
+    stopped.advance(before)
+    resumed = SparsitySchedule(target=0.9, step=0.03, every=7)
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    resumed.advance(after)
+    assert resumed.value == through.value == float(resumed.tensor)
+    assert resumed.state_dict() == through.state_dict()
+
+
+def test_a_state_of_other_settings_is_refused() -> None:
+    state = SparsitySchedule(target=0.9).state_dict()
+    with pytest.raises(ValueError, match=r"target is 0\.8 here and 0\.9 in the saved schedule"):
+        SparsitySchedule(target=0.8).load_state_dict(state)
+
+
+def test_vsa_reads_its_schedule() -> None:
+    layout = fs.TileLayout(grid=(2, 8, 10), tile=(2, 2, 2))
+    q, k = torch.randn(2, 1, 2, layout.seq_len, 8).unbind()
+    schedule = SparsitySchedule(target=0.9, step=0.3, every=1)
+    for kept in (20, 14, 8, 2):
+        counts = fs.VSA(sparsity=schedule).select(q, k, layout).counts
+        assert counts.unique().tolist() == [kept]
+        assert kept == fs.VSA(top_k=kept).tiles_kept(20)
+        schedule.advance()
+
+
+@pytest.mark.parametrize("name", ("VSA", "BSA", "TopP"))
+def test_a_new_step_changes_the_selection_and_compiles_nothing(name: str, fresh_dynamo: None) -> None:
+    layout = fs.TileLayout(grid=(2, 8, 8), tile=(2, 2, 2))
+    q, k, v = torch.randn(3, 1, 2, layout.seq_len, 8).unbind()
+    ramp = SparsitySchedule(start=0.0, target=0.9, step=0.3, every=1)
+    fall = SparsitySchedule(start=1.0, target=0.1, step=0.3, every=1)
+    builder: fs.masks.MaskBuilder
+    if name == "VSA":
+        builder, schedules = fs.VSA(sparsity=ramp), [ramp]
+    elif name == "TopP":
+        builder, schedules = fs.TopP(mass=fall), [fall]
+    else:
+        half = SparsitySchedule(start=1.0, target=0.5, step=0.25, every=1)
+        builder, schedules = fs.BSA(kv_density=fall, keep_queries=half), [fall, half]
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return fs.sparse_attention(q, k, v, layout, builder, backend="gather")
+
+    outs = []
+    for _ in range(4):
+        out = attend(q, k, v)
+        expected = fs.sparse_attention(q, k, v, layout, builder, backend="reference")
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        assert all(not torch.equal(out, other) for other in outs)
+        outs.append(out)
+        for schedule in schedules:
+            schedule.advance()
+    assert counter.frame_count == 1
