@@ -135,6 +135,18 @@ def valid_slots(x: Tensor, counts: Tensor, slots: int) -> Tensor:
     return valid.flatten(-2).reshape(-1, 1, x.shape[2], 1)
 
 
+def check_cut_tiles(tile_counts: Tensor, layout: TileLayout) -> None:
+    """Raise a `ValueError` where a count cuts a video tile short: a token past it could stand for a pruned query."""
+    start, stop = layout.tiles_first, layout.tiles_first + layout.num_tiles
+    counts, valid = tile_counts[..., start:stop], layout.index(tile_counts.device)[2][start:stop]
+    cut = (counts > 0) & (counts < valid)
+    if bool(cut.any()):
+        raise ValueError(
+            f"tile_counts cuts {int(cut.sum())} video tiles short, and the builder prunes queries (BSA): a token past the "
+            "count could be a window's representative; give keep_queries=1, or whole or empty video tiles"
+        )
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -175,6 +187,9 @@ def attend(
             selection = builder.select(q.detach(), k.detach(), layout, kv_layout=kv_layout, scale=scale)
         if tile_counts is not None:  # a builder of somebody's own does not know of them
             selection = dataclasses.replace(selection, tile_counts=tile_counts)
+
+    if selection.queries is not None and tile_counts is not None and same and not is_tracing():
+        check_cut_tiles(tile_counts, layout)
 
     lse: Tensor | None
     if backend == "reference":

@@ -298,3 +298,13 @@ def test_the_call_that_the_wrong_ones_vary_is_right() -> None:
     assert training(backend="gather").requires_grad
     assert attend(tile_counts=counts([8] * 7 + [0])).isfinite().all()
     assert LAYOUT.num_tiles == M
+
+
+def test_counts_that_cut_a_tile_of_pruned_queries() -> None:
+    layout = fs.TileLayout(grid=(4, 4, 8))
+    x = torch.randn(1, 2, layout.seq_len, 8)
+    counts = torch.tensor([64, 40], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"tile_counts cuts 1 video tiles short.*give keep_queries=1"):
+        fs.sparse_attention(x, x, x, layout, fs.BSA(), tile_counts=counts)
+    fs.sparse_attention(x, x, x, layout, fs.BSA(keep_queries=1), tile_counts=counts)
+    fs.sparse_attention(x, x, x, layout, fs.BSA(), tile_counts=torch.tensor([64, 0], dtype=torch.int32))

@@ -303,7 +303,7 @@ def gather_attention(
     k_flat, v_flat = (x.reshape(p.B * p.G * p.U, p.s * p.D) for x in (k, v))
     room = Room(q.device)
     q_video = p.video(q)
-    whole = R == p.N * p.t  # without extra rows, results are written in place
+    whole = p.N * p.t == R  # without extra rows, results are written in place
     out_video = p.video(out) if whole else q_video.new_empty(q_video.shape)
     lse_video = lse.new_empty(q_video.shape[:2]) if wants_lse else None
     for rows in p.chunks("forward"):
