@@ -74,11 +74,13 @@ class _Rows:
         tiles: which of the ``B * H * N`` query tiles.
         kv: int64 ``[C, k]``, KV tiles among ``B * G * U``.
         bias: ``[C, 1, k * s]`` 0 or -inf, or None where every slot is valid.
+        blank: bool ``[C]`` query tiles that see no token, or None where all see one.
     """
 
     tiles: slice
     kv: Tensor
     bias: Tensor | None
+    blank: Tensor | None = None
 
 
 class Room:
@@ -156,9 +158,11 @@ class _Problem:
             columns = torch.cat([torch.arange(longest, device=device), torch.arange(width, kv.shape[1], device=device)])
             on = (columns < count[tiles, None]) | (columns >= width)
             tokens = self.kv_counts[batch[tiles, None], kv[tiles][:, columns]]
-            valid = on[..., None] & (slot < tokens[..., None])
+            valid = (on[..., None] & (slot < tokens[..., None])).flatten(1)
             bias = torch.zeros(valid.shape, dtype=self.dtype, device=device).masked_fill_(~valid, -math.inf)
-            yield _Rows(tiles, flat[tiles][:, columns], bias.flatten(1)[:, None])
+            blank = ~valid.any(-1)
+            some = blank if bool(blank.any()) else None
+            yield _Rows(tiles, flat[tiles][:, columns], bias[:, None], some)
 
     def tokens(self, x: Tensor, rows: _Rows, room: Room, name: str) -> Tensor:
         """KV tokens of a chunk: flat tiles ``[B * G * U, s * D]`` -> ``[C, k * s, D]`` in the compute dtype."""
@@ -219,28 +223,29 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, room: Room) -> Tensor:
     """Scaled logits ``[C, t, k]``. The scale applies to the fp32 product: a pre-scaled operand rounds differently."""
     logits = room.take("logits", (q.shape[0], q.shape[1], k.shape[1]), q.dtype)
-    torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=scale, out=logits)
-    return logits if bias is None else logits.add_(bias)
+    start = q.new_zeros(()) if bias is None else bias
+    return torch.baddbmm(start, q, k.transpose(1, 2), beta=0 if bias is None else 1, alpha=scale, out=logits)
 
 
-def _softmax(logits: Tensor, lse: Tensor | None, masked: bool) -> Tensor:
+def _softmax(logits: Tensor, lse: Tensor | None, blank: Tensor | None) -> Tensor:
     """Weights, in place of the logits, and log-sum-exp into ``lse``.
 
-    A row of -inf (only where ``masked``) has weights 0 and log-sum-exp -inf. The log-sum-exp is read off the largest
-    weight, ``max(logits) - log(max(weights))``: one pass less than computing it.
+    Entries of the chunk that see no token (``blank``, bool ``[C]``, or None where all see one) have weights 0 and
+    log-sum-exp -inf. The log-sum-exp is read off the largest weight, ``max(logits) - log(max(weights))``: one pass less
+    than computing it.
     """
     if logits.shape[-1] == 0:  # rows that see nothing at all
         if lse is not None:
             lse.fill_(-math.inf)
         return logits
-    top = logits.amax(-1) if masked or lse is not None else None
+    top = None if lse is None else logits.amax(-1)
     weights = torch.softmax(logits, -1, out=logits)
-    if masked and top is not None:
-        weights.masked_fill_((top == -math.inf)[..., None], 0)
+    if blank is not None:
+        weights[blank] = 0
     if lse is not None and top is not None:
         torch.sub(top, weights.amax(-1).log_(), out=lse)
-        if masked:
-            lse.masked_fill_(top == -math.inf, -math.inf)
+        if blank is not None:
+            lse[blank] = -math.inf
     return weights
 
 
@@ -308,7 +313,7 @@ def gather_attention(
     lse_video = lse.new_empty(q_video.shape[:2]) if wants_lse else None
     for rows in p.chunks("forward"):
         logits = _logits(q_video[rows.tiles].to(p.dtype), p.tokens(k_flat, rows, room, "k"), rows.bias, scale, room)
-        weights = _softmax(logits, None if lse_video is None else lse_video[rows.tiles], rows.bias is not None)
+        weights = _softmax(logits, None if lse_video is None else lse_video[rows.tiles], rows.blank)
         v_c = p.tokens(v_flat, rows, room, "v")
         if p.dtype == q.dtype:
             torch.bmm(weights, v_c, out=out_video[rows.tiles])
@@ -321,8 +326,10 @@ def gather_attention(
     for start, length in p.extra():
         for b, h, at in _extra_rows(p, R, start, length):
             q_c, k_c, v_c = (x.to(p.dtype) for x in (q[b, h, at], k[b, h // (p.H // p.G)], v[b, h // (p.H // p.G)]))
-            logits = _logits(q_c[None], k_c[None], _extra_bias(p, b, q.device), scale, room)[0]
-            weights = _softmax(logits, lse[b, h, at] if wants_lse else None, True)
+            bias = _extra_bias(p, b, q.device)
+            blank = (bias == -math.inf).all(-1)[0] if bool((bias == -math.inf).all()) else None
+            logits = _logits(q_c[None], k_c[None], bias, scale, room)
+            weights = _softmax(logits, lse[b, h, at][None] if wants_lse else None, blank)[0]
             out[b, h, at] = (weights @ v_c).to(q.dtype)
     return out, lse
 
