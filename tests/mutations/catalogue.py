@@ -43,8 +43,8 @@ MUTATIONS = (
     Mutation(
         "wrong scale",
         "backends/gather.py",
-        "beta=0, alpha=scale",
-        "beta=0, alpha=scale * 1.01",
+        "alpha=scale, out=logits",
+        "alpha=scale * 1.01, out=logits",
         AGREEMENT,
     ),
     Mutation(
@@ -71,8 +71,8 @@ MUTATIONS = (
     Mutation(
         "keys scaled in low precision",
         "backends/gather.py",
-        "k.transpose(1, 2), beta=0, alpha=scale",
-        "(k * scale).bfloat16().to(k.dtype).transpose(1, 2), beta=0, alpha=1.0",
+        "k.transpose(1, 2), beta=0 if bias is None else 1, alpha=scale",
+        "(k * scale).bfloat16().to(k.dtype).transpose(1, 2), beta=0 if bias is None else 1, alpha=1.0",
         (*AGREEMENT, "-k", "low_precision"),
     ),
     Mutation(
