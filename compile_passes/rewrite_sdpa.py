@@ -105,7 +105,7 @@ class RewriteSDPA:
             environment["grid"] = self.grid
         if self.schedules:
             environment["schedules"] = self._buffers(gm)
-        self._walk(gm, environment, {})
+        self._walk(gm, environment)
         _finish(gm)
         return gm
 
@@ -122,7 +122,7 @@ class RewriteSDPA:
             nodes.append(node)
         return tuple(nodes)
 
-    def _walk(self, gm: GraphModule, environment: dict[str, Any], lifted: dict[str, list[str]]) -> None:
+    def _walk(self, gm: GraphModule, environment: dict[str, Any]) -> None:
         for node in list(gm.graph.nodes):
             if node.op != "call_function":
                 continue
@@ -159,7 +159,7 @@ class RewriteSDPA:
                     self._leave(inner, q, k, f"it is inside of {node.target.name()}")  # type: ignore[union-attr]
                 continue
             inside = self._lift(node, sub, environment)
-            self._walk(sub, inside, {})
+            self._walk(sub, inside)
             _finish(sub)
             if "gate" in environment and "gate" not in inside:
                 environment.pop("gate")
