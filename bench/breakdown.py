@@ -1,6 +1,6 @@
 """Where the gather backend's forward spends its time: its pieces, timed one by one on the data of a case.
 
-This repeats what `flexsparse/backends/gather.py` does chunk by chunk where every tile is full and every row keeps the
+This repeats what `flexsparse/ops/gathered.py` does chunk by chunk where every tile is full and every row keeps the
 same number of tiles (VSA on a grid that the tile divides). What the pieces leave of the whole is `other_ms`.
 """
 
@@ -17,8 +17,8 @@ from torch import Tensor
 import flexsparse as fs
 from bench.cases import DENSE, Case
 from bench.problem import Problem, forward, make
-from flexsparse.backends import gather
 from flexsparse.masks.base import keep_top, pool, tile_scores
+from flexsparse.ops import gathered
 from flexsparse.selection import ascending_lists
 
 PIECES = (
@@ -67,8 +67,8 @@ def once(p: Problem) -> tuple[dict[str, float], Tensor]:
     rows = q.view(B * H * M, slots, D)
     k_flat, v_flat = (x.reshape(B * H * M, slots * D) for x in (k, v))
     out = torch.empty_like(rows)
-    step = max(1, gather.CHUNK_ENTRIES["forward"] // (slots * slots * n))
-    room = gather.Room(q.device)
+    step = max(1, gathered.CHUNK_ENTRIES["forward"] // (slots * slots * n))
+    room = gathered.Room(q.device)
     for start in range(0, len(flat), step):
         index = flat[start : start + step].reshape(-1)
         size, tokens = (len(index), slots * D), (len(index) // n, n * slots, D)

@@ -6,6 +6,9 @@
 - `marks`: identity ops by which a wrapped model tells its graph the grid and the gates.
 """
 
+from flexsparse.compile_passes.fuse_selection import FuseSelection
+from flexsparse.compile_passes.lower_flex import LowerFlex
 from flexsparse.compile_passes.rewrite_sdpa import RewriteError, RewriteSDPA
+from flexsparse.compile_passes.unfold import UnfoldAttention
 
-__all__ = ["RewriteError", "RewriteSDPA"]
+__all__ = ["FuseSelection", "LowerFlex", "RewriteError", "RewriteSDPA", "UnfoldAttention"]

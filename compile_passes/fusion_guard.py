@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,16 +59,75 @@ class CacheTag(CustomGraphPass):
         return f"{self.choices.uuid()}{inner or ''}"
 
 
-def compile_guarded(gm: torch.fx.GraphModule, example_inputs: list[Any], config: dict[str, Any]) -> Any:
-    """Inductor's ``compile_fx`` under the guard, forward and backward (which is compiled later) alike."""
+class InOrder(CustomGraphPass):
+    """Several passes in the place of one."""
+
+    def __init__(self, passes: Sequence[Any]) -> None:
+        self.passes = tuple(passes)
+
+    def __call__(self, graph: Graph) -> None:
+        for each in self.passes:
+            each(graph)
+
+    def uuid(self) -> Any:
+        parts = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.passes]
+        return None if None in parts else "".join(map(str, parts))  # None: nothing may be cached
+
+
+def compile_guarded(
+    gm: torch.fx.GraphModule, example_inputs: list[Any], config: dict[str, Any], joint: CustomGraphPass | None = None
+) -> Any:
+    """Inductor's ``compile_fx`` under the guard, forward and backward (which is compiled later) alike.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs.
+        config: Inductor's settings for this graph.
+        joint: a pass over the joint graph of forward and backward (the forward alone in inference), before any other.
+    """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     choices = GuardedChoices()
     key = "post_grad_custom_post_pass"
     config = {**config, key: CacheTag(choices, config.get(key, getattr(torch._inductor.config, key)))}
+    if joint is not None:
+        before = config.get("joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass)
+        others = before if isinstance(before, list | tuple) else [] if before is None else [before]
+        config["joint_custom_pre_pass"] = InOrder([joint, *others])
 
     def inner_compile(*args: Any, **kwargs: Any) -> Any:
         with V.set_choices_handler(choices):
             return compile_fx_inner(*args, **kwargs)
 
     return compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=config)
+
+
+def compile_eagerly(gm: torch.fx.GraphModule, example_inputs: list[Any], joint: CustomGraphPass | None = None) -> Any:
+    """As `compile_guarded`, without code generation: the graph's ops run one by one."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch import config
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    def run(graph: torch.fx.GraphModule, _: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    def inference(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        if joint is not None:
+            joint(graph.graph)
+        return run(graph, inputs)
+
+    def both(graph: torch.fx.GraphModule, inputs: Any) -> torch.fx.GraphModule:
+        if joint is not None:
+            joint(graph.graph)
+        return graph
+
+    compiler = aot_autograd(
+        fw_compiler=run,
+        bw_compiler=run,
+        inference_compiler=inference,
+        partition_fn=min_cut_rematerialization_partition,
+        keep_inference_input_mutations=True,
+    )
+    with config.patch(joint_custom_pass=both):
+        return compiler(gm, example_inputs)

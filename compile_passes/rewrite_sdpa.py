@@ -15,6 +15,7 @@ from torch._dynamo.source import ConstantSource
 from torch.fx import Graph, GraphModule, Node
 
 from flexsparse.compile_passes import marks, multi_head, sdpa_call
+from flexsparse.compile_passes.graphs import finish, graph_modules, remove, replace, value_of
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
 
 # higher-order operators whose sub-graph takes the operands that follow it, one placeholder each
@@ -33,11 +34,6 @@ Seen = Callable[[str, Any, Any, "tuple[int, int, int] | None", "str | None"], di
 
 class RewriteError(RuntimeError):
     """A graph whose attention cannot be made sparse as asked; the message says what was seen and the remedy."""
-
-
-def value_of(argument: Any) -> Any:
-    """The example value of a node, or the argument itself."""
-    return argument.meta["example_value"] if isinstance(argument, Node) else argument
 
 
 class RewriteSDPA:
@@ -106,7 +102,7 @@ class RewriteSDPA:
         if self.schedules:
             environment["schedules"] = self._buffers(gm)
         self._walk(gm, environment)
-        _finish(gm)
+        finish(gm)
         return gm
 
     def _buffers(self, gm: GraphModule) -> tuple[Node, ...]:
@@ -129,15 +125,15 @@ class RewriteSDPA:
             if marks.is_mark(node.target, marks.GRID):
                 environment["grid"] = tuple(node.args[1:])
                 self.marked = True
-                _remove(node, node.args[0])
+                remove(node, node.args[0])
             elif marks.is_mark(node.target, marks.GATE):
                 if "gate" in environment:
                     raise RewriteError(
-                        f"a gate before {_name(node)} has no sparse attention to go to: give wrap(..., gates=[names]) with "
+                        f"a gate before {call_name(node)} has no sparse attention to go to: give wrap(..., gates=[names]) with "
                         "the attention modules that become sparse"
                     )
                 environment["gate"] = node.args[1]
-                _remove(node, node.args[0])
+                remove(node, node.args[0])
             elif node.target is SDPA:
                 self._call(gm.graph, node, environment)
             elif node.target is multi_head.MULTI_HEAD:
@@ -160,7 +156,7 @@ class RewriteSDPA:
                 continue
             inside = self._lift(node, sub, environment)
             self._walk(sub, inside)
-            _finish(sub)
+            finish(sub)
             if "gate" in environment and "gate" not in inside:
                 environment.pop("gate")
 
@@ -188,20 +184,20 @@ class RewriteSDPA:
 
     def _leave(self, node: Node, q: Any, k: Any, reason: str) -> None:
         self.calls += 1
-        self.seen(_name(node), q, k, None, reason)
+        self.seen(call_name(node), q, k, None, reason)
 
     def _take(self, node: Node, q: Any, k: Any, environment: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The gate of a call that becomes sparse, and the backend's choice."""
         gate = environment.pop("gate", None)
         if self.gates and gate is None:
             raise RewriteError(
-                f"gates are on, but {_name(node)} became sparse without one: its module was not recognised as "
+                f"gates are on, but {call_name(node)} became sparse without one: its module was not recognised as "
                 "self-attention; give wrap(..., gates=[names]) with the names of the attention modules"
             )
         self.calls += 1
         self.matches += 1
         T, H, W = (value_of(size) for size in environment["grid"])
-        return gate, self.seen(_name(node), q, k, (T, H, W), None)
+        return gate, self.seen(call_name(node), q, k, (T, H, W), None)
 
     def _tokens(self, environment: dict[str, Any]) -> Any:
         T, H, W = (value_of(size) for size in environment["grid"])
@@ -224,7 +220,7 @@ class RewriteSDPA:
         arguments = (call.query, call.key, call.value, *rest)
         with graph.inserting_before(node):
             new = graph.call_function(self.attend, arguments, {"scale": call.scale, **choice})
-        _replace(node, new)
+        replace(node, new)
 
     def _multi_head(self, graph: Graph, node: Node, environment: dict[str, Any]) -> None:
         call = multi_head.arguments_of(node.args, node.kwargs)
@@ -254,31 +250,15 @@ class RewriteSDPA:
         extra = {"flexsparse": (gate, environment["grid"], environment.get("schedules", ()))}
         with graph.inserting_before(node):
             new = graph.call_function(flexsparse_multi_head, node.args, {**node.kwargs, **extra})
-        _replace(node, new)
-
-
-def _replace(node: Node, new: Node) -> None:
-    new.meta = dict(node.meta)
-    _remove(node, new)
-
-
-def _remove(node: Node, replacement: Any) -> None:
-    node.replace_all_uses_with(replacement)
-    node.graph.erase_node(node)
-
-
-def _finish(gm: GraphModule) -> None:
-    gm.graph.lint()
-    gm.recompile()
+        replace(node, new)
 
 
 def _attention_nodes(gm: GraphModule) -> list[Node]:
-    modules = [m for m in gm.modules() if isinstance(m, GraphModule)]
-    return [n for m in modules for n in m.graph.nodes if n.op == "call_function" and n.target is SDPA]
+    return [n for m in graph_modules(gm) for n in m.graph.nodes if n.op == "call_function" and n.target is SDPA]
 
 
 def _has_attention(gm: GraphModule) -> bool:
-    nodes = [n for m in gm.modules() if isinstance(m, GraphModule) for n in m.graph.nodes]
+    nodes = [n for m in graph_modules(gm) for n in m.graph.nodes]
     return any(n.target in (SDPA, multi_head.MULTI_HEAD) or marks.is_mark(n.target, marks.GATE) for n in nodes)
 
 
@@ -334,7 +314,7 @@ def _from_different_tensors(q: Any, k: Any) -> bool:
     return bool(q_sources and k_sources) and not (q_sources & k_sources)
 
 
-def _name(node: Node) -> str:
+def call_name(node: Node) -> str:
     """The module path of a node, as far as the graph tells."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return clean_path(str(stack[-1][0])) if stack else "."

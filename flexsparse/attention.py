@@ -14,9 +14,10 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from flexsparse.backends import Case, choose, flex, gather, reference, softmax_scale
+from flexsparse.backends import Case, choose, flex, gather, reference, softmax_scale, triton
 from flexsparse.layout import TileLayout, is_tracing
 from flexsparse.masks.base import CoarseInputs, MaskBuilder
+from flexsparse.ops import has_triton, tile_tokens  # noqa: F401
 from flexsparse.selection import TileSelection
 
 log = logging.getLogger("flexsparse")
@@ -116,6 +117,7 @@ def case_of(
 ) -> Case:
     """What a backend is asked for; ``dtype`` where q will be cast."""
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    head_dim = q.shape[-1] if isinstance(q.shape[-1], int) else int(q.shape[-1].node.hint)
     dynamic = layout.symbolic or any(isinstance(size, torch.SymInt) for size in q.shape)
     return Case(
         device=q.device.type,
@@ -125,6 +127,7 @@ def case_of(
         compiled=compiled,
         dynamic=dynamic,
         rows=layout.slots,
+        head_dim=head_dim,
         capability=capability,
     )
 
@@ -163,49 +166,102 @@ def attend(
     coarse_wanted: bool = False,
     lse_wanted: bool = False,
     in_graph: bool = False,
+    call: str = "",
 ) -> tuple[Tensor, TileSelection, Tensor | None, Tensor | None]:
     """The computation itself, on checked arguments: (output, selection, coarse output, log-sum-exp)."""
+    tiles = tiles_of(q, k, v, layout, kv_layout, tile_counts)
+    wants = (coarse_wanted or gate is not None) and getattr(builder, "has_coarse", False)
+    selection, coarse_out = plan(q, k, tiles, layout, builder, kv_layout, scale, tile_counts, wants)
     same = kv_layout is None or kv_layout is layout
+    if selection.queries is not None and tile_counts is not None and same and not is_tracing():
+        check_cut_tiles(tile_counts, layout)
+    gates = (gate, fine_gate)
+    how: dict[str, Any] = {"lse_wanted": lse_wanted, "in_graph": in_graph, "call": call}
+    out, lse = fine(q, tiles, selection, coarse_out, gates, scale, backend, **how)
+    return out, selection, coarse_out, lse
+
+
+Tiles = tuple[Tensor, Tensor, Tensor]
+
+
+def tiles_of(
+    q: Tensor, k: Tensor, v: Tensor, layout: TileLayout, kv_layout: TileLayout | None, tile_counts: Tensor | None
+) -> Tiles:
+    """q, k and v in tile order, ``[B, H, P, D]`` each; what is no valid token of k and v is zero."""
     kv_layout = layout if kv_layout is None else kv_layout
-    q_tiles, k_tiles, v_tiles = layout.to_tiles(q), kv_layout.to_tiles(k), kv_layout.to_tiles(v)
+    if q.is_cuda and q.dtype != torch.float64 and has_triton():
+        indices = [one.index(q.device)[:2] for one in (layout, kv_layout, kv_layout)]
+        tables, back = ([pair[i] for pair in indices] for i in (0, 1))
+        q_tiles, k_tiles, v_tiles = torch.ops.flexsparse.tile_tokens([q, k, v], tables, back)
+    else:
+        q_tiles, k_tiles, v_tiles = layout.to_tiles(q), kv_layout.to_tiles(k), kv_layout.to_tiles(v)
     if tile_counts is not None:  # what lies past a count may be anything, NaN included
         valid = valid_slots(k_tiles, tile_counts, kv_layout.slots)
         k_tiles, v_tiles = k_tiles.masked_fill(~valid, 0), v_tiles.masked_fill(~valid, 0)
+    return q_tiles, k_tiles, v_tiles
 
-    coarse_out: Tensor | None = None
+
+def plan(
+    q: Tensor,
+    k: Tensor,
+    tiles: Tiles,
+    layout: TileLayout,
+    builder: Any,
+    kv_layout: TileLayout | None,
+    scale: float,
+    tile_counts: Tensor | None,
+    coarse_wanted: bool,
+) -> tuple[TileSelection, Tensor | None]:
+    """The coarse stage: which tiles are critical, and the coarse output ``[B, H, N, D]`` where it is wanted."""
+    same = kv_layout is None or kv_layout is layout
+    kv_layout = layout if kv_layout is None else kv_layout
     if isinstance(builder, TileSelection):
-        selection = builder
-    elif isinstance(builder, MaskBuilder):
-        coarse_wanted = builder.has_coarse and (coarse_wanted or gate is not None)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and coarse_wanted):
-            coarse = CoarseInputs(
-                layout.video(q_tiles), kv_layout.video(k_tiles), layout, kv_layout, scale, tile_counts, same
-            )
-            selection, coarse_out = builder.plan(coarse, kv_layout.video(v_tiles) if coarse_wanted else None)
-    else:
+        return builder, None
+    if not isinstance(builder, MaskBuilder):
         with torch.no_grad():
             selection = builder.select(q.detach(), k.detach(), layout, kv_layout=kv_layout, scale=scale)
         if tile_counts is not None:  # a builder of somebody's own does not know of them
             selection = dataclasses.replace(selection, tile_counts=tile_counts)
+        return selection, None
+    q_tiles, k_tiles, v_tiles = tiles
+    with torch.set_grad_enabled(torch.is_grad_enabled() and coarse_wanted):
+        coarse = CoarseInputs(
+            layout.video(q_tiles), kv_layout.video(k_tiles), layout, kv_layout, scale, tile_counts, same
+        )
+        return builder.plan(coarse, kv_layout.video(v_tiles) if coarse_wanted else None)
 
-    if selection.queries is not None and tile_counts is not None and same and not is_tracing():
-        check_cut_tiles(tile_counts, layout)
 
+def fine(
+    q: Tensor,
+    tiles: Tiles,
+    selection: TileSelection,
+    coarse_out: Tensor | None,
+    gates: tuple[Tensor | None, Tensor | None],
+    scale: float,
+    backend: str,
+    *,
+    lse_wanted: bool = False,
+    in_graph: bool = False,
+    call: str = "",
+) -> tuple[Tensor, Tensor | None]:
+    """The fine stage and the combination: output ``[B, H, S, D]`` in q's dtype, and log-sum-exp or None, raster order."""
+    q_tiles, k_tiles, v_tiles = tiles
     lse: Tensor | None
     if backend == "reference":
-        if tile_counts is not None:
-            k, v = kv_layout.to_raster(k_tiles), kv_layout.to_raster(v_tiles)
+        k, v = (selection.kv_layout.to_raster(x) for x in (k_tiles, v_tiles))
         out, lse = reference.attend(q, k, v, selection, scale)
     elif backend == "gather":
         out, lse = gather.attend(q, k_tiles, v_tiles, selection, scale, q_tiles, lse_wanted)
+    elif backend == "triton":
+        out, lse = triton.attend(q, k_tiles, v_tiles, selection, scale, q_tiles, lse_wanted)
     else:
-        out, lse = flex.attend(q, k_tiles, v_tiles, selection, scale, q_tiles, lse_wanted, in_graph)
-
+        out, lse = flex.attend(q, k_tiles, v_tiles, selection, scale, q_tiles, lse_wanted, in_graph, call)
+    gate, fine_gate = gates
     if fine_gate is not None:
         out = out * fine_gate
     if gate is not None and coarse_out is not None:
-        out = out + gate * broadcast_coarse(coarse_out, layout).to(out.dtype)
-    return out.to(q.dtype), selection, coarse_out, lse  # gates may be of another dtype
+        out = out + gate * broadcast_coarse(coarse_out, selection.layout).to(out.dtype)
+    return out.to(q.dtype), lse  # gates may be of another dtype
 
 
 def broadcast_coarse(coarse_out: Tensor, layout: TileLayout) -> Tensor:

@@ -12,65 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.attention import attend, case_of
-from flexsparse.backends import choose, softmax_scale
-from flexsparse.compile_passes import RewriteError, RewriteSDPA
-from flexsparse.compile_passes.fusion_guard import compile_guarded
+from flexsparse.attention import case_of
+from flexsparse.backends import choose
+from flexsparse.calls import CallParts, autocast_dtype
+from flexsparse.compile_passes import FuseSelection, LowerFlex, RewriteError, RewriteSDPA, UnfoldAttention
+from flexsparse.compile_passes.fusion_guard import compile_eagerly, compile_guarded
 from flexsparse.grids import Grid
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import MaskBuilder
 from flexsparse.reporting import Call, Report
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype to which autocast would cast attention's inputs; None where it is off."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def gate_heads(gate: Tensor, q: Tensor) -> Tensor:
-    """A gate ``[B, S, H * D]`` as ``[B, H, S, D]``, in q's dtype.
-
-    Raises:
-        ValueError: the gate has other sizes than the attention's queries.
-    """
-    B, H, S, D = q.shape
-    if gate.dim() != 3 or gate.shape[0] != B or gate.shape[1] != S or gate.shape[2] != H * D:
-        raise ValueError(
-            f"the gate is {tuple(gate.shape)}, the attention's queries are {tuple(q.shape)}: a gate reads the hidden states "
-            "of its attention, [B, S, channels], and writes H * D channels; give wrap(..., gates=[names]) to choose modules"
-        )
-    return gate.unflatten(-1, (H, D)).transpose(1, 2).to(q.dtype)
-
-
-def sparse_call(
-    builder: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor | None,
-    layout: TileLayout,
-    scale: float | None,
-    backend: str,
-    in_graph: bool,
-) -> Tensor:
-    """What replaces a scaled_dot_product_attention call, in a graph or uncompiled."""
-    dtype = autocast_dtype(q.device.type)
-    if dtype is not None:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    with torch.autocast(q.device.type, enabled=False):
-        if gate is not None:
-            gate = gate_heads(gate, q)
-        return attend(
-            q,
-            k,
-            v,
-            layout,
-            builder,
-            gate=gate,
-            scale=softmax_scale(scale, q.shape[-1]),
-            backend=backend,
-            in_graph=in_graph,
-        )[0]
 
 
 class Backend:
@@ -136,7 +86,12 @@ class Backend:
         dtype = autocast_dtype(q.device.type) or q.dtype
         layout = self.layout_of(grid)
         case = case_of(q, layout, dtype=dtype, gradients=gradients, lse=False, compiled=compiled)
-        return choose(self.attention, case)
+        return choose(self.attention, case, templates=self.lower_flex or not compiled)
+
+    def in_graph(self, chosen: str, q: Tensor) -> str:
+        """The backend that a graph shows before `LowerFlex`: FlexAttention stands for what the templates take over."""
+        flexible = q.dtype != torch.float64 and (chosen in ("flex", "triton") or self.attention == "auto")
+        return "flex" if self.lower_flex and flexible else chosen
 
     def describe(
         self, name: str, q: Tensor, k: Tensor, grid: Grid | None, reason: str | None, chosen: tuple[str, str]
@@ -170,37 +125,23 @@ class Backend:
         self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], region: str, options: Mapping[str, Any]
     ) -> Any:
         """As calling the backend, for a region that several modules run (its name ends in ``::``)."""
-        from torch._dynamo import lookup_backend
-
         builder = self.builder
         schedules = builder.schedules() if isinstance(builder, MaskBuilder) else ()
         met = Report()
 
         def seen(name: str, q: Tensor, k: Tensor, grid: Grid | None, reason: str | None) -> dict[str, Any]:
-            chosen = ("sdpa", "")
+            chosen, runs = ("sdpa", ""), "sdpa"
             if reason is None and grid is not None:
                 gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
                 chosen = self.choose_backend(q, grid, compiled=True, gradients=gradients)
-            met.record(self.describe(met.unused(region + name), q, k, grid, reason, chosen))
-            return {"backend": chosen[0]} if reason is None else {}
+                runs = self.in_graph(chosen[0], q)
+            name = met.unused(region + name)
+            met.record(self.describe(name, q, k, grid, reason, chosen))
+            return {"backend": runs, "name": name} if reason is None else {}
 
-        def flexsparse_attend(
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            gate: Tensor | None,
-            grid: Grid,
-            ratios: Sequence[Tensor],
-            *,
-            scale: float | None,
-            backend: str,
-        ) -> Tensor:
-            tensors = {id(schedule): ratio for schedule, ratio in zip(schedules, ratios)}
-            bound = builder.bind(tensors) if schedules else builder
-            return sparse_call(bound, q, k, v, gate, self.layout_of(grid), scale, backend, in_graph=True)
-
+        parts = CallParts(builder, schedules, self.layout_of)
         rewrite = RewriteSDPA(
-            flexsparse_attend,
+            parts.attend,
             seen,
             grid=self.grid,
             extra=self.text_first + self.text_last,
@@ -210,10 +151,22 @@ class Backend:
         )
         rewrite(gm)
         self._verify(rewrite, met)
-        self.calls.update(met)
+        UnfoldAttention(parts.attend, parts)(gm)
+        if self.fuse_selection:
+            fuse = FuseSelection()
+            fuse(gm)
+            met.annotate(fused=fuse.fused, notes={name: f"not fused: {why}" for name, why in fuse.refused.items()})
+        lower = LowerFlex() if self.lower_flex else None
         if self.inner == "aot_eager":
-            return lookup_backend("aot_eager")(gm, list(example_inputs))
-        return compile_guarded(gm, list(example_inputs), _inductor_options(options))
+            compiled = compile_eagerly(gm, list(example_inputs), lower)
+        else:
+            compiled = compile_guarded(gm, list(example_inputs), _inductor_options(options), lower)
+        if lower is not None:
+            known = {call.name for call in met.all()}
+            notes = {name: f"not lowered: {why}" for name, why in lower.refused.items() if name in known}
+            met.annotate(lowered=lower.lowered & known, notes=notes)
+        self.calls.update(met)
+        return compiled
 
     def _verify(self, rewrite: RewriteSDPA, met: Report) -> None:
         if self.expect is not None:

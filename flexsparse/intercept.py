@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from flexsparse.calls import sparse_call
 from flexsparse.compile_passes import multi_head
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
-from flexsparse.compiler import Backend, sparse_call
+from flexsparse.compiler import Backend
 from flexsparse.grids import Grid
 
 

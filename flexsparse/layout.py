@@ -304,14 +304,35 @@ class TileLayout:
         """Whether a size is symbolic (a dynamic-shape trace)."""
         return is_symbolic(*self.grid, self.text_first, self.text_last)
 
+    @property
+    def whole(self) -> bool:
+        """Whether every tile is known to have as many valid tokens as slots."""
+        if self.symbolic:
+            return False
+        full = self.slots == math.prod(self.sides) and all(g % t == 0 for g, t in zip(self.grid, self.sides))
+        return full and self.text_first % self.slots == 0 and self.text_last % self.slots == 0
+
     def index(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """Slot -> token int32 ``[P]`` (-1: padding), token -> slot int32 ``[S]``, counts int32 ``[total_tiles]``."""
+        given = self.__dict__.get("_tables")
+        if given is not None:
+            return cast(tuple[Tensor, Tensor, Tensor], given)
         device = torch.device(device)
         if is_tracing() or self.symbolic:
             return torch.ops.flexsparse.tile_index(
                 list(self.grid), list(self.sides), self.text_first, self.text_last, device
             )
-        return _index(self.grid, self.sides, self.text_first, self.text_last, device)
+        return self.tables(device)
+
+    def tables(self, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+        """The tensors of `index`, made once for a layout and device; not while tracing, and not to be written to."""
+        return _index(self.grid, self.sides, self.text_first, self.text_last, torch.device(device))
+
+    def with_tables(self, tables: Sequence[Tensor] | None) -> TileLayout:
+        """This layout, reading `index` from given tensors (a graph's buffers, so that it makes none); None changes nothing."""
+        if tables is not None:
+            object.__setattr__(self, "_tables", tuple(tables))
+        return self
 
     def video(self, x: Tensor) -> Tensor:
         """Video slots of a tile-ordered tensor: ``[..., P, D]`` -> ``[..., N, slots, D]`` (a view)."""

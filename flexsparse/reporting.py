@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 
@@ -53,6 +53,16 @@ class Report:
         """Take over every call of another report."""
         self._calls.update(other._calls)
 
+    def annotate(self, *, fused: Iterable[str] = (), lowered: Iterable[str] = (), notes: Mapping[str, str]) -> None:
+        """Say what passes did with calls, and add notes to their reasons."""
+        for name in fused:
+            self._calls[name] = replace(self._calls[name], fused=True)
+        for name in lowered:
+            self._calls[name] = replace(self._calls[name], lowered=True)
+        for name, note in notes.items():
+            call = self._calls[name]
+            self._calls[name] = replace(call, reason=f"{call.reason}; {note}" if call.reason else note)
+
     def add_region(self, region: str, module: str) -> None:
         """Say that a module runs a region that is compiled once for several modules."""
         modules = self._regions.setdefault(region, [])
@@ -63,6 +73,10 @@ class Report:
         """Forget every call."""
         self._calls.clear()
         self._regions.clear()
+
+    def all(self) -> list[Call]:
+        """Every call as it was recorded, regions not expanded."""
+        return list(self._calls.values())
 
     @property
     def calls(self) -> list[Call]:

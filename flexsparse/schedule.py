@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexsparse.ops.choice import Rule
+
 
 class SparsitySchedule:
     """A ratio (sparsity, or a kept density) that goes from ``start`` to ``target`` in equal steps.
@@ -134,6 +136,13 @@ def highest(ratio: Ratio) -> float:
 def current(ratio: Ratio) -> float | Tensor:
     """The value to compute with: a float, or the 0-d float64 tensor of a schedule."""
     return ratio if isinstance(ratio, int | float) else ratio.tensor
+
+
+def rule_of(name: str, ratio: Ratio, min_tiles: int = 1) -> Rule:
+    """A rule with a ratio for its number."""
+    if isinstance(ratio, int | float):
+        return Rule(name=name, value=float(ratio), min_tiles=min_tiles)
+    return Rule(name=name, now=ratio.tensor, min_tiles=min_tiles)
 
 
 def target(ratio: Ratio) -> float:

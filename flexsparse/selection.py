@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexsparse.layout import TileLayout, ceil_div
+from flexsparse.layout import TileLayout, ceil_div, is_tracing
 
 WORD = 32
 
@@ -22,13 +23,19 @@ def pack_bits(keep: Tensor) -> Tensor:
     """Bool ``[..., M]`` to int32 ``[..., ceil(M / 32)]``: bit ``m % 32`` of word ``m // 32`` is ``keep[m]``."""
     M = keep.shape[-1]
     words = ceil_div(M, WORD)
-    keep = torch.nn.functional.pad(keep, (0, words * WORD - M)).unflatten(-1, (words, WORD))
+    keep = torch.nn.functional.pad(keep, (0, words * WORD - M))
+    if keep.device.type == "cpu" and keep.numel() and not is_tracing():
+        return torch.from_numpy(np.packbits(keep.numpy(), axis=-1, bitorder="little")).view(torch.int32)
+    keep = keep.unflatten(-1, (words, WORD))
     shifts = torch.arange(WORD, dtype=torch.int32, device=keep.device)
     return (keep.to(torch.int32) << shifts).sum(-1, dtype=torch.int32)  # distinct bits: the sum is their union
 
 
 def unpack_bits(bits: Tensor, M: int) -> Tensor:
     """Inverse of `pack_bits`: int32 ``[..., W]`` to bool ``[..., M]``."""
+    if bits.device.type == "cpu" and bits.numel() and not is_tracing():
+        flags = np.unpackbits(bits.contiguous().view(torch.uint8).numpy(), axis=-1, count=M, bitorder="little")
+        return torch.from_numpy(flags).view(torch.bool)
     shifts = torch.arange(WORD, dtype=torch.int32, device=bits.device)
     return ((bits[..., None] >> shifts) & 1).flatten(-2)[..., :M].bool()
 
@@ -40,6 +47,45 @@ def ascending_lists(keep: Tensor, capacity: int) -> Tensor:
     index = torch.arange(M, dtype=torch.int32, device=keep.device).expand(keep.shape)
     lists = index.new_zeros((*keep.shape[:-1], capacity + 1))
     return lists.scatter(-1, position, index)[..., :capacity].contiguous()
+
+
+@torch.library.custom_op("flexsparse::pack_tiles", mutates_args=())
+def pack_tiles(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Bitmask and counts of kept tiles: bool ``[..., M]`` to int32 ``[..., ceil(M / 32)]`` and int32 ``[...]``.
+
+    An op, so that a graph shows where the choice of tiles ends.
+    """
+    return pack_bits(keep), keep.sum(-1, dtype=torch.int32)
+
+
+@pack_tiles.register_fake
+def _(keep: Tensor) -> tuple[Tensor, Tensor]:
+    *rows, M = keep.shape
+    return keep.new_empty((*rows, ceil_div(M, WORD)), dtype=torch.int32), keep.new_empty(rows, dtype=torch.int32)
+
+
+@torch.library.custom_op("flexsparse::pack_lists", mutates_args=())
+def pack_lists(indices: Tensor, counts: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
+    """`pack_tiles` of the tiles that lists name: ``indices [..., K]`` and ``counts [...]``; entries past a count are ignored.
+
+    Raises:
+        ValueError: an index out of range, or a count larger than the list.
+    """
+    K = indices.shape[-1]
+    on = torch.arange(K, device=indices.device) < counts[..., None]
+    listed = indices.long().masked_fill(~on, tiles)
+    if bool((counts > K).any()) or bool(((listed < 0) | (listed > tiles) | (on & (listed == tiles))).any()):
+        raise ValueError(f"kv_indices and kv_counts must hold at most {K} indices in [0, {tiles}) a row")
+    keep = torch.zeros((*listed.shape[:-1], tiles + 1), dtype=torch.bool, device=listed.device)
+    return torch.ops.flexsparse.pack_tiles(keep.scatter_(-1, listed, True)[..., :tiles])
+
+
+@pack_lists.register_fake
+def _(indices: Tensor, counts: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
+    rows = indices.shape[:-1]
+    return indices.new_empty((*rows, ceil_div(tiles, WORD)), dtype=torch.int32), counts.new_empty(
+        rows, dtype=torch.int32
+    )
 
 
 class TransposedTiles(NamedTuple):
@@ -127,15 +173,9 @@ class TileSelection:
                 f"keep has shape {tuple(keep.shape)}: give bool [B, H, {layout.num_tiles}, {kv_layout.num_tiles}] "
                 "(query tiles x KV tiles, video tiles only)"
             )
-        keep = keep.bool()
         fields.setdefault("capacity", kv_layout.num_tiles)
-        return cls(
-            bits=pack_bits(keep),
-            counts=keep.sum(-1, dtype=torch.int32),
-            layout=layout,
-            kv_layout=kv_layout,
-            **fields,
-        )
+        bits, counts = torch.ops.flexsparse.pack_tiles(keep.bool())
+        return cls(bits=bits, counts=counts, layout=layout, kv_layout=kv_layout, **fields)
 
     @classmethod
     def from_lists(
@@ -146,14 +186,9 @@ class TileSelection:
         Raises:
             ValueError: an index out of range, or a count larger than the list.
         """
-        M = (layout if kv_layout is None else kv_layout).num_tiles
-        K = kv_indices.shape[-1]
-        on = torch.arange(K, device=kv_indices.device) < kv_counts[..., None]
-        listed = kv_indices.long().masked_fill(~on, M)
-        if bool((kv_counts > K).any()) or bool(((listed < 0) | (listed > M) | (on & (listed == M))).any()):
-            raise ValueError(f"kv_indices and kv_counts must hold at most {K} indices in [0, {M}) a row")
-        keep = torch.zeros((*listed.shape[:-1], M + 1), dtype=torch.bool, device=listed.device)
-        return cls.from_mask(keep.scatter(-1, listed, True)[..., :M], layout, kv_layout, capacity=K)
+        kv_layout = layout if kv_layout is None else kv_layout
+        bits, counts = torch.ops.flexsparse.pack_lists(kv_indices, kv_counts, kv_layout.num_tiles)
+        return cls(bits=bits, counts=counts, layout=layout, kv_layout=kv_layout, capacity=kv_indices.shape[-1])
 
     def keep(self) -> Tensor:
         """Bool ``[B, H, N, M]`` over video tiles."""
@@ -200,6 +235,18 @@ class TileSelection:
     def query_rows(self) -> int:
         """Query tokens of one tile as computed: slots, or the packed queries of BSA."""
         return self.layout.slots if self.queries is None else self.queries.packed
+
+    @property
+    def partial(self) -> bool:
+        """Whether a KV tile may have fewer valid tokens than slots."""
+        return self.tile_counts is not None or not self.kv_layout.whole
+
+    def operands(self) -> tuple[Any, ...]:
+        """Arguments of the ops that compute on a selection, from ``bits`` to ``partial`` (`ops.tile_attention`)."""
+        q, kv = self.layout, self.kv_layout
+        ends = (q.tiles_first * q.slots, q.tiles_last * q.slots)
+        sizes = (self.query_rows, *ends, kv.tiles_first, kv.num_tiles, kv.slots, self.capacity)
+        return (self.bits, self.counts, self.kv_tile_counts(), *sizes, self.partial)
 
     def valid_pairs(self) -> tuple[Tensor, Tensor]:
         """(pairs computed, all valid pairs) of query and KV tokens, float64 0-d; see `density`."""
@@ -268,47 +315,62 @@ class BlockLists(NamedTuple):
 
 @torch.library.custom_op("flexsparse::block_lists", mutates_args=())
 def _block_lists(
-    dense: Tensor, tile_counts: Tensor, slots: int
+    bits: Tensor,
+    counts: Tensor,
+    kv_counts: Tensor,
+    query_rows: int,
+    first_rows: int,
+    last_rows: int,
+    kv_first: int,
+    kv_video: int,
+    slots: int,
+    capacity: int,
+    partial: bool,
+    call: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Full and partial lists of a dense tile map.
+    """FlexAttention's lists of a selection; arguments as `flexsparse::tile_attention`'s, which may replace it.
+
+    ``call`` is a name by which passes say what became of it.
 
     One opaque op: FlexAttention miscompiles captured scatters of the same graph (it reads the buffer from before
     the scatter), and on CPU lists that are views or shared between arguments.
+
+    Returns:
+        Number and indices of partial tiles, number and indices of full tiles, table, valid tokens: `BlockLists`.
     """
-    B, _, _, tiles = dense.shape
-    counts = tile_counts.expand(B, tiles).contiguous()
-    full_tile = (counts == slots)[:, None, None]
-    dense = dense & (counts > 0)[:, None, None]
-    full, partial = dense & full_tile, dense & ~full_tile
+    B, tiles = bits.shape[0], kv_counts.shape[-1]
+    ends = (kv_first, tiles - kv_first - kv_video, first_rows // query_rows, last_rows // query_rows)
+    dense = torch.nn.functional.pad(unpack_bits(bits, kv_video), ends, value=True)
+    valid = kv_counts.expand(B, tiles).contiguous()
+    full_tile = (valid == slots)[:, None, None]
+    dense = dense & (valid > 0)[:, None, None]
+    some, full = dense & ~full_tile, dense & full_tile
     return (
-        partial.sum(-1, dtype=torch.int32),
-        ascending_lists(partial, tiles),
+        some.sum(-1, dtype=torch.int32),
+        ascending_lists(some, tiles),
         full.sum(-1, dtype=torch.int32),
         ascending_lists(full, tiles),
         dense.clone(),
-        counts.clone(),
+        valid.clone(),
     )
 
 
 @_block_lists.register_fake
-def _(dense: Tensor, tile_counts: Tensor, slots: int) -> Any:
-    B, H, rows, tiles = dense.shape
+def _(
+    bits: Tensor, counts: Tensor, kv_counts: Tensor, query_rows: int, first_rows: int, last_rows: int, *_: Any
+) -> Any:
+    B, H, N = bits.shape[:3]
+    rows, tiles = N + first_rows // query_rows + last_rows // query_rows, kv_counts.shape[-1]
 
     def ints(*shape: int) -> Tensor:
-        return dense.new_empty(shape, dtype=torch.int32)
+        return bits.new_empty(shape, dtype=torch.int32)
 
     lists = (ints(B, H, rows), ints(B, H, rows, tiles), ints(B, H, rows), ints(B, H, rows, tiles))
-    return (*lists, dense.new_empty((B, H, rows, tiles)), ints(B, tiles))
+    return (*lists, bits.new_empty((B, H, rows, tiles), dtype=torch.bool), ints(B, tiles))
 
 
-def block_lists(selection: TileSelection) -> BlockLists:
+def block_lists(selection: TileSelection, call: str = "") -> BlockLists:
     """FlexAttention's lists of a selection, extra tiles included; rows are query tiles as computed."""
-    q, rows = selection.layout, selection.query_rows
-    dense = selection.to_dense()
-    if rows != q.slots:  # packed queries: an extra tile of `slots` rows is several blocks of `rows`
-        first, video, last = dense.split([q.tiles_first, q.num_tiles, q.tiles_last], dim=2)
-        repeat = q.slots // rows
-        dense = torch.cat([first.repeat_interleave(repeat, 2), video, last.repeat_interleave(repeat, 2)], dim=2)
-    slots = selection.kv_layout.slots
-    lists: Any = torch.ops.flexsparse.block_lists(dense, selection.kv_tile_counts(), slots)
-    return BlockLists._make((*lists, rows.bit_length() - 1, slots.bit_length() - 1))
+    lists: Any = torch.ops.flexsparse.block_lists(*selection.operands(), call)
+    q_shift, kv_shift = selection.query_rows.bit_length() - 1, selection.kv_layout.slots.bit_length() - 1
+    return BlockLists._make((*lists, q_shift, kv_shift))

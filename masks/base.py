@@ -1,7 +1,7 @@
 """What mask builders share: the coarse stage's inputs and the primitives of selection.
 
 Shape letters: B batch, H query heads, G KV heads, S tokens, N query tiles, M KV tiles, D head dim.
-Everything from pooling to the choice of tiles is plain torch, so that a compiler sees the whole chain.
+Everything from pooling to the choice of tiles is plain torch where a compiler looks on, so that it sees the whole chain.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flexsparse.layout import TileLayout, is_tracing
+from flexsparse.ops.choice import Rule, masked_softmax
+from flexsparse.ops.coarse_select import pool_tiles
+from flexsparse.ops.select_tiles import allowed_bits, select_tiles
 from flexsparse.schedule import BoundRatio, SparsitySchedule
 from flexsparse.selection import TileSelection
 
@@ -36,11 +39,10 @@ def pool(x: Tensor, counts: Tensor, masked: bool = False) -> Tensor:
     Returns:
         ``[B, H, N, D]``, at least float32.
     """
-    counts = counts if counts.dim() == 1 else counts[:, None]
     if masked:
-        x = x.masked_fill((torch.arange(x.shape[3], device=x.device) >= counts[..., None])[..., None], 0)
-    total = x.sum(3, dtype=score_dtype(x.dtype))
-    return total / counts.clamp_min(1).to(total.dtype)[..., None]
+        each = counts if counts.dim() == 1 else counts[:, None]
+        x = x.masked_fill((torch.arange(x.shape[3], device=x.device) >= each[..., None])[..., None], 0)
+    return pool_tiles(x, counts)
 
 
 def expand_heads(x: Tensor, heads: int) -> Tensor:
@@ -49,7 +51,7 @@ def expand_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def keep_top(scores: Tensor, n: int | Tensor) -> Tensor:
-    """The best ``n`` entries of each row: exactly ``n``, ties to the lowest index.
+    """The best ``n`` entries of each row: exactly ``n``, ties to the lowest index. For builders of your own.
 
     Args:
         scores: ``[B, H, N, M]``; -inf for what must not be chosen first.
@@ -61,16 +63,6 @@ def keep_top(scores: Tensor, n: int | Tensor) -> Tensor:
     order = scores.argsort(dim=-1, descending=True, stable=True)
     first = torch.arange(scores.shape[-1], device=scores.device) < n
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, first.expand(scores.shape))
-
-
-def masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
-    """Softmax over the allowed entries of a row; a row that allows none is zero, with gradient zero."""
-    if allowed is None:
-        return scores.softmax(-1)
-    some = allowed.any(-1, keepdim=True)
-    # an empty row takes a finite softmax first, as the gradient of a softmax over -inf only is NaN
-    weights = scores.masked_fill(~allowed & some, -math.inf).softmax(-1)
-    return weights.masked_fill(~allowed, 0)
 
 
 @dataclass(frozen=True)
@@ -120,6 +112,18 @@ class CoarseInputs:
     def pooled_v(self, v: Tensor) -> Tensor:
         """``[B, G, M, slots, D]`` values to ``[B, H, M, D]``."""
         return expand_heads(pool(v, self.kv_counts, self.tile_counts is not None), self.q.shape[1])
+
+    def selection(self, bits: Tensor, counts: Tensor, capacity: int, **fields: Any) -> TileSelection:
+        """The tiles that a builder chose, from bitmask and counts."""
+        return TileSelection(
+            bits=bits,
+            counts=counts,
+            layout=self.layout,
+            kv_layout=self.kv_layout,
+            capacity=capacity,
+            tile_counts=self.tile_counts,
+            **fields,
+        )
 
     def alive(self) -> Tensor | None:
         """Bool, broadcasts to ``[B, H, N, M]``: KV tiles that hold a token; None where all do."""
@@ -299,11 +303,64 @@ def tile_scores(q_c: Tensor, k_c: Tensor, scale: float) -> Tensor:
     return (q_c @ k_c.transpose(-1, -2)) * scale
 
 
-def row_count(n: int | Tensor, allowed: Tensor | None) -> int | Tensor:
-    """``min(n, allowed tiles of the row)``."""
-    if allowed is None:
-        return n
-    return torch.minimum(allowed.sum(-1, keepdim=True), torch.as_tensor(n, device=allowed.device))
+class Coarse(NamedTuple):
+    """What a coarse stage found.
+
+    Attributes:
+        bits: int32 ``[B, H, N, ceil(M / 32)]``.
+        counts: int32 ``[B, H, N]``.
+        wanted: int32 ``[B, H, N]``, tiles wanted before the capacity cut them.
+        out: coarse output ``[B, H, N, D]``, or None.
+    """
+
+    bits: Tensor
+    counts: Tensor
+    wanted: Tensor
+    out: Tensor | None
+
+
+def coarse_stage(
+    coarse: CoarseInputs,
+    v: Tensor | None,
+    rule: Rule,
+    capacity: int,
+    *,
+    within: StaticBuilder | None = None,
+    count_bias: bool = False,
+    q_c: Tensor | None = None,
+) -> Coarse:
+    """Pool, score, choose, and compute the coarse output where ``v`` is given.
+
+    A compiler sees plain torch and fuses it (`compile_passes.FuseSelection`); uncompiled, the fused op runs at once.
+
+    Args:
+        coarse: tiles of queries and keys.
+        v: ``[B, G, M, slots, D]`` values, or None.
+        rule: which tiles a row keeps.
+        capacity: the most tiles that a row keeps.
+        within: a static builder; only its tiles are candidates.
+        count_bias: add ``log(valid tokens)`` of a KV tile to its score.
+        q_c: pooled queries ``[B, H, N, D]``, where they are not the mean of their tiles.
+    """
+    allowed = candidates(within, coarse)
+    masked = coarse.tile_counts is not None
+    if is_tracing():
+        scores = tile_scores(coarse.pooled_q() if q_c is None else q_c, coarse.pooled_k(), coarse.scale)
+        if count_bias:
+            log_counts = coarse.kv_counts.clamp_min(1).to(scores.dtype).log()
+            scores = scores + (log_counts if log_counts.dim() == 1 else log_counts[:, None, None])
+        bits, counts, wanted = select_tiles(scores.detach(), allowed, rule, capacity)
+        weighted = None if v is None else masked_softmax(scores, allowed) @ coarse.pooled_v(v)
+        return Coarse(bits, counts, wanted, weighted)
+    if masked and coarse.same and q_c is None:
+        q_c = coarse.pooled_q()
+    q, q_counts = coarse.q, coarse.q_counts
+    if q_c is not None:  # pooled already: tiles of one token
+        q, q_counts = q_c[:, :, :, None], torch.ones_like(q_counts)
+    among = None if allowed is None else allowed_bits(allowed, coarse.layout.num_tiles)
+    how = (rule.now, rule.name, rule.value, rule.min_tiles, capacity, coarse.scale, count_bias)
+    found = torch.ops.flexsparse.coarse_select(q, coarse.k, v, q_counts, coarse.kv_counts, among, *how)
+    return Coarse(found[5], found[6], found[7], None if v is None else found[0])
 
 
 def check_within(name: str, within: Any) -> None:

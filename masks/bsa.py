@@ -7,10 +7,11 @@ queries of a tile.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,16 +21,16 @@ from flexsparse.masks.base import (
     CoarseInputs,
     MaskBuilder,
     StaticBuilder,
-    candidates,
     check_within,
-    keep_top,
-    masked_softmax,
+    coarse_stage,
     score_dtype,
     tile_scores,
 )
-from flexsparse.masks.top_p import bounded, check_tiles, tiles_for_mass
+from flexsparse.masks.top_p import check_tiles
 from flexsparse.masks.windows import Axes, window_sizes, windows_of
-from flexsparse.schedule import Ratio, check_ratio, current, highest, target
+from flexsparse.ops.choice import Rule, masked_softmax, row_threshold
+from flexsparse.ops.coarse_select import pool_tiles
+from flexsparse.schedule import Ratio, check_ratio, current, highest, rule_of, target
 from flexsparse.selection import KeptQueries, TileSelection, ascending_lists
 
 Fill = Literal["representative", "nearest", "zero"]
@@ -125,12 +126,10 @@ class BSA(MaskBuilder):
     def capacity(self, M: int) -> int:
         """Static list length: the most tiles that a row can keep."""
         if self.max_tiles is not None:
-            bound: Any = self.max_tiles
-        elif self.threshold == "mass" or not isinstance(M, int):
+            return torch.sym_min(self.max_tiles, M)
+        if self.threshold == "mass":
             return M
-        else:
-            bound = math.ceil(2 * highest(self.kv_density) * M) + self.min_tiles
-        return min(bound, M)
+        return torch.sym_min(math.ceil(2 * highest(self.kv_density) * M) + self.min_tiles, M)
 
     @property
     def prunes(self) -> bool:
@@ -145,40 +144,27 @@ class BSA(MaskBuilder):
         return max(MIN_SLOTS, 1 << (kept - 1).bit_length())
 
     def plan(self, coarse: CoarseInputs, v: Tensor | None = None) -> tuple[TileSelection, Tensor | None]:
-        layout, kv_layout = coarse.layout, coarse.kv_layout
-        M = kv_layout.num_tiles
-        q_c = coarse.pooled_q().detach()
-        queries = None
-        if self.prunes:
-            queries, q_kept = prune_queries(self, coarse.q.detach(), layout)
-            q_c = q_kept if self.score_queries == "kept" else q_c
-        scores = tile_scores(q_c, coarse.pooled_k().detach(), coarse.scale)
-        allowed = candidates(self.within, coarse)
-        capacity = self.capacity(M)
-        count, capped = bounded(self.wanted(scores, allowed), allowed, self.min_tiles, capacity, M)
-        ranked = scores if allowed is None else scores.masked_fill(~allowed, -math.inf)
-        fields: dict[str, Any] = {
-            "capacity": capacity,
-            "capped": capped,
-            "queries": queries,
-            "tile_counts": coarse.tile_counts,
-        }
-        return TileSelection.from_mask(keep_top(ranked, count), layout, kv_layout, **fields), None
+        queries, q_c = prune_queries(self, coarse.q.detach(), coarse.layout) if self.prunes else (None, None)
+        q_c = q_c if self.score_queries == "kept" else None
+        coarse = dataclasses.replace(coarse, q=coarse.q.detach(), k=coarse.k.detach())
+        capacity = self.capacity(coarse.kv_layout.num_tiles)
+        found = coarse_stage(coarse, None, self.rule(coarse, q_c), capacity, within=self.within, q_c=q_c)
+        capped = (found.wanted > capacity).sum()
+        return coarse.selection(found.bits, found.counts, capacity, capped=capped, queries=queries), None
 
-    def wanted(self, scores: Tensor, allowed: Tensor | None) -> Tensor:
-        """Tiles that each row wants, before bounds: int64 ``[B, H, N, 1]``. What is wanted are the highest scores."""
+    def rule(self, coarse: CoarseInputs, q_c: Tensor | None) -> Rule:
+        """How many tiles a row keeps; what is kept are the highest scores."""
         if self.threshold == "mass":
-            return tiles_for_mass(masked_softmax(scores, allowed), current(self.mass), allowed)
+            return rule_of("mass", self.mass, self.min_tiles)
+        if self.statistics == "row":
+            return rule_of(self.threshold, self.kv_density, self.min_tiles)
+        scores = tile_scores(coarse.pooled_q() if q_c is None else q_c, coarse.pooled_k(), coarse.scale)
+        allowed = coarse.alive()
         values = masked_softmax(scores, allowed) if self.threshold == "probability" else scores
-        over = (-1,) if self.statistics == "row" else (-2, -1)
-        mask = torch.ones_like(values, dtype=torch.bool) if allowed is None else allowed.expand(values.shape)
-        total = mask.sum(over, keepdim=True).clamp_min(1)
-        mean = values.masked_fill(~mask, 0).sum(over, keepdim=True) / total
-        variance = (values - mean).square().masked_fill(~mask, 0).sum(over, keepdim=True) / total
         density = torch.as_tensor(current(self.kv_density), dtype=torch.float64)
-        every = density >= 1  # Phi^-1(0) is -inf, and -inf * 0 is NaN for a row of equal logits
-        z = torch.special.ndtri(1 - density.clamp_max(1 - 1e-12)).to(values.dtype)
-        return (((values > mean + variance.sqrt() * z) | every) & mask).sum(-1, keepdim=True)
+        above = (values > row_threshold(values, allowed, density, (-2, -1))) | (density >= 1)
+        above = above if allowed is None else above & allowed
+        return Rule(name="top_k", now=above.sum(-1, keepdim=True), min_tiles=self.min_tiles)
 
     def nominal_density(self, layout: TileLayout, kv_layout: TileLayout) -> float:
         """Kept queries times the density aimed at; for ``"mass"`` an upper bound."""
@@ -270,5 +256,5 @@ def prune_queries(builder: BSA, q: Tensor, layout: TileLayout) -> tuple[KeptQuer
         source=in_raster(video.gather(-1, source_slot), extra_token),
         position=in_raster(base + rank_of_slot.gather(-1, source_slot), extra_position),
     )
-    mean = (x * kept_slots[..., None]).sum(-2) / counts.to(x.dtype)[:, None]
+    mean = pool_tiles(x * kept_slots[..., None], counts)
     return queries, mean

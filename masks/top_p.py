@@ -5,9 +5,8 @@ Shape letters as in `base`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,33 +16,11 @@ from flexsparse.masks.base import (
     CoarseInputs,
     MaskBuilder,
     StaticBuilder,
-    candidates,
     check_within,
-    keep_top,
-    masked_softmax,
-    row_count,
-    tile_scores,
+    coarse_stage,
 )
-from flexsparse.schedule import Ratio, check_ratio, current
+from flexsparse.schedule import Ratio, check_ratio, rule_of
 from flexsparse.selection import TileSelection
-
-
-def tiles_for_mass(weights: Tensor, mass: float | Tensor, allowed: Tensor | None) -> Tensor:
-    """Size of the smallest set whose weights reach ``mass``.
-
-    Args:
-        weights: softmax over tiles ``[B, H, N, M]``.
-        mass: in (0, 1]; from 1 on, every allowed tile is needed.
-        allowed: bool, broadcasts to ``weights``, or None.
-
-    Returns:
-        int64 ``[B, H, N, 1]``.
-    """
-    ranked = weights.sort(dim=-1, descending=True).values
-    before = ranked.cumsum(-1) - ranked
-    every = torch.as_tensor(mass >= 1, device=weights.device)
-    needed = ((before < mass) | every).sum(-1, keepdim=True)
-    return torch.as_tensor(row_count(needed, allowed))
 
 
 def check_tiles(method: str, min_tiles: int, max_tiles: int | None) -> None:
@@ -52,12 +29,6 @@ def check_tiles(method: str, min_tiles: int, max_tiles: int | None) -> None:
         raise ValueError(f"{method} min_tiles is {min_tiles!r}: give an int of at least 1")
     if max_tiles is not None and not (isinstance(max_tiles, int) and max_tiles >= min_tiles):
         raise ValueError(f"{method} max_tiles is {max_tiles!r}: give an int of at least min_tiles={min_tiles}, or None")
-
-
-def bounded(wanted: Tensor, allowed: Tensor | None, min_tiles: int, capacity: int, M: int) -> tuple[Tensor, Tensor]:
-    """Tiles that each row keeps, int64 ``[B, H, N, 1]``, and how many rows wanted more than the capacity (0-d)."""
-    wanted = torch.as_tensor(row_count(wanted.clamp_min(min_tiles).clamp_max(M), allowed))
-    return wanted.clamp_max(capacity), (wanted > capacity).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,18 +62,11 @@ class TopP(MaskBuilder):
             self.within.check(layout, kv_layout)
 
     def plan(self, coarse: CoarseInputs, v: Tensor | None = None) -> tuple[TileSelection, Tensor | None]:
-        layout, kv_layout = coarse.layout, coarse.kv_layout
-        M = kv_layout.num_tiles
-        capacity = M if self.max_tiles is None else min(self.max_tiles, M)
-        scores = tile_scores(coarse.pooled_q(), coarse.pooled_k(), coarse.scale)
-        allowed = candidates(self.within, coarse)
-        weights = masked_softmax(scores, allowed)
-        wanted = tiles_for_mass(weights.detach(), current(self.mass), allowed)
-        count, capped = bounded(wanted, allowed, self.min_tiles, capacity, M)
-        ranked = scores.detach() if allowed is None else scores.detach().masked_fill(~allowed, -math.inf)
-        fields: dict[str, Any] = {"capacity": capacity, "capped": capped, "tile_counts": coarse.tile_counts}
-        selection = TileSelection.from_mask(keep_top(ranked, count), layout, kv_layout, **fields)
-        return selection, None if v is None else weights @ coarse.pooled_v(v)
+        M = coarse.kv_layout.num_tiles
+        capacity = M if self.max_tiles is None else torch.sym_min(self.max_tiles, M)
+        found = coarse_stage(coarse, v, rule_of("mass", self.mass, self.min_tiles), capacity, within=self.within)
+        capped = (found.wanted > capacity).sum()
+        return coarse.selection(found.bits, found.counts, capacity, capped=capped), found.out
 
     def nominal_density(self, layout: TileLayout, kv_layout: TileLayout) -> float:
         """An upper bound: how many tiles hold the mass depends on the data."""

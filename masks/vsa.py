@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -15,14 +15,12 @@ from flexsparse.masks.base import (
     CoarseInputs,
     MaskBuilder,
     StaticBuilder,
-    candidates,
     check_within,
-    keep_top,
-    masked_softmax,
-    row_count,
-    tile_scores,
+    coarse_stage,
 )
-from flexsparse.schedule import Ratio, check_ratio, current, lowest, target
+from flexsparse.ops.choice import Rule
+from flexsparse.ops.select_tiles import tiles_to_keep
+from flexsparse.schedule import Ratio, check_ratio, lowest, rule_of, target
 from flexsparse.selection import TileSelection
 
 
@@ -76,41 +74,26 @@ class VSA(MaskBuilder):
         if self.within is not None:
             self.within.check(layout, kv_layout)
 
-    def tiles_kept(self, M: int) -> int | Tensor:
-        """``top_k``: an int where everything is known, else a 0-d int64 tensor."""
+    def tiles_kept(self, M: int) -> int:
+        """``top_k`` of a row of M tiles, now."""
+        return self.top_k or int(tiles_to_keep(self.rule(), M))
+
+    def rule(self) -> Rule:
+        """How many tiles a row keeps."""
         if self.top_k is not None:
-            return self.top_k
-        sparsity = current(cast(Ratio, self.sparsity))
-        if isinstance(sparsity, float | int) and isinstance(M, int):
-            return min(max(math.ceil((1 - sparsity) * M), 1), M)
-        total = torch.scalar_tensor(M, dtype=torch.float64)
-        return torch.minimum(((1 - sparsity) * total).ceil().clamp_min(1), total).to(torch.int64)
+            return Rule(name="top_k", value=float(self.top_k))
+        return rule_of("sparsity", cast(Ratio, self.sparsity))
 
     def capacity(self, M: int) -> int:
         """Static list length: the most tiles that a row can keep."""
         if self.top_k is not None:
             return self.top_k
-        if not isinstance(M, int):
-            return M
-        return min(max(math.ceil((1 - lowest(cast(Ratio, self.sparsity))) * M), 1), M)
+        return torch.sym_max(1, math.ceil((1 - lowest(cast(Ratio, self.sparsity))) * M))
 
     def plan(self, coarse: CoarseInputs, v: Tensor | None = None) -> tuple[TileSelection, Tensor | None]:
-        layout, kv_layout = coarse.layout, coarse.kv_layout
-        M = kv_layout.num_tiles
-        scores = tile_scores(coarse.pooled_q(), coarse.pooled_k(), coarse.scale)
-        if self.count_bias:
-            log_counts = coarse.kv_counts.clamp_min(1).to(scores.dtype).log()
-            scores = scores + (log_counts if log_counts.dim() == 1 else log_counts[:, None, None])
-        allowed = candidates(self.within, coarse)
-        ranked = scores.detach()
-        if allowed is not None:
-            ranked = ranked.masked_fill(~allowed, -math.inf)
-        keep = keep_top(ranked, row_count(self.tiles_kept(M), allowed))
-        fields: dict[str, Any] = {"capacity": self.capacity(M), "tile_counts": coarse.tile_counts}
-        selection = TileSelection.from_mask(keep, layout, kv_layout, **fields)
-        if v is None:
-            return selection, None
-        return selection, masked_softmax(scores, allowed) @ coarse.pooled_v(v)
+        capacity = self.capacity(coarse.kv_layout.num_tiles)
+        found = coarse_stage(coarse, v, self.rule(), capacity, within=self.within, count_bias=self.count_bias)
+        return coarse.selection(found.bits, found.counts, capacity), found.out
 
     def nominal_density(self, layout: TileLayout, kv_layout: TileLayout) -> float:
         M = kv_layout.num_tiles

@@ -1,10 +1,15 @@
 """Shared set-up: hypothesis profiles, seeds, threads, memory that is NaN until it is written."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton decorates a kernel
+
 from hypothesis import HealthCheck, Phase, settings
 
 settings.register_profile(

@@ -10,6 +10,7 @@ from torch import Tensor
 import flexsparse as fs
 from flexsparse.attention import _log_once
 from flexsparse.backends import Case, choose
+from flexsparse.backends import triton as triton_backend
 from flexsparse.layout import _index
 from flexsparse.masks.base import _cached_mask
 from flexsparse.masks.windows import _windows
@@ -139,7 +140,7 @@ def test_an_empty_batch_has_an_empty_output() -> None:
 
 def case(**changes: object) -> Case:
     plain: dict[str, object] = {"device": "cpu", "dtype": torch.float32, "gradients": False, "lse": False}
-    plain |= {"compiled": True, "dynamic": False, "rows": 64}
+    plain |= {"compiled": True, "dynamic": False, "rows": 64, "head_dim": 64}
     return Case(**(plain | changes))  # type: ignore[arg-type]
 
 
@@ -152,14 +153,38 @@ def case(**changes: object) -> Case:
         ({"lse": True}, "gather"),
         ({"dynamic": True}, "gather"),
         ({"dtype": torch.float64}, "gather"),
-        ({"device": "cuda", "capability": (9, 0), "gradients": True}, "gather"),
-        ({"device": "cuda", "capability": (9, 0), "gradients": True, "rows": 128}, "flex"),
-        ({"device": "cuda", "capability": (9, 0), "lse": True, "compiled": False}, "flex"),
+        ({"device": "cuda", "capability": (9, 0), "gradients": True}, "triton"),
+        ({"device": "cuda", "capability": (9, 0), "lse": True, "compiled": False}, "triton"),
+        ({"device": "cuda", "capability": (9, 0), "gradients": True, "head_dim": 20}, "gather"),
+        ({"device": "cuda", "capability": (9, 0), "gradients": True, "head_dim": 20, "rows": 128}, "flex"),
+        ({"device": "cuda", "capability": (9, 0), "head_dim": 320}, "flex"),
+        ({"device": "cuda", "capability": (9, 0), "dtype": torch.float64}, "gather"),
     ],
 )
 def test_auto_takes_what_can_do_the_case_and_says_why(changes: dict[str, object], expected: str) -> None:
     name, reason = choose("auto", case(**changes))
     assert name == expected and reason
+
+
+def test_auto_does_without_the_templates_where_it_is_told_to() -> None:
+    assert choose("auto", case(device="cuda", capability=(9, 0)), templates=False)[0] == "flex"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "run on CUDA; use 'gather', or 'auto'"),
+        ({"device": "cuda", "head_dim": 20}, "multiples of 8 up to 256, not 20; use 'gather'"),
+        ({"device": "cuda", "rows": 512}, "16 to 256 slots, not 512; use a smaller tile or 'gather'"),
+        ({"device": "cuda", "dtype": torch.float64}, "compute no torch.float64; use 'gather' or 'reference'"),
+    ],
+)
+def test_the_templates_say_what_they_cannot_do(
+    changes: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_backend, "_interpreting", lambda: False)
+    with pytest.raises(ValueError, match=f"backend is 'triton', which cannot do this case: .*{message}"):
+        choose("triton", case(**changes))
 
 
 def test_the_choice_of_backend_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -260,9 +260,9 @@ BACKENDS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "backend is 'cuda': give one of auto, reference, gather, flex, triton",
     ),
     "triton": (
-        lambda: attend(backend="triton"),
+        lambda: attend(x().double(), x().double(), backend="triton"),
         ValueError,
-        "'triton', which cannot do this case: .*use 'auto', 'flex' or 'gather'",
+        "'triton', which cannot do this case: the templates compute no torch.float64; use 'gather' or 'reference'",
     ),
     "flex with gradients on CPU": (
         lambda: training(backend="flex"),

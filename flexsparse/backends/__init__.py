@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from flexsparse.backends import flex, gather, reference
+from flexsparse.backends import flex, gather, reference, triton
 
 NAMES = ("auto", "reference", "gather", "flex", "triton")
-RUN = {"reference": reference.attend, "gather": gather.attend, "flex": flex.attend}
+RUN = {"reference": reference.attend, "gather": gather.attend, "flex": flex.attend, "triton": triton.attend}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class Case:
         compiled: whether the call is part of a graph being compiled.
         dynamic: whether a size is symbolic.
         rows: query tokens of one tile as computed, at most (slots of the layout).
+        head_dim: D.
         capability: CUDA compute capability, None elsewhere.
     """
 
@@ -35,20 +36,26 @@ class Case:
     compiled: bool
     dynamic: bool
     rows: int
+    head_dim: int
     capability: tuple[int, int] | None = None
 
 
 def refusal(name: str, case: Case) -> str | None:
     """Why a backend cannot do the case, with the remedy; None where it can."""
     if name == "triton":
-        return "the Triton templates are not part of this version; use 'auto', 'flex' or 'gather'"
+        return triton.refusal(case.device, case.dtype, case.head_dim, case.rows)
     if name == "flex":
         return flex.refusal(case.device, case.dtype, case.gradients, case.lse, case.dynamic)
     return None
 
 
-def choose(backend: str, case: Case) -> tuple[str, str]:
+def choose(backend: str, case: Case, templates: bool = True) -> tuple[str, str]:
     """The backend that runs a case, and why.
+
+    Args:
+        backend: ``"auto"`` or a name.
+        case: what is asked for.
+        templates: whether ``"auto"`` may take the Triton templates.
 
     Raises:
         ValueError: no such backend, or an explicit one that cannot do the case.
@@ -60,6 +67,8 @@ def choose(backend: str, case: Case) -> tuple[str, str]:
         if reason is not None:
             raise ValueError(f"backend is {backend!r}, which cannot do this case: {reason}")
         return backend, "asked for"
+    if case.device == "cuda" and templates and refusal("triton", case) is None:
+        return "triton", "on CUDA"
     flexible = refusal("flex", case)
     if flexible is not None:
         return "gather", flexible

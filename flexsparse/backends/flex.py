@@ -76,16 +76,18 @@ def attend(
     q_tiles: Tensor | None = None,
     wants_lse: bool = False,
     in_graph: bool = False,
+    call: str = "",
 ) -> tuple[Tensor, Tensor | None]:
     """Fine-stage attention; arguments and results as `gather.attend`, log-sum-exp only where it is wanted.
 
     Args:
         in_graph: whether the call is traced as part of a rewritten graph, where FlexAttention's captured tensors
             must be explicit operands.
+        call: name of the call, for passes to report.
     """
     rows = pack_queries(q, q_tiles, selection).contiguous()
     k, v = k.contiguous(), v.contiguous()  # on CPU, views of other ranks do not lower
-    lists = block_lists(selection)
+    lists = block_lists(selection, call)
     gqa = q.shape[1] != k.shape[1]
     out: Tensor
     lse: Tensor | None
@@ -93,7 +95,9 @@ def attend(
     if in_graph:
         out, lse = _operator(rows, k, v, lists, scale, wants_lse)
     else:
-        mask = _block_mask(lists)
+        mask = _block_mask(
+            lists, columns=rows.is_cuda
+        )  # the backward walks columns; compiled for the CPU there is none
         if torch.compiler.is_compiling():
             aux = AuxRequest(lse=True) if wants_lse else None
             options = _kernel_options(*mask.BLOCK_SIZE, q.device.type)
@@ -123,13 +127,12 @@ def attend(
     return unpack_rows(out, selection), None if lse is None else unpack_lse(lse, selection)
 
 
-def _block_mask(lists: BlockLists) -> BlockMask:
+def _block_mask(lists: BlockLists, columns: bool) -> BlockMask:
     table, counts, q_shift, kv_shift = lists.table, lists.tile_counts, lists.q_shift, lists.kv_shift
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return tile_mask_mod(b, h, q, kv, table, counts, q_shift, kv_shift)
 
-    needs_columns = table.is_cuda  # the backward walks columns; the CPU has no backward
     return BlockMask.from_kv_blocks(
         lists.partial_num,
         lists.partial_indices,
@@ -138,7 +141,7 @@ def _block_mask(lists: BlockLists) -> BlockMask:
         BLOCK_SIZE=(1 << q_shift, 1 << kv_shift),
         mask_mod=mask_mod,
         seq_lengths=(table.shape[2] << q_shift, table.shape[3] << kv_shift),
-        compute_q_blocks=needs_columns,
+        compute_q_blocks=columns,
     )
 
 
@@ -155,7 +158,8 @@ def _operator(
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor, table: Tensor, counts: Tensor) -> Tensor:
         return tile_mask_mod(b, h, q, kv, table, counts, q_shift, kv_shift)
 
-    mask = _block_mask(lists)
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    mask = _block_mask(lists, columns=gradients)
     block_mask = (*mask.as_tuple()[:-1], mask_mod)
     options = {
         "BACKEND": "AUTO",
@@ -163,7 +167,7 @@ def _operator(
         "ROWS_GUARANTEED_SAFE": False,
         "BLOCKS_ARE_CONTIGUOUS": False,
         "WRITE_DQ": True,
-        "OUTPUT_LOGSUMEXP": wants_lse or q.device.type != "cpu",
+        "OUTPUT_LOGSUMEXP": wants_lse or gradients or q.device.type != "cpu",
         "OUTPUT_MAX": False,
         **(_kernel_options(1 << q_shift, 1 << kv_shift, q.device.type) or {}),
     }

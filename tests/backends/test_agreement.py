@@ -48,6 +48,17 @@ def test_a_video_of_many_whole_and_partial_tiles(backend: str, scale: float, dty
     compare(case, case.selection(0.3), backend)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the templates on the GPU")
+@pytest.mark.parametrize("scale", (1.0, 16.0))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_the_templates_in_the_interpreter(dtype: torch.dtype, scale: float) -> None:
+    layout = fs.TileLayout(grid=(3, 6, 7), tile=(2, 4, 4), text_first=3, text_last=20)
+    case = Case(layout, layout, B=1, H=2, G=1, D=32, dtype=dtype, scale=scale, seed=5)
+    compare(case, case.selection(0.4), "triton")
+    q, k, _ = case.qkv()
+    compare(case, fs.BSA(keep_queries=0.5, kv_density=0.5).select(q, k, layout), "triton")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=150)

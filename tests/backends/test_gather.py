@@ -9,6 +9,7 @@ from torch import Tensor
 
 import flexsparse as fs
 from flexsparse.backends import gather
+from flexsparse.ops import gathered
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -82,8 +83,8 @@ def test_chunks_of_any_size_compute_the_same(case: Case) -> None:
     results = []
     with pytest.MonkeyPatch.context() as patch:
         for entries in (1, 3000, 1 << 30):
-            for budget in list(gather.CHUNK_ENTRIES):
-                patch.setitem(gather.CHUNK_ENTRIES, budget, entries)
+            for budget in list(gathered.CHUNK_ENTRIES):
+                patch.setitem(gathered.CHUNK_ENTRIES, budget, entries)
             out, aux = fs.sparse_attention(
                 q, k, v, case.layout, selection, kv_layout=case.kv_layout, backend="gather", return_aux=True
             )

@@ -1,0 +1,428 @@
+"""The coarse stage as people write it: what its pieces look like in a graph of aten nodes.
+
+Every function looks at one node and what is above it, and returns what it stands for, or None. Layout is not matched by
+spelling: the chain of views is run on a tensor of indices, and what comes out tells what it does (`same_everywhere`).
+
+Shape letters: B batch, H query heads, G KV heads, N query tiles, s slots of a tile, M KV tiles, D head dim.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.fx import Node
+
+from flexsparse.compile_passes.graphs import value_of
+
+aten = torch.ops.aten
+VIEWS = {
+    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int),
+    *(aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default),
+    *(aten.permute.default, aten.transpose.int, aten.movedim.int, aten.swapaxes.default, aten.alias.default),
+    *(aten.t.default, aten.mT.default, aten.adjoint.default, aten.repeat_interleave.self_int),
+    *(aten.numpy_T.default, aten.expand_as.default),
+}
+COPIES = {aten.clone.default, aten.contiguous.default, aten.detach.default, aten.lift_fresh_copy.default}
+CASTS = {aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default}
+PRODUCTS = {aten.matmul.default, aten.bmm.default}
+
+
+def is_op(node: Any, *targets: Any) -> bool:
+    """Whether a node calls one of the ops."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def shape_of(node: Node) -> tuple[Any, ...]:
+    """Sizes of a node's value, symbolic ones included."""
+    return tuple(value_of(node).shape)
+
+
+_stretch: contextvars.ContextVar[int] = contextvars.ContextVar("stretch", default=1)
+MOST_INDICES = 1 << 26
+
+
+def concrete(argument: Any) -> Any:
+    """An argument with numbers for nodes and symbolic sizes: as traced, or with every symbol a multiple of that."""
+    if isinstance(argument, Node):
+        argument = value_of(argument)
+    if isinstance(argument, list | tuple):
+        return type(argument)(concrete(item) for item in argument)
+    if not isinstance(argument, torch.SymInt):
+        return argument
+    factor = _stretch.get()
+    if factor == 1:
+        return argument.node.hint
+    shape_env, expression = argument.node.shape_env, argument.node.expr
+    return int(expression.xreplace({s: factor * int(shape_env.size_hint(s)) for s in expression.free_symbols}))
+
+
+def same_everywhere(check: Callable[[], bool]) -> bool:
+    """Whether a check of layouts holds for the sizes of the trace and, where there are symbols, for others as well.
+
+    Sizes that happen to be equal must not pass for one another.
+    """
+    if not check():
+        return False
+    token = _stretch.set(2)
+    try:
+        return check()
+    finally:
+        _stretch.reset(token)
+
+
+def indices(sizes: Any) -> Tensor:
+    """Tensor of the given sizes (as `concrete` sees them) whose entries are their own positions.
+
+    Raises:
+        TooLarge: it would take too much memory to look.
+    """
+    numbers = torch.Size([int(concrete(size)) for size in sizes])
+    if numbers.numel() > MOST_INDICES:
+        raise TooLarge(f"a tensor of sizes {tuple(numbers)} is too large to follow its views")
+    return torch.arange(numbers.numel()).view(numbers)
+
+
+class TooLarge(ValueError):
+    """A layout that cannot be verified in reasonable memory."""
+
+
+def keeps_precision(node: Node) -> bool:
+    """Whether a cast loses nothing that matters: it ends in at least float32, or does not change a float."""
+    after, before = value_of(node).dtype, value_of(node.args[0]).dtype
+    return after == before or (after.is_floating_point and torch.finfo(after).bits >= 32)
+
+
+@dataclass
+class Chain:
+    """Nodes from ``root`` to the end of a chain of views, casts and positive factors.
+
+    Attributes:
+        root: what stands above the chain.
+        nodes: the chain, from the root down.
+        factor: product of the factors.
+    """
+
+    root: Node
+    nodes: list[Node] = field(default_factory=list)
+    factor: float = 1.0
+
+    def layout(self, start: Tensor) -> Tensor:
+        """What the chain's views make of a tensor of the root's shape."""
+        x = start
+        for node in self.nodes:
+            if node.target not in VIEWS:
+                continue
+            rest = [concrete(argument) for argument in node.args[1:]]
+            if node.target is aten.expand_as.default:
+                rest = [torch.empty([int(concrete(size)) for size in shape_of(node)])]
+            x = node.target(x, *rest, **{key: concrete(value) for key, value in node.kwargs.items()})
+        return x
+
+
+def positive_number(argument: Any) -> float | None:
+    """A positive factor that is known now."""
+    if isinstance(argument, int | float) and not isinstance(argument, bool) and argument > 0:
+        return float(argument)
+    return None
+
+
+def is_whole(node: Any) -> bool:
+    """Whether a node is a slice that takes everything, as ``x[:, None]`` makes of a symbolic size."""
+    return is_op(node, aten.slice.Tensor) and tuple(node.args[2:]) in ((), (0,), (0, sys.maxsize), (0, sys.maxsize, 1))
+
+
+def climb(node: Node, factors: bool = True) -> Chain:
+    """Up from a node through views, casts to at least float32, copies, and (where allowed) positive factors."""
+    chain, factor = [], 1.0
+    while True:
+        if is_op(node, *VIEWS, *COPIES) or (is_op(node, *CASTS) and keeps_precision(node)) or is_whole(node):
+            chain.append(node)
+            node = node.args[0]
+            continue
+        if factors and is_op(node, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+            first, second = node.args
+            swapped = is_op(node, aten.mul.Tensor, aten.mul.Scalar) and not isinstance(first, Node)
+            tensor, number = (second, first) if swapped else (first, second)
+            value = positive_number(number)
+            if value is not None and isinstance(tensor, Node):
+                divides = is_op(node, aten.div.Tensor, aten.div.Scalar)
+                factor *= 1 / value if divides else value
+                chain.append(node)
+                node = tensor
+                continue
+        return Chain(node, chain[::-1], factor)
+
+
+@dataclass
+class Pooled:
+    """A mean over tiles, ``[B, H', n, D]`` in the order of its tokens.
+
+    Attributes:
+        tokens: node of the tokens, or of vectors that were pooled otherwise.
+        reduced: dimension of ``tokens`` that the mean runs over; None where ``tokens`` is pooled already.
+        counts: node of the tiles' valid tokens, int ``[n]`` or ``[B, n]``; None for a plain mean.
+        factor: positive number that the mean is multiplied with.
+        heads: H'.
+        inner: nodes that the fused op makes superfluous.
+    """
+
+    tokens: Node
+    reduced: int | None
+    counts: Node | None
+    factor: float
+    heads: Any
+    inner: list[Node]
+
+
+def _in_order(chain: Chain) -> bool:
+    """Whether a chain leaves the elements in their order."""
+    if not any(node.target in VIEWS for node in chain.nodes):
+        return True
+
+    def check() -> bool:
+        start = indices(shape_of(chain.root))
+        return torch.equal(chain.layout(start).flatten(), start.flatten())
+
+    return same_everywhere(check)
+
+
+STORED = {operator.getitem, aten.masked_fill.Scalar, aten.index_select.default, aten.index.Tensor}
+
+
+def match_pooled(node: Node, expect: tuple[Any, ...], transposed: bool = False) -> Pooled | None:
+    """What a node pools, where it has the given sizes ``[B, H, n, D]`` (last two swapped where ``transposed``).
+
+    Heads may be repeated for grouped queries, query head h reading ``h // (H / G)``.
+    """
+    chain = climb(node)
+    root, inner, counts, factor = chain.root, list(chain.nodes), None, chain.factor
+    if is_op(root, aten.div.Tensor) and isinstance(root.args[1], Node):
+        divided = climb(root.args[0])
+        if not is_op(divided.root, aten.sum.dim_IntList) or not _in_order(divided):
+            return None
+        counts = match_counts(root.args[1], divided)
+        if counts is None:
+            return None
+        inner += [root, *divided.nodes]
+        factor *= divided.factor
+        total = divided.root
+    elif is_op(root, aten.mean.dim):
+        total = root
+    else:
+        return None
+    tokens = total.args[0]
+    dims = total.args[1]
+    shape = shape_of(tokens)
+    if not isinstance(dims, list | tuple) or len(dims) != 1 or len(shape) != 5:
+        return None
+    reduced = dims[0] % 5
+    kept = [size for dim, size in enumerate(shape) if dim != reduced]
+
+    def is_pooled_order() -> bool:
+        whole = indices(kept)
+        laid = chain.layout(whole.view([int(concrete(size)) for size in shape_of(root)]))
+        repeat = int(concrete(expect[1])) // max(1, whole.shape[1])
+        wanted = whole.repeat_interleave(repeat, 1) if repeat > 1 else whole
+        wanted = wanted.transpose(-1, -2) if transposed else wanted
+        return laid.numel() == wanted.numel() and torch.equal(laid.reshape(wanted.shape), wanted)
+
+    if not same_everywhere(is_pooled_order):
+        return None
+    if not _is_stored(tokens):  # a mean of something computed is one loop; its tokens would have to be stored first
+        return Pooled(root, None, None, chain.factor, kept[1], list(chain.nodes))
+    return Pooled(tokens, reduced, counts, factor, kept[1], [*inner, total])
+
+
+def _is_stored(node: Any) -> bool:
+    """Whether a node is a view of a tensor that is in memory anyway."""
+    while is_op(node, *VIEWS, *COPIES, aten.narrow.default, aten.slice.Tensor, aten.select.int) or is_op(node, *CASTS):
+        node = node.args[0]
+    return isinstance(node, Node) and (
+        node.op != "call_function" or node.target in STORED or not isinstance(node.target, torch._ops.OpOverload)
+    )
+
+
+def match_counts(node: Node, divided: Chain) -> Node | None:
+    """The counts that a sum over tiles is divided by: int ``[n]`` or ``[B, n]``, at least 1, or made so."""
+    chain = climb(node, factors=False)
+    root = chain.root
+    if is_op(root, aten.clamp_min.default, aten.clamp.default) and root.args[1] == 1 and len(root.args) == 2:
+        above = climb(root.args[0], factors=False)
+        counts, nodes = above.root, above.nodes + chain.nodes
+    elif _at_least_one(root):
+        counts, nodes = root, chain.nodes
+    else:
+        return None
+    if value_of(counts).dtype not in (torch.int32, torch.int64) or value_of(counts).dim() not in (1, 2):
+        return None
+    B, _, n, *rest = shape_of(divided.nodes[-1] if divided.nodes else divided.root)
+    if rest[:-1] not in ([], [1]):  # a mean that keeps its dimension is [B, H', n, 1, D]
+        return None
+
+    def check() -> bool:
+        per_tile = indices(shape_of(counts))
+        laid = Chain(counts, nodes).layout(per_tile)
+        wanted = per_tile[:, None, :, None] if per_tile.dim() == 2 else per_tile[:, None]
+        wanted = wanted.expand(int(concrete(B)), 1, int(concrete(n)), 1)
+        return _broadcasts_to(laid, wanted.unsqueeze(3) if len(rest) == 2 else wanted)
+
+    return counts if same_everywhere(check) else None
+
+
+def _broadcasts_to(x: Tensor, wanted: Tensor) -> bool:
+    try:
+        return torch.equal(x.expand(wanted.shape), wanted)
+    except RuntimeError:
+        return False
+
+
+def _at_least_one(node: Node) -> bool:
+    """Whether counts come straight from a layout, whose tiles all hold a token."""
+    while is_op(node, aten.narrow.default, aten.slice.Tensor):
+        node = node.args[0]
+    if node.op == "get_attr":  # the layout's table as a buffer
+        counts = value_of(node)
+        with unset_fake_temporarily():
+            return not isinstance(counts, FakeTensor) and bool((counts >= 1).all())
+    return is_op(node, operator.getitem) and is_op(node.args[0], torch.ops.flexsparse.tile_index.default)
+
+
+@dataclass
+class Scores:
+    """Scores between tiles, ``[B, H, N, M]``.
+
+    Attributes:
+        q: pooled queries.
+        k: pooled keys.
+        factor: what their product is multiplied with.
+        bias: whether ``log(max(count, 1))`` of a KV tile is added.
+        product: node of the product; everything else of the coarse stage reads it.
+        inner: nodes that the fused op makes superfluous.
+    """
+
+    q: Pooled
+    k: Pooled
+    factor: float
+    bias: bool
+    product: Node
+    inner: list[Node]
+
+
+def match_scores(node: Node) -> Scores | None:
+    """What scores a node stands for."""
+    chain = climb(node)
+    root, bias, outer, below = chain.root, None, chain.factor, list(chain.nodes)
+    if is_op(root, aten.add.Tensor) and len(root.args) == 2 and not root.kwargs:
+        if outer != 1.0 or any(n.target in VIEWS for n in chain.nodes):
+            return None
+        bias = root.args[1]
+        below.append(root)
+        chain = climb(root.args[0])
+        root, outer = chain.root, chain.factor
+        below += chain.nodes
+    operands = product_operands(root)
+    if operands is None:
+        return None
+    left, right, transposed = operands
+    shape = shape_of(root)
+    if len(shape) != 4 or len(shape_of(left)) != 4 or len(shape_of(right)) != 4:
+        return None
+    if not _in_order(chain):
+        return None
+    B, H, N, M = shape
+    D = shape_of(left)[3]
+    q = match_pooled(left, (B, H, N, D))
+    k = match_pooled(right, (B, H, M, D), transposed=transposed)
+    if q is None or k is None:
+        return None
+    if bias is not None and not (isinstance(bias, Node) and _is_log_count(bias, k.counts, M)):
+        return None
+    return Scores(q, k, outer * q.factor * k.factor, bias is not None, root, [*below, root, *q.inner, *k.inner])
+
+
+def product_operands(node: Node) -> tuple[Node, Node, bool] | None:
+    """Operands of ``q_c k_c^T``, and whether the second one stands transposed, ``[B, H, D, M]``."""
+    if is_op(node, *PRODUCTS):
+        return node.args[0], node.args[1], True
+    if is_op(node, aten.einsum.default):
+        left, right, out = _einsum_terms(node)
+        if (
+            len(left) == 4
+            and left[:2] == right[:2] == out[:2]
+            and left[3] == right[3]
+            and out[2:] == left[2] + right[2]
+        ):
+            return (*node.args[1], False)
+    return None
+
+
+def weighted_sum(node: Node, weights: Node) -> Node | None:
+    """The values that a node sums with the given weights ``[B, H, N, M]``, in the order ``[B, H, M, D]``."""
+    if is_op(node, *PRODUCTS) and node.args[0] is weights:
+        return node.args[1]
+    if is_op(node, aten.einsum.default) and node.args[1][0] is weights:
+        left, right, out = _einsum_terms(node)
+        if left[:2] == right[:2] == out[:2] and left[3:] == right[2:3] and out[2:] == left[2] + right[3]:
+            return node.args[1][1]
+    return None
+
+
+def _einsum_terms(node: Node) -> tuple[str, str, str]:
+    terms, _, out = str(node.args[0]).replace(" ", "").partition("->")
+    left, _, right = terms.partition(",")
+    return left, right, out
+
+
+def _is_log_count(node: Node, counts: Node | None, M: Any) -> bool:
+    """Whether a node is ``log(max(counts, 1))`` of the KV tiles, broadcast over rows."""
+    chain = climb(node, factors=False)
+    if counts is None or not is_op(chain.root, aten.log.default):
+        return False
+    above = climb(chain.root.args[0], factors=False)
+    if not (is_op(above.root, aten.clamp_min.default) and above.root.args[1] == 1):
+        return False
+    found = climb(above.root.args[0], factors=False)
+    if not same(found.root, counts):
+        return False
+
+    def check() -> bool:
+        per_tile = indices(shape_of(counts))
+        laid = Chain(counts, [*found.nodes, *above.nodes, *chain.nodes]).layout(per_tile)
+        wanted = per_tile if per_tile.dim() == 1 else per_tile[:, None, None]
+        while laid.dim() > wanted.dim() and laid.shape[0] == 1:
+            laid = laid[0]
+        return _broadcasts_to(laid, wanted)
+
+    return same_everywhere(check)
+
+
+def same(a: Any, b: Any, depth: int = 8) -> bool:
+    """Whether two arguments are the same node, or the same pure computation of the same nodes."""
+    if a is b:
+        return True
+    if isinstance(a, Node) and isinstance(b, Node):
+        pure = a.op == b.op == "call_function" and a.target is b.target and depth > 0
+        pure = pure and (isinstance(a.target, torch._ops.OpOverload) or a.target is operator.getitem)
+        return pure and same(list(a.args), list(b.args), depth - 1) and same(a.kwargs, b.kwargs, depth - 1)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(same(x, y, depth) for x, y in zip(a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key], depth) for key in a)
+    return type(a) is type(b) and not isinstance(a, Node) and bool(a == b)
+
+
+def users(node: Node) -> Iterator[Node]:
+    """Nodes that read a node, through casts and copies."""
+    for user in node.users:
+        if is_op(user, *COPIES) or (is_op(user, *CASTS) and keeps_precision(user)):
+            yield from users(user)
+        else:
+            yield user

@@ -1,0 +1,243 @@
+"""What the attention kernels share: walking a list of tiles, masked loads, block sizes, and the mask of their twins.
+
+Shape letters: B batch, H query heads, G KV heads, N query tiles, M KV video tiles, U all KV tiles, R query rows,
+T all KV slots (U * slots), D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flexsparse.compile_passes.templates.launch import Compilation
+
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_KINDS = {
+    "*fp32": ("lse", "lse_log2", "delta", "grad_lse", "coarse", "dcoarse"),
+    "*i32": ("lists", "counts", "kv_counts", "columns", "indices"),
+    "*i64": ("offsets",),
+    "fp32": ("scale", "scale_log2"),
+    "i32": ("H", "N", "M", "U", "R", "G", "first_rows", "kv_first", "capacity", "count_stride"),
+}
+ARGUMENT_TYPES = {name: kind for kind, names in _KINDS.items() for name in names}
+"""Triton type of the kernels' arguments by name; all others are arrays of the inputs' type."""
+
+
+@triton.jit
+def nth_tile(i, tiles, first, listed, absent, EXTRA: tl.constexpr):
+    """The ``i``-th tile that is seen: ``first`` extra tiles, the listed ones, then the others, past those absent.
+
+    Where all tiles are seen, none is listed and none absent. Without extra tiles all come from the list.
+    """
+    if EXTRA:
+        inside = (i >= first) & (i < first + listed)
+        index = tl.load(tiles + i - first, mask=inside, other=0)
+        return tl.where(inside, first + index, tl.where(i < first, i, i + absent))
+    return tl.load(tiles + i)
+
+
+@triton.jit
+def query_tile(row, bh, lists, counts, N, M, first_rows, capacity, QUERY_ROWS: tl.constexpr):
+    """Of the query tile that holds a row: its number, whether it is a video tile, its list and what `nth_tile` takes."""
+    tile = (row - first_rows) // QUERY_ROWS
+    video = (row >= first_rows) & (tile < N)
+    listed = tl.load(counts + bh * N + tile, mask=video, other=0)
+    return tile, video, lists + (bh * N + tile) * capacity, listed, tl.where(video, M - listed, 0)
+
+
+@triton.jit
+def load_rows(array, start, valid, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows ``start`` to ``start + ROWS`` of a contiguous ``[*, D]`` array as ``[ROWS, BLOCK_D]``.
+
+    0 past D and, if MASKED, where not valid. The start moves the pointer: what is left are offsets that no loop changes,
+    so that they cost fewer registers.
+    """
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    at = (array + start * D) + (row[:, None] * D + column[None, :])
+    if MASKED:
+        if D == BLOCK_D:
+            return tl.load(at, mask=valid[:, None], other=0.0)
+        return tl.load(at, mask=valid[:, None] & (column < D)[None, :], other=0.0)
+    if D == BLOCK_D:
+        return tl.load(at)
+    return tl.load(at, mask=(column < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(array, start, values, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The opposite of `load_rows`, rounded to the array's type."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    at = (array + start * D) + (row[:, None] * D + column[None, :])
+    values = values.to(array.dtype.element_ty)
+    if D == BLOCK_D:
+        tl.store(at, values)
+    else:
+        tl.store(at, values, mask=(column < D)[None, :])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Block sizes and launch options of one attention kernel.
+
+    Attributes:
+        rows: query rows of a block.
+        keys: KV slots of a block.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline.
+    """
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+    def meta(self) -> dict[str, int]:
+        """As the kernels' keyword arguments."""
+        return {"ROWS": self.rows, "KEYS": self.keys, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def padded_dim(D: int) -> int:
+    """Block width of a head dim."""
+    return max(16, triton.next_power_of_2(D))
+
+
+def unaccelerated_blocks(D: int, query_rows: int, slots: int) -> Blocks:
+    """Block sizes in float32, where no tensor core multiplies and both operands pass through registers."""
+    edge = 32 if D <= 64 else 16
+    return Blocks(rows=min(query_rows, edge), keys=min(slots, edge), num_warps=4, num_stages=1)
+
+
+def flags(
+    q: Tensor, k: Tensor, bits: Tensor, query_rows: int, kv_video: int, slots: int, partial: bool
+) -> dict[str, Any]:
+    """The constants by which all attention kernels are specialised."""
+    return {
+        "D": q.shape[3],
+        "BLOCK_D": padded_dim(q.shape[3]),
+        "QUERY_ROWS": query_rows,
+        "SLOTS": slots,
+        "EXTRA": k.shape[2] > kv_video * slots or q.shape[2] > bits.shape[2] * query_rows,
+        "PARTIAL": partial,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What an attention kernel is specialised for, where it is compiled without tensors at hand.
+
+    Attributes:
+        dtype: of the inputs.
+        D: head dim.
+        query_rows: rows of a query tile.
+        slots: slots of a KV tile.
+        group: query heads of a KV head.
+        full: no partial tiles, no extra tokens, no coarse output; else all of them.
+        auto: whether ``backend="auto"`` can choose it.
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+    D: int = 128
+    query_rows: int = 64
+    slots: int = 64
+    group: int = 1
+    full: bool = False
+    auto: bool = True
+
+
+def shapes(long_tail: bool) -> list[Shape]:
+    """The shapes that the attention kernels are compiled for offline."""
+    found = [
+        Shape(full=True),
+        Shape(),
+        Shape(query_rows=128, slots=128, full=True),
+        Shape(query_rows=128, slots=128),
+        Shape(D=64, full=True),
+        Shape(D=64, query_rows=128, slots=128),
+        Shape(dtype=torch.float16),
+        Shape(query_rows=32),
+    ]
+    if long_tail:
+        rare: list[dict[str, Any]] = [
+            {"query_rows": 16, "D": 64, "dtype": torch.float16},
+            {"query_rows": 16},
+            {"query_rows": 128},
+            {"slots": 128},
+            {"query_rows": 256, "slots": 256},
+            {"slots": 16, "query_rows": 16},
+            {"slots": 32, "query_rows": 32},
+            {"group": 2},
+            {"group": 2, "query_rows": 128, "slots": 128},
+            {"D": 32},
+            {"D": 96},
+            {"D": 256},
+            {"D": 256, "query_rows": 128, "slots": 128},
+            {"dtype": torch.float32, "D": 64},
+            {"dtype": torch.float32},
+        ]
+        found += [Shape(auto=False, **changes) for changes in rare]
+    return found
+
+
+def compilation(kernel: Any, shape: Shape, size: Blocks, **constants: Any) -> Compilation:
+    """One attention kernel for one shape.
+
+    Args:
+        kernel: the jitted function.
+        shape: what it is specialised for.
+        size: its block sizes.
+        constants: constants that only this kernel takes, and its absent arguments as None.
+    """
+    partly = not shape.full
+    constants |= {"GROUP": shape.group, "D": shape.D, "BLOCK_D": padded_dim(shape.D), "EXTRA": partly}
+    constants |= {"QUERY_ROWS": shape.query_rows, "SLOTS": shape.slots, "PARTIAL": partly}
+    constants |= {"ROWS": size.rows, "KEYS": size.keys}
+    array = "*" + TYPES[shape.dtype]
+    signature = {n: "constexpr" if n in constants else ARGUMENT_TYPES.get(n, array) for n in kernel.arg_names}
+    config = {"dtype": TYPES[shape.dtype], "D": shape.D, "query_rows": shape.query_rows, "slots": shape.slots}
+    return Compilation(
+        kernel=kernel,
+        config=config | {"group": shape.group, "full": shape.full},
+        signature=signature,
+        constants={name: constants[name] for name, kind in signature.items() if kind == "constexpr"},
+        aligned=tuple(name for name, kind in signature.items() if kind.startswith("*")),
+        num_warps=size.num_warps,
+        num_stages=size.num_stages,
+        auto=shape.auto,
+    )
+
+
+def seen_slots(
+    bits: Tensor,
+    kv_counts: Tensor,
+    R: int,
+    *,
+    query_rows: int,
+    first_rows: int,
+    kv_first: int,
+    kv_video: int,
+    slots: int,
+    partial: bool,
+) -> Tensor:
+    """Which KV slots each query row sees, for the plain-torch twins.
+
+    Returns:
+        Bool ``[B, H, R, T]``.
+    """
+    N = bits.shape[2]
+    device = bits.device
+    m = torch.arange(kv_video, device=device)
+    kept = (bits[..., m // 32] >> (m % 32)) & 1 == 1
+    query_tile = (torch.arange(R, device=device) - first_rows).div(query_rows, rounding_mode="floor")
+    tile = torch.arange(kv_counts.shape[1], device=device) - kv_first
+    video = ((query_tile >= 0) & (query_tile < N))[:, None] & ((tile >= 0) & (tile < kv_video))
+    seen = kept[:, :, query_tile.clamp(0, N - 1)][..., tile.clamp(0, kv_video - 1)] | ~video
+    valid = torch.arange(slots, device=device) < kv_counts[..., None]  # [B, U, slots]
+    seen = seen[..., None].expand(*seen.shape, slots)
+    return (seen & valid[:, None, None] if partial else seen).flatten(3)

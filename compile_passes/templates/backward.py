@@ -1,0 +1,222 @@
+"""Gradients of the fine stage and of the gated coarse output: delta, dq along the lists, dk and dv along the columns.
+
+Shape letters: B batch, H query heads, G KV heads, N query tiles, M KV video tiles, U all KV tiles, W = ceil(M / 32),
+R query rows, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexsparse.compile_passes.templates.attention_common import (
+    Blocks,
+    compilation,
+    flags,
+    padded_dim,
+    seen_slots,
+    shapes,
+    unaccelerated_blocks,
+)
+from flexsparse.compile_passes.templates.backward_kernels import _delta, _dkdv, _dq
+from flexsparse.compile_passes.templates.launch import LOG2E, Compilation, launch
+from flexsparse.compile_passes.templates.lists import ascending, transpose
+
+
+def row_blocks(dtype: torch.dtype, D: int, query_rows: int, slots: int) -> Blocks:
+    """Block sizes of the kernels that walk the lists of query rows."""
+    if dtype == torch.float32:
+        return unaccelerated_blocks(D, query_rows, slots)
+    if D > 128:
+        return Blocks(rows=min(query_rows, 64), keys=min(slots, 32), num_warps=4, num_stages=2)
+    rows = min(query_rows, 128)
+    return Blocks(rows=rows, keys=min(slots, 64), num_warps=8 if rows == 128 else 4, num_stages=3)
+
+
+def column_blocks(dtype: torch.dtype, D: int, query_rows: int, slots: int, group: int, partial: bool) -> Blocks:
+    """Block sizes of the kernel that walks the columns of KV tiles: its two accumulators leave few registers."""
+    if dtype == torch.float32:
+        return unaccelerated_blocks(D, query_rows, slots)
+    if D > 128:
+        return Blocks(rows=min(query_rows, 32), keys=min(slots, 32), num_warps=4, num_stages=2)
+    keys = min(slots, 128)
+    crowded = D > 64 and (group > 1 or padded_dim(D) > D)  # a second loop or more masks: 64 rows would spill
+    stages = 2 if D > 64 and partial and keys < 128 else 3
+    rows = min(query_rows, 32 if crowded else 64)
+    return Blocks(rows=rows, keys=keys, num_warps=8 if keys == 128 else 4, num_stages=stages)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bits: Tensor,
+    counts: Tensor,
+    kv_counts: Tensor,
+    coarse: Tensor | None,
+    gate: Tensor | None,
+    *,
+    query_rows: int,
+    first_rows: int,
+    kv_first: int,
+    kv_video: int,
+    slots: int,
+    capacity: int,
+    scale: float,
+    partial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of `forward`; deterministic.
+
+    Args:
+        grad_out: as q.
+        grad_lse: float32 ``[B, H, R]``, or None.
+        q: ``[B, H, R, D]``, and so on as `forward` took them.
+        k: ``[B, G, U * slots, D]``.
+        v: as k.
+        out: as `forward` returned it.
+        lse: as `forward` returned it.
+        bits: int32 ``[B, H, N, W]``.
+        counts: int32 ``[B, H, N]``.
+        kv_counts: int32 ``[B, U]``.
+        coarse: float32 ``[B, H, N, D]``, or None.
+        gate: as q, or None.
+        query_rows: as in `forward`, like all that follow.
+        first_rows: extra rows before the video rows.
+        kv_first: extra KV tiles before the video tiles.
+        kv_video: M.
+        slots: slots of a KV tile.
+        capacity: most video tiles that a row keeps.
+        scale: softmax scale.
+        partial: False promises that every KV tile is full.
+
+    Returns:
+        Gradients of q, k, v (in their dtypes), coarse (float32) and gate (its dtype); None for the last two without them.
+    """
+    B, H, R, D = q.shape
+    G, N, U = k.shape[1], counts.shape[2], k.shape[2] // slots
+    grad_out, q, k, v, lse = (x.contiguous() for x in (grad_out, q, k, v, lse))
+    bits, counts, kv_counts = bits.contiguous(), counts.contiguous(), kv_counts.contiguous()
+    constants = {"GROUP": H // G, **flags(q, k, bits, query_rows, kv_video, slots, partial)}
+    sizes = (H, N, kv_video, U, R, first_rows, kv_first, capacity)
+    size = row_blocks(q.dtype, D, query_rows, slots)
+    gated = coarse is not None and gate is not None
+    # sum(grad * out) equals sum(weights * d_weights) unless out was rounded or holds the coarse output too: where one
+    # weight is near 1, its difference to d_weights is all that counts, and a rounding of out is larger than it
+    exact = q.dtype != torch.float32 or gated
+    lse_log2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    dcoarse = torch.empty_like(coarse, memory_format=torch.contiguous_format) if coarse is not None else None
+    dgate = torch.empty_like(gate, memory_format=torch.contiguous_format) if gate is not None else None
+    lists = ascending(bits, counts, kv_video, capacity)
+    launch(
+        _delta,
+        (R // query_rows, B * H),
+        grad_out,
+        None if grad_lse is None else grad_lse.contiguous(),
+        q,
+        k,
+        v,
+        out.contiguous(),
+        lse,
+        lists,
+        counts,
+        kv_counts,
+        None if coarse is None else coarse.contiguous(),
+        None if gate is None else gate.contiguous(),
+        lse_log2,
+        delta,
+        dcoarse,
+        dgate,
+        scale * LOG2E,
+        *sizes,
+        COARSE=gated,
+        EXACT=exact,
+        LSE_GRADIENT=grad_lse is not None,
+        **constants,
+        **size.meta(),
+    )
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    scales = (scale, scale * LOG2E)
+    rows = (q, k, v, lse_log2, delta)
+    grid = (R // size.rows, B * H)
+    launch(_dq, grid, grad_out, *rows, lists, counts, kv_counts, dq, *scales, *sizes, **constants, **size.meta())
+    del lists  # before the lists of the other direction take their memory
+    size = column_blocks(q.dtype, D, query_rows, slots, H // G, partial)
+    launch(
+        _dkdv,
+        (U * slots // size.keys, B * G),
+        grad_out,
+        *rows,
+        *transpose(bits, counts, kv_video, capacity),
+        kv_counts,
+        dk,
+        dv,
+        *scales,
+        *(N, kv_video, U, R, first_rows, kv_first, G),
+        **constants,
+        **size.meta(),
+    )
+    return dq, dk, dv, dcoarse, dgate
+
+
+def backward_reference(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bits: Tensor,
+    counts: Tensor,
+    kv_counts: Tensor,
+    coarse: Tensor | None,
+    gate: Tensor | None,
+    *,
+    scale: float,
+    capacity: int,
+    **geometry: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """As `backward`: dense, in float32; ``out`` is not needed, as the sum that it stands for is taken exactly."""
+    H, G, N = q.shape[1], k.shape[1], counts.shape[2]
+    seen = seen_slots(bits, kv_counts, q.shape[2], **geometry)
+    used = seen.any(2).any(1)[:, None, :, None]
+    keys, values = (x.float().where(used, 0).repeat_interleave(H // G, 1) for x in (k, v))
+    queries, grad = q.float(), grad_out.float()
+    logits = (queries @ keys.mT * scale).masked_fill(~seen, -math.inf)
+    weights = (logits - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
+    d_weights = grad @ values.mT
+    delta = (weights * d_weights).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    d_logits = weights * (d_weights - delta[..., None]) * scale
+    dq = (d_logits @ keys).to(q.dtype)
+    dk, dv = ((x.mT @ y).unflatten(1, (G, H // G)).sum(2) for x, y in ((d_logits, queries), (weights, grad)))
+    if coarse is None or gate is None:
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+    first, query_rows = geometry["first_rows"], geometry["query_rows"]
+    rows = slice(first, first + N * query_rows)
+    dgate = torch.zeros_like(gate)
+    dgate[:, :, rows] = (grad[:, :, rows] * coarse.repeat_interleave(query_rows, 2)).to(gate.dtype)
+    dcoarse = (grad[:, :, rows] * gate[:, :, rows].float()).unflatten(2, (N, query_rows)).sum(3)
+    return dq, dk.to(k.dtype), dv.to(v.dtype), dcoarse, dgate
+
+
+def compilations(long_tail: bool) -> list[Compilation]:
+    """What to compile offline."""
+    found = []
+    for shape in shapes(long_tail):
+        sizes = (shape.dtype, shape.D, shape.query_rows, shape.slots)
+        exact = shape.dtype != torch.float32 or not shape.full
+        absent = dict.fromkeys(("coarse", "gate", "dcoarse", "dgate", "grad_lse") if shape.full else ("grad_lse",))
+        constants = {"COARSE": not shape.full, "EXACT": exact, "LSE_GRADIENT": False, **absent}
+        found.append(compilation(_delta, shape, row_blocks(*sizes), **constants))
+        found.append(compilation(_dq, shape, row_blocks(*sizes)))
+        found.append(compilation(_dkdv, shape, column_blocks(*sizes, shape.group, not shape.full)))
+    return found

@@ -1,0 +1,257 @@
+"""Kernels of the fine stage's backward: delta and the gates' gradients, dq, dk with dv. Each result is written once.
+
+All recompute the weights from the logits exactly as the forward makes them, and the log-sum-exp.
+Shape letters: B batch, H query heads, G KV heads, N query tiles, M KV video tiles, U all KV tiles, R query rows, D head dim.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flexsparse.compile_passes.templates.attention_common import load_rows, nth_tile, query_tile, store_rows
+
+SIZES = ["H", "N", "M", "U", "R", "first_rows", "kv_first", "capacity"]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _delta(
+    grad_out,
+    grad_lse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    lists,
+    counts,
+    kv_counts,
+    coarse,
+    gate,
+    lse_log2,
+    delta,
+    dcoarse,
+    dgate,
+    scale_log2,
+    H,
+    N,
+    M,
+    U,
+    R,
+    first_rows,
+    kv_first,
+    capacity,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    EXTRA: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    COARSE: tl.constexpr,
+    EXACT: tl.constexpr,
+    LSE_GRADIENT: tl.constexpr,
+):
+    """Of one query tile: delta, the log-sum-exp as the other kernels take it, gradients of coarse output and gate."""
+    PIECES: tl.constexpr = SLOTS // KEYS
+    first = tl.program_id(0) * QUERY_ROWS
+    bh = tl.program_id(1).to(tl.int64)
+    tile, video, tiles, listed, absent = query_tile(first, bh, lists, counts, N, M, first_rows, capacity, QUERY_ROWS)
+    column = tl.arange(0, BLOCK_D)
+    row = tl.arange(0, ROWS)
+    slot = tl.arange(0, KEYS)
+    if EXACT:
+        k += bh // GROUP * U * SLOTS * D
+        v += bh // GROUP * U * SLOTS * D
+        tokens = kv_counts + bh // H * U
+    if COARSE:
+        coarse_row = tl.load(coarse + (bh * N + tile) * D + column, mask=video & (column < D), other=0.0)
+        coarse_sum = tl.zeros([BLOCK_D], tl.float32)
+    for piece in range(QUERY_ROWS // ROWS):
+        start = bh * R + first + piece * ROWS
+        g_block = load_rows(grad_out, start, None, ROWS, D, BLOCK_D, False)
+        natural = tl.load(lse + start + row)
+        # where a row saw nothing, all its weights shall be 0: -inf would make NaN of its masked logits
+        lse_block = tl.where(natural == float("-inf"), float("inf"), natural * 1.4426950408889634)
+        tl.store(lse_log2 + start + row, lse_block)
+        if EXACT:
+            q_block = load_rows(q, start, None, ROWS, D, BLOCK_D, False)
+            total = tl.zeros([ROWS], tl.float32)
+            result = tl.zeros([ROWS], tl.float32)
+            for step in tl.range(0, (U - absent) * PIECES):
+                index = nth_tile(step // PIECES, tiles, kv_first, listed, absent, EXTRA)
+                key = step % PIECES * KEYS
+                valid = slot < SLOTS
+                if PARTIAL:
+                    valid = key + slot < tl.load(tokens + index)
+                k_block = load_rows(k, index * SLOTS + key, valid, KEYS, D, BLOCK_D, PARTIAL)
+                v_block = load_rows(v, index * SLOTS + key, valid, KEYS, D, BLOCK_D, PARTIAL)
+                logits = tl.dot(q_block, tl.trans(k_block), input_precision="ieee") * scale_log2
+                if PARTIAL:
+                    logits = tl.where(valid[None, :], logits, float("-inf"))
+                weights = tl.exp2(logits - lse_block[:, None])
+                d_weights = tl.dot(g_block, tl.trans(v_block), input_precision="ieee")
+                total += tl.sum(weights, 1)
+                result += tl.sum(weights * d_weights, 1)
+            result /= tl.where(total == 0.0, 1.0, total)  # 1 but for the log-sum-exp's rounding, which it divides away
+        else:
+            out_block = load_rows(out, start, None, ROWS, D, BLOCK_D, False)
+            result = tl.sum(g_block.to(tl.float32) * out_block.to(tl.float32), 1)
+        if LSE_GRADIENT:
+            result -= tl.load(grad_lse + start + row)
+        tl.store(delta + start + row, result)
+        if COARSE:
+            g_block = g_block.to(tl.float32)
+            gates = load_rows(gate, start, None, ROWS, D, BLOCK_D, False).to(tl.float32)
+            store_rows(dgate, start, g_block * coarse_row[None, :], ROWS, D, BLOCK_D)
+            coarse_sum += tl.sum(gates * g_block, 0)
+    if COARSE:
+        tl.store(dcoarse + (bh * N + tile) * D + column, coarse_sum, mask=video & (column < D))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _dq(
+    grad_out,
+    q,
+    k,
+    v,
+    lse_log2,
+    delta,
+    lists,
+    counts,
+    kv_counts,
+    dq,
+    scale,
+    scale_log2,
+    H,
+    N,
+    M,
+    U,
+    R,
+    first_rows,
+    kv_first,
+    capacity,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    EXTRA: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    """dq of ROWS query rows of one head."""
+    PIECES: tl.constexpr = SLOTS // KEYS
+    block = tl.program_id(0)
+    if EXTRA:  # as in the forward: the longest first
+        block = (block + (first_rows + N * QUERY_ROWS) // ROWS) % tl.num_programs(0)
+    bh = tl.program_id(1).to(tl.int64)
+    _, _, tiles, listed, absent = query_tile(block * ROWS, bh, lists, counts, N, M, first_rows, capacity, QUERY_ROWS)
+    k += bh // GROUP * U * SLOTS * D
+    v += bh // GROUP * U * SLOTS * D
+    tokens = kv_counts + bh // H * U
+
+    start = bh * R + block * ROWS
+    row = tl.arange(0, ROWS)
+    slot = tl.arange(0, KEYS)
+    q_block = load_rows(q, start, None, ROWS, D, BLOCK_D, False)
+    g_block = load_rows(grad_out, start, None, ROWS, D, BLOCK_D, False)
+    lse_block = tl.load(lse_log2 + start + row)
+    delta_block = tl.load(delta + start + row)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for step in tl.range(0, (U - absent) * PIECES):
+        index = nth_tile(step // PIECES, tiles, kv_first, listed, absent, EXTRA)
+        key = step % PIECES * KEYS
+        valid = slot < SLOTS
+        if PARTIAL:
+            valid = key + slot < tl.load(tokens + index)
+        k_block = load_rows(k, index * SLOTS + key, valid, KEYS, D, BLOCK_D, PARTIAL)
+        v_block = load_rows(v, index * SLOTS + key, valid, KEYS, D, BLOCK_D, PARTIAL)
+        logits = tl.dot(q_block, tl.trans(k_block), input_precision="ieee") * scale_log2
+        if PARTIAL:
+            logits = tl.where(valid[None, :], logits, float("-inf"))
+        weights = tl.exp2(logits - lse_block[:, None])
+        d_weights = tl.dot(g_block, tl.trans(v_block), input_precision="ieee")
+        d_logits = weights * (d_weights - delta_block[:, None])
+        acc = tl.dot(d_logits.to(k_block.dtype), k_block, acc, input_precision="ieee")
+    store_rows(dq, start, acc * scale, ROWS, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _dkdv(
+    grad_out,
+    q,
+    k,
+    v,
+    lse_log2,
+    delta,
+    offsets,
+    columns,
+    indices,
+    kv_counts,
+    dk,
+    dv,
+    scale,
+    scale_log2,
+    N,
+    M,
+    U,
+    R,
+    first_rows,
+    kv_first,
+    G,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    EXTRA: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    """dk and dv of KEYS slots of one KV head, over the query heads that read it, in their order."""
+    PIECES: tl.constexpr = QUERY_ROWS // ROWS
+    block = tl.program_id(0)
+    if EXTRA:  # the last extra tiles come first: every row sees them, so that they take longest
+        block = (block + (kv_first + M) * (SLOTS // KEYS)) % tl.num_programs(0)
+    bg = tl.program_id(1).to(tl.int64)
+    u = block // (SLOTS // KEYS)
+    m = u - kv_first
+    video = (m >= 0) & (m < M)
+    slot = tl.arange(0, KEYS)
+    row = tl.arange(0, ROWS)
+    key = bg * U * SLOTS + block * KEYS
+    valid = slot < SLOTS
+    if PARTIAL:
+        valid = block % (SLOTS // KEYS) * KEYS + slot < tl.load(kv_counts + bg // G * U + u)
+    k_block = load_rows(k, key, valid, KEYS, D, BLOCK_D, PARTIAL)
+    v_block = load_rows(v, key, valid, KEYS, D, BLOCK_D, PARTIAL)
+    dk_block = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dv_block = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    for member in range(GROUP):
+        bh = bg * GROUP + member
+        listed = tl.load(columns + bh * M + m, mask=video, other=0)
+        absent = tl.where(video, N - listed, 0)
+        tiles = indices + tl.load(offsets + bh * M + m, mask=video, other=0)
+        for step in tl.range(0, (R // QUERY_ROWS - absent) * PIECES):
+            index = nth_tile(step // PIECES, tiles, first_rows // QUERY_ROWS, listed, absent, EXTRA)
+            start = bh * R + index * QUERY_ROWS + step % PIECES * ROWS
+            q_block = load_rows(q, start, None, ROWS, D, BLOCK_D, False)
+            g_block = load_rows(grad_out, start, None, ROWS, D, BLOCK_D, False)
+            lse_block = tl.load(lse_log2 + start + row)
+            logits = tl.dot(k_block, tl.trans(q_block), input_precision="ieee") * scale_log2  # [KEYS, ROWS]
+            weights = tl.exp2(logits - lse_block[None, :])
+            dv_block = tl.dot(weights.to(g_block.dtype), g_block, dv_block, input_precision="ieee")
+            d_weights = tl.dot(v_block, tl.trans(g_block), input_precision="ieee")
+            delta_block = tl.load(delta + start + row)
+            d_logits = weights * (d_weights - delta_block[None, :])
+            dk_block = tl.dot(d_logits.to(q_block.dtype), q_block, dk_block, input_precision="ieee")
+    if PARTIAL:  # slots past the count made results of their own, which go nowhere else
+        dk_block = tl.where(valid[:, None], dk_block, 0.0)
+        dv_block = tl.where(valid[:, None], dv_block, 0.0)
+    store_rows(dk, key, dk_block * scale, KEYS, D, BLOCK_D)
+    store_rows(dv, key, dv_block, KEYS, D, BLOCK_D)

@@ -1,0 +1,244 @@
+"""The fine stage: each query tile attends to the tiles of its list. One launch for the lists, one for all the rest.
+
+Shape letters: B batch, H query heads, G KV heads, N query tiles, M KV video tiles, U all KV tiles, W = ceil(M / 32),
+R query rows, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flexsparse.compile_passes.templates.attention_common import (
+    Blocks,
+    compilation,
+    flags,
+    load_rows,
+    nth_tile,
+    query_tile,
+    seen_slots,
+    shapes,
+    store_rows,
+    unaccelerated_blocks,
+)
+from flexsparse.compile_passes.templates.launch import LOG2E, Compilation, launch
+from flexsparse.compile_passes.templates.lists import ascending
+
+
+@triton.jit(do_not_specialize=["H", "N", "M", "U", "R", "first_rows", "kv_first", "capacity", "count_stride"])
+def _forward(
+    q,
+    k,
+    v,
+    lists,
+    counts,
+    kv_counts,
+    coarse,
+    gate,
+    out,
+    lse,
+    scale_log2,
+    H,
+    N,
+    M,
+    U,
+    R,
+    first_rows,
+    kv_first,
+    capacity,
+    count_stride,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    EXTRA: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    COARSE: tl.constexpr,
+):
+    """Output and log-sum-exp of ROWS query rows of one head."""
+    PIECES: tl.constexpr = SLOTS // KEYS
+    block = tl.program_id(0)
+    if EXTRA:  # the last extra rows come first: they see every tile, so that they take longest
+        block = (block + (first_rows + N * QUERY_ROWS) // ROWS) % tl.num_programs(0)
+    bh = tl.program_id(1).to(tl.int64)
+    tile, video, tiles, listed, absent = query_tile(
+        block * ROWS, bh, lists, counts, N, M, first_rows, capacity, QUERY_ROWS
+    )
+    k += bh // GROUP * U * SLOTS * D
+    v += bh // GROUP * U * SLOTS * D
+    tokens = kv_counts + bh // H * count_stride
+
+    start = bh * R + block * ROWS
+    slot = tl.arange(0, KEYS)
+    q_block = load_rows(q, start, None, ROWS, D, BLOCK_D, False)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for step in tl.range(0, (U - absent) * PIECES):
+        index = nth_tile(step // PIECES, tiles, kv_first, listed, absent, EXTRA)
+        piece = step % PIECES * KEYS
+        valid = slot < SLOTS
+        if PARTIAL:
+            valid = piece + slot < tl.load(tokens + index)
+        k_block = load_rows(k, index * SLOTS + piece, valid, KEYS, D, BLOCK_D, PARTIAL)
+        v_block = load_rows(v, index * SLOTS + piece, valid, KEYS, D, BLOCK_D, PARTIAL)
+        logits = tl.dot(q_block, tl.trans(k_block), input_precision="ieee") * scale_log2
+        if PARTIAL:
+            logits = tl.where(valid[None, :], logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        shift = new_top
+        if PARTIAL:  # nothing seen yet: -inf minus -inf would be NaN
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(logits - shift[:, None])
+        decay = tl.exp2(top - shift)
+        total = total * decay + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v_block.dtype), v_block, acc * decay[:, None], input_precision="ieee")
+        top = new_top
+
+    blank = total == 0.0
+    acc = acc / tl.where(blank, 1.0, total)[:, None]
+    if COARSE and video:
+        column = tl.arange(0, BLOCK_D)
+        coarse_row = tl.load(coarse + (bh * N + tile) * D + column, mask=column < D, other=0.0)
+        gates = load_rows(gate, start, None, ROWS, D, BLOCK_D, False)
+        acc += gates.to(tl.float32) * coarse_row[None, :]
+    store_rows(out, start, acc, ROWS, D, BLOCK_D)
+    natural = (top + tl.log2(tl.where(blank, 1.0, total))) * 0.6931471805599453
+    tl.store(lse + start + tl.arange(0, ROWS), tl.where(blank, float("-inf"), natural))
+
+
+def blocks(dtype: torch.dtype, D: int, query_rows: int, slots: int) -> Blocks:
+    """Block sizes: one warpgroup per 64 rows. Three stages fetch a tile's index one step before its keys and values."""
+    if dtype == torch.float32:
+        return unaccelerated_blocks(D, query_rows, slots)
+    if D > 128:
+        return Blocks(rows=min(query_rows, 64), keys=min(slots, 32), num_warps=4, num_stages=3)
+    rows = min(query_rows, 128)
+    keys = min(slots, 128 if rows == 128 and D > 64 else 64)
+    return Blocks(rows=rows, keys=keys, num_warps=8 if rows == 128 else 4, num_stages=3 if rows > 16 else 2)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bits: Tensor,
+    counts: Tensor,
+    kv_counts: Tensor,
+    coarse: Tensor | None,
+    gate: Tensor | None,
+    *,
+    query_rows: int,
+    first_rows: int,
+    kv_first: int,
+    kv_video: int,
+    slots: int,
+    capacity: int,
+    scale: float,
+    partial: bool,
+) -> tuple[Tensor, Tensor]:
+    """Block-sparse attention over tiles, with the gated coarse output added to it.
+
+    Args:
+        q: ``[B, H, R, D]``: ``first_rows`` extra rows, ``N * query_rows`` video rows, the other extra rows.
+        k: ``[B, G, U * slots, D]``: ``kv_first`` extra tiles, ``kv_video`` video tiles, the other extra tiles.
+        v: as k.
+        bits: int32 ``[B, H, N, W]``, the video tiles that each query tile keeps.
+        counts: int32 ``[B, H, N]``.
+        kv_counts: int32 ``[B, U]``, valid tokens of each KV tile; contiguous but for an expanded batch.
+        coarse: float32 ``[B, H, N, D]``, or None.
+        gate: as q, or None like ``coarse``.
+        query_rows: rows of a query tile, a power of two of 16 to 256.
+        first_rows: extra rows before the video rows.
+        kv_first: extra KV tiles before the video tiles.
+        kv_video: M.
+        slots: slots of a KV tile, a power of two of 16 to 256.
+        capacity: most video tiles that a row keeps.
+        scale: softmax scale.
+        partial: False promises that every KV tile is full.
+
+    Returns:
+        Output as q, and the fine stage's log-sum-exp (natural), float32 ``[B, H, R]``.
+    """
+    B, H, R, D = q.shape
+    N, U = counts.shape[2], k.shape[2] // slots
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = torch.empty_like(q)
+    lse = torch.empty((B, H, R), dtype=torch.float32, device=q.device)
+    size = blocks(q.dtype, D, query_rows, slots)
+    launch(
+        _forward,
+        (R // size.rows, B * H),
+        q,
+        k,
+        v,
+        ascending(bits, counts, kv_video, capacity),
+        counts.contiguous(),
+        kv_counts,
+        None if coarse is None else coarse.contiguous(),
+        None if gate is None else gate.contiguous(),
+        out,
+        lse,
+        scale * LOG2E,
+        H,
+        N,
+        kv_video,
+        U,
+        R,
+        first_rows,
+        kv_first,
+        capacity,
+        kv_counts.stride(0),  # 0 where all samples share one row: a copy would be another launch
+        GROUP=H // k.shape[1],
+        COARSE=coarse is not None,
+        **flags(q, k, bits, query_rows, kv_video, slots, partial),
+        **size.meta(),
+    )
+    return out, lse
+
+
+def forward_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bits: Tensor,
+    counts: Tensor,
+    kv_counts: Tensor,
+    coarse: Tensor | None,
+    gate: Tensor | None,
+    *,
+    scale: float,
+    capacity: int,
+    **geometry: Any,
+) -> tuple[Tensor, Tensor]:
+    """As `forward`: dense masked softmax in float32."""
+    seen = seen_slots(bits, kv_counts, q.shape[2], **geometry)
+    group = q.shape[1] // k.shape[1]
+    used = seen.any(2).any(1)[:, None, :, None]  # what no row sees may be NaN
+    keys, values = (x.float().where(used, 0).repeat_interleave(group, 1) for x in (k, v))
+    logits = (q.float() @ keys.mT * scale).masked_fill(~seen, -math.inf)
+    lse = logits.logsumexp(-1)
+    out = torch.softmax(logits, -1).masked_fill(~seen.any(-1, keepdim=True), 0) @ values
+    if coarse is not None and gate is not None:
+        first, query_rows = geometry["first_rows"], geometry["query_rows"]
+        rows = slice(first, first + counts.shape[2] * query_rows)
+        out[:, :, rows] += gate[:, :, rows].float() * coarse.repeat_interleave(query_rows, 2)
+    return out.to(q.dtype), lse
+
+
+def compilations(long_tail: bool) -> list[Compilation]:
+    """What to compile offline."""
+    found = []
+    for shape in shapes(long_tail):
+        size = blocks(shape.dtype, shape.D, shape.query_rows, shape.slots)
+        absent = {"coarse": None, "gate": None} if shape.full else {}
+        found.append(compilation(_forward, shape, size, COARSE=not shape.full, **absent))
+    return found

@@ -1,0 +1,212 @@
+"""UnfoldAttention: a sparse attention call becomes its parts, and the coarse stage visible nodes of the graph."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import operator
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from flexsparse.compile_passes.graphs import as_fake, finish, is_attribute, remove, value_of
+
+CALL = "flexsparse_call"
+"""Key of ``node.meta``: the sparse call that a node of the coarse stage belongs to."""
+
+
+class Parts(Protocol):
+    """What a sparse attention call is made of; each is traced through, by this pass or by what follows it.
+
+    Attributes:
+        tables: ``(grid, device)`` to the index tensors of a grid that is known in numbers.
+        tiles: ``(q, k, v, grid, tables)`` to q, k and v in tile order.
+        plan: ``(q, k, tiles, grid, tables, ratios, gated, scale)`` to a list of tensors and sizes: the coarse stage.
+        fine: ``(q, tiles, planned, gate, grid, tables, **choice)`` to the output: the fine stage and the combination.
+    """
+
+    tables: Callable[..., Any]
+    tiles: Callable[..., Any]
+    plan: Callable[..., Any]
+    fine: Callable[..., Any]
+
+
+class UnfoldAttention:
+    """Replace a sparse call by tiling, the coarse stage's own nodes, and the fine stage.
+
+    Before::
+
+        o = attend(q, k, v, gate, (T, H, W), schedules, scale=s, backend=b)
+
+    After::
+
+        tiles = parts.tiles(q, k, v, (T, H, W), tables)     # tables: buffers where T, H, W are numbers, else None
+        ...                                     # aten nodes of parts.plan: pool, scores, select, softmax, coarse output
+        o = parts.fine(q, tiles, planned, gate, (T, H, W), tables, scale=s, backend=b)
+
+    The coarse stage is traced before autograd and before composite functions fall apart: a softmax is one node. Calls
+    inside of other functions (torch's own multi-head attention) stay as they are.
+
+    Args:
+        attend: target of the nodes to unfold.
+        parts: their parts.
+
+    Attributes:
+        matches: calls unfolded by the last run.
+    """
+
+    def __init__(self, attend: Callable[..., Any], parts: Parts) -> None:
+        self.attend, self.parts = attend, parts
+        self.matches = 0
+
+    def uuid(self) -> str:
+        """Hash of this pass's source and parameters, for caches of compiled graphs."""
+        return hashlib.sha256(f"{inspect.getsource(sys.modules[__name__])}{self.parts!r}".encode()).hexdigest()
+
+    def __call__(self, gm: GraphModule) -> GraphModule:
+        """Unfold every call of a graph and of the graphs nested in it, in place."""
+        self.matches = 0
+        self._walk(gm, [], nested=False)
+        return gm
+
+    def _walk(self, gm: GraphModule, regions: list[Autocast], nested: bool) -> None:
+        regions = list(regions)
+        before = self.matches
+        for node in list(gm.graph.nodes):
+            if node.op != "call_function":
+                continue
+            if node.target is torch.amp.autocast_mode._enter_autocast:
+                regions.append(Autocast(*node.args[:3]))
+            elif node.target is torch.amp.autocast_mode._exit_autocast:
+                regions.pop()
+            elif node.target is self.attend:
+                self._unfold(gm, node, regions, nested)
+            elif isinstance(node.target, torch._ops.HigherOrderOperator):
+                own = [Autocast(*node.args[:3])] if node.target.name() == "wrap_with_autocast" else []
+                for argument in node.args:
+                    sub = getattr(gm, str(argument.target), None) if is_attribute(argument) else None
+                    if isinstance(sub, GraphModule):
+                        self._walk(sub, regions + own, nested=True)
+        if self.matches != before:
+            finish(gm)
+
+    def _unfold(self, gm: GraphModule, node: Node, regions: list[Autocast], nested: bool) -> None:
+        q, k, v, gate, grid, ratios = node.args
+        choice = dict(node.kwargs)
+        examples = [value_of(x) for x in (q, k, v)]
+        sizes = tuple(value_of(size) for size in grid)
+        dtype = _dtype_at(regions, examples[0])
+        fake = examples[0].fake_mode
+        device = examples[0].device
+        with gm.graph.inserting_before(node):
+            tables = None if nested else self._tables(gm, sizes, device)  # a nested graph has no buffers
+        table_examples = None if tables is None else tuple(as_fake(fake, value_of(t)) for t in tables)
+        with fake, torch.autocast(device.type, enabled=False):
+            # detached: what autograd saved here would count among the tensors that a checkpointed region saves
+            examples = [x.detach().to(dtype) for x in examples]
+            tile_examples = self.parts.tiles(*examples, sizes, table_examples)
+        numbers = [as_fake(fake, value_of(ratio)) for ratio in ratios]
+
+        def coarse_stage(q: Any, k: Any, tiles: Any, grid: Any, tables: Any, ratios: Any) -> list[Any]:
+            return self.parts.plan(q, k, tiles, grid, tables, ratios, gate is not None, choice["scale"])
+
+        with fake:
+            traced = make_fx(coarse_stage, pre_dispatch=True, _allow_non_fake_inputs=True)(
+                *examples[:2], tile_examples, sizes, table_examples, numbers
+            )
+        _drop_dead(traced.graph)
+        graph = gm.graph
+        with graph.inserting_before(node):
+            if dtype != value_of(q).dtype:
+                q, k, v = (graph.call_method("to", (x, dtype)) for x in (q, k, v))
+                for x, example in zip((q, k, v), examples):
+                    x.meta = dict(node.meta, example_value=example)
+            tiles = graph.call_function(self.parts.tiles, (q, k, v, grid, tables))
+            tiles.meta = dict(node.meta, example_value=tile_examples)
+            parts = []
+            for index, example in enumerate(tile_examples):
+                part = graph.call_function(operator.getitem, (tiles, index))
+                part.meta = dict(node.meta, example_value=example)
+                parts.append(part)
+            operands = [q, k, *parts, *grid, *((None,) if tables is None else tables), *ratios]
+            planned = _inline(gm, traced, operands, {**node.meta, CALL: choice.get("name")})
+            new = graph.call_function(self.parts.fine, (q, tuple(parts), planned, gate, grid, tables), choice)
+        new.meta = dict(node.meta)
+        remove(node, new)
+        self.matches += 1
+
+    def _tables(self, gm: GraphModule, sizes: tuple[Any, ...], device: torch.device) -> tuple[Node, ...] | None:
+        """Nodes of a layout's index tensors; without them, every call would make its own."""
+        if any(isinstance(size, torch.SymInt) for size in sizes):
+            return None
+        with unset_fake_temporarily():
+            tensors = self.parts.tables(sizes, device)
+        return tuple(_constant(gm, tensor) for tensor in tensors)
+
+
+class Autocast(NamedTuple):
+    """A region of a graph under autocast."""
+
+    device: str
+    dtype: torch.dtype | None
+    enabled: bool
+
+
+def _dtype_at(regions: list[Autocast], x: Any) -> torch.dtype:
+    """The dtype in which attention sees ``x``: autocast, of the graph or around it, casts float32 and lower."""
+    device = x.device.type
+    own = [region for region in regions if region.device == device]
+    enabled = own[-1].enabled if own else torch.is_autocast_enabled(device)
+    low = (own[-1].dtype if own else None) or torch.get_autocast_dtype(device)
+    return low if enabled and x.dtype != torch.float64 else x.dtype
+
+
+def _drop_dead(graph: Graph) -> None:
+    """Remove what nothing uses; only calls of ops and sizes are known to have no effect."""
+
+    def has_effect(node: Node) -> bool:
+        if node.op in ("placeholder", "output"):
+            return True
+        pure = isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
+        return not (pure or node.op == "get_attr" or node.target is operator.getitem)
+
+    graph.eliminate_dead_code(has_effect)
+
+
+def _inline(gm: GraphModule, traced: GraphModule, operands: Sequence[Any], meta: dict[str, Any]) -> Any:
+    """Copy a traced graph's nodes to the graph's insertion point; returns what it returns, in the graph's nodes."""
+    graph, copies = gm.graph, {}
+    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    for placeholder, operand in zip(placeholders, operands, strict=True):
+        copies[placeholder] = operand
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output":
+            return torch.fx.map_arg(node.args[0], lambda n: copies[n])
+        if node.op == "get_attr":
+            copies[node] = _constant(gm, getattr(traced, str(node.target)))
+            continue
+        copy = graph.node_copy(node, lambda n: copies[n])
+        copy.meta = dict(meta, example_value=node.meta.get("val"))
+        copies[node] = copy
+    raise AssertionError("a graph without an output")
+
+
+def _constant(gm: GraphModule, tensor: torch.Tensor) -> Node:
+    """A tensor that a builder closes over or a layout has, as a buffer of the graph; the same one every time."""
+    name = next((key for key, known in gm._buffers.items() if known is tensor), None)
+    if name is None:
+        name = f"flexsparse_constant_{len(gm._buffers)}"
+        gm.register_buffer(name, tensor)
+        if hasattr(gm, "_param_name_to_source"):
+            gm._param_name_to_source[name] = ConstantSource(name)
+    node = gm.graph.get_attr(name)
+    node.meta["example_value"] = tensor
+    return node

@@ -1,0 +1,89 @@
+"""The Triton templates, uncompiled: `flexsparse::tile_attention`. CUDA; in Triton's interpreter on CPU, for tests.
+
+Shape letters: B batch, H query heads, G KV heads, N query tiles, R query rows as computed, U all KV tiles, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexsparse.ops import has_triton
+from flexsparse.ops.tile_attention import templates_refuse
+from flexsparse.packing import pack_queries, unpack_lse, unpack_rows
+from flexsparse.selection import TileSelection
+
+
+def refusal(device: str, dtype: torch.dtype, head_dim: int, rows: int) -> str | None:
+    """Why the templates cannot do a case, with the remedy; None where they can."""
+    if not has_triton():
+        return "triton is not installed; pip install 'flexsparse[triton]', or use 'flex' or 'gather'"
+    if device != "cuda" and not _interpreting():
+        return "the Triton templates run on CUDA; use 'gather', or 'auto'"
+    return templates_refuse(dtype, head_dim, rows, rows)
+
+
+def _interpreting() -> bool:
+    from flexsparse.compile_passes.templates.launch import interpreting
+
+    return interpreting()
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: TileSelection,
+    scale: float,
+    q_tiles: Tensor | None = None,
+    wants_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Fine-stage attention; arguments and results as `gather.attend`."""
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    rows = pack_queries(q, q_tiles, selection)
+    operands = (*selection.operands(), scale, wants_lse or gradients)
+    if q.is_cuda:
+        out, lse = torch.ops.flexsparse.tile_attention(rows, k, v, None, None, *operands)
+    else:
+        out, lse = _Interpreted.apply(rows, k, v, *operands)
+    return unpack_rows(out, selection), unpack_lse(lse, selection) if wants_lse else None
+
+
+class _Interpreted(torch.autograd.Function):
+    """The templates on CPU tensors, in Triton's interpreter."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
+        from flexsparse.compile_passes.templates.forward import forward
+
+        ctx.bits, ctx.counts, ctx.kv_counts, ctx.sizes = _arguments(q, *operands)
+        out, lse = forward(q, k, v, ctx.bits, ctx.counts, ctx.kv_counts, None, None, **ctx.sizes)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        from flexsparse.compile_passes.templates.backward import backward
+
+        grad, grad_lse = grads
+        q, k, v, out, lse = ctx.saved_tensors
+        operands = (ctx.bits, ctx.counts, ctx.kv_counts, None, None)
+        dq, dk, dv, _, _ = backward(grad.contiguous(), grad_lse, q, k, v, out, lse, *operands, **ctx.sizes)
+        return dq, dk, dv, *(None,) * 13
+
+
+def _arguments(q: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    bits, counts, kv_counts, rows, first, _, kv_first, kv_video, slots, capacity, partial, scale, _ = operands
+    sizes = {
+        "query_rows": rows,
+        "first_rows": first,
+        "kv_first": kv_first,
+        "kv_video": kv_video,
+        "slots": slots,
+        "capacity": capacity,
+        "scale": scale,
+        "partial": partial,
+    }
+    return bits, counts, kv_counts.expand(q.shape[0], -1), sizes

@@ -1,0 +1,306 @@
+"""`flexsparse::coarse_select`: pooling, scores between tiles, coarse output and the choice of tiles, as one op.
+
+Never stores scores ``[B, H, N, M]``. Only the coarse output has a gradient.
+Shape letters: B batch, H query heads, G KV heads, N query tiles, s slots of one, M KV tiles, t slots of one, D head dim,
+W = ceil(M / 32) words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexsparse.ops import templates_for
+from flexsparse.ops.choice import Rule, choose
+from flexsparse.ops.select_tiles import fake_choice, tiles_to_keep
+from flexsparse.selection import unpack_bits
+
+CHUNK_SCORES = 1 << 18
+"""Scores of one chunk: they stay in the cache from the product to the choice."""
+
+
+def pool_tiles(x: Tensor, counts: Tensor) -> Tensor:
+    """Mean over the valid tokens of each tile, at least float32.
+
+    Args:
+        x: ``[B, H, n, s, D]``; slots past the count are zero.
+        counts: int32 ``[n]`` or ``[B, n]``; a tile with none pools to zero.
+    """
+    counts = counts if counts.dim() == 1 else counts[:, None]
+    total = x.sum(3, dtype=torch.promote_types(x.dtype, torch.float32))
+    return total / counts.clamp_min(1).to(total.dtype).unsqueeze(-1)
+
+
+@torch.library.custom_op("flexsparse::coarse_select", mutates_args=())
+def coarse_select(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    q_counts: Tensor,
+    kv_counts: Tensor,
+    allowed: Tensor | None,
+    now: Tensor | None,
+    rule: str,
+    value: float,
+    min_tiles: int,
+    capacity: int,
+    scale: float,
+    count_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The whole coarse stage.
+
+    Args:
+        q: ``[B, H, N, s, D]`` tile order; slots past the count are zero. Pooled vectors come as ``s = 1``.
+        k: ``[B, G, M, t, D]``, H divisible by G.
+        v: as k, where the coarse output is wanted, else None.
+        q_counts: valid tokens of query tiles, int32 ``[N]`` or ``[B, N]``.
+        kv_counts: valid tokens of KV tiles, int32 ``[M]`` or ``[B, M]``.
+        allowed: int32 bitmask ``[1 or B, 1 or H, N, W]`` of tiles that may be chosen and take part in the coarse softmax;
+            None where all may.
+        now: the rule's number at run time, 0-d, or None.
+        rule: name of a `choice.Rule`.
+        value: its number where ``now`` is None.
+        min_tiles: tiles that a row keeps at least.
+        capacity: the most tiles that a row keeps.
+        scale: factor of the scores.
+        count_bias: add ``log(max(kv_counts, 1))`` to the scores.
+
+    Returns:
+        Coarse output ``[B, H, N, D]`` and its natural log-sum-exp ``[B, H, N]`` (0 and -inf for a row that allows nothing;
+        of size 0 without v); pooled q ``[B, H, N, D]``, k ``[B, G, M, D]`` and v (of size 0 without v), which the backward
+        reads, all at least float32; bits int32 ``[B, H, N, W]``; counts and wanted int32 ``[B, H, N]``. The coarse output
+        alone is differentiable.
+    """
+    how = Rule(name=rule, value=value, now=now, min_tiles=min_tiles)
+    B, H, N, D = *q.shape[:3], q.shape[4]
+    M = k.shape[2]
+    templates = templates_for(q, M)
+    if templates is not None:
+        return _on_cuda(templates, q, k, v, q_counts, kv_counts, allowed, how, capacity, scale, count_bias)
+    q_c, k_c = pool_tiles(q, q_counts), pool_tiles(k, kv_counts)
+    v_c = k_c.new_empty(0) if v is None else pool_tiles(v, kv_counts)
+    bits, counts, wanted = fake_choice(q_c, B, H, N, M)
+    coarse = q_c.new_empty((B, H, N, D) if v is not None else 0)
+    lse = q_c.new_empty((B, H, N) if v is not None else 0)
+    for at, scores, mask in _score_chunks(q_c, k_c, kv_counts, allowed, scale, count_bias):
+        packed = None if allowed is None else _of_chunk(allowed, at)
+        part = how if now is None or now.dim() == 0 else Rule(name=rule, now=_of_chunk(now, at), min_tiles=min_tiles)
+        chosen = choose(scores[None, None], packed, part, capacity)
+        for out, of_chunk in zip((bits, counts, wanted), chosen):
+            out[at] = of_chunk[0, 0]
+        if v is not None:
+            b, h, _ = at
+            lse[at], weights = _log_softmax(scores, mask)
+            torch.mm(weights, v_c[b, h // (H // k.shape[1])], out=coarse[at])
+    return coarse, lse, q_c, k_c, v_c, bits, counts, wanted
+
+
+def _on_cuda(
+    templates: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    q_counts: Tensor,
+    kv_counts: Tensor,
+    allowed: Tensor | None,
+    rule: Rule,
+    capacity: int,
+    scale: float,
+    count_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from flexsparse.compile_passes.templates.pool import pool
+
+    parts = [(q, q_counts, False), (k, kv_counts, False)] + ([] if v is None else [(v, kv_counts, False)])
+    pooled = pool(parts)
+    v_c = None if v is None else pooled[2]
+    sparsity = rule.name == "sparsity"
+    bits, counts, wanted, coarse, lse = templates.select(
+        pooled[0],
+        pooled[1],
+        v_c,
+        allowed=allowed,
+        kv_counts=kv_counts,
+        count_bias=count_bias,
+        alive=False,
+        scale=scale,
+        rule="top_k" if sparsity else rule.name,
+        value=tiles_to_keep(rule, k.shape[2]) if sparsity else rule.number(),
+        min_tiles=rule.min_tiles,
+        capacity=capacity,
+    )
+    none = [pooled[0].new_empty(0) for _ in range(3)]
+    floats = (*none[:2], *pooled, none[2]) if v_c is None else (coarse, lse, *pooled)
+    return (*floats, bits, counts, wanted)
+
+
+Place = tuple[int, int, slice]
+
+
+def _of_chunk(x: Tensor, at: Place) -> Tensor:
+    """Rows of a chunk of something that broadcasts to ``[B, H, N, ...]``, as ``[1, 1, rows, ...]``."""
+    b, h, rows = at
+    x = x[min(b, x.shape[0] - 1), min(h, x.shape[1] - 1)]
+    return (x[rows] if x.shape[0] > 1 else x)[None, None]
+
+
+def _score_chunks(
+    q_c: Tensor, k_c: Tensor, kv_counts: Tensor, allowed: Tensor | None, scale: float, count_bias: bool
+) -> Iterator[tuple[Place, Tensor, Tensor | None]]:
+    """(place, scores ``[rows, M]``, bool mask of allowed tiles or None), in chunks of rows of one head."""
+    B, H, N, _ = q_c.shape
+    G, M = k_c.shape[1:3]
+    step = max(1, CHUNK_SCORES // M)
+    bias = kv_counts.clamp_min(1).to(q_c.dtype).log().expand(B, M) if count_bias else None
+    for b in range(B):
+        for h in range(H):
+            for start in range(0, N, step):
+                at = (b, h, slice(start, min(start + step, N)))
+                keys = k_c[b, h // (H // G)].T
+                scores = (q_c[at] @ keys).mul_(scale)
+                if bias is not None:
+                    scores += bias[b]
+                yield at, scores, None if allowed is None else unpack_bits(_of_chunk(allowed, at)[0, 0], M)
+
+
+def _log_softmax(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp ``[rows]`` and weights ``[rows, M]`` over the allowed scores; -inf and 0 for a row without any."""
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    lse = scores.logsumexp(-1)
+    return lse, (scores - lse.masked_fill(lse == -math.inf, 0)[:, None]).exp()
+
+
+@coarse_select.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+    B, H, N, D = *q.shape[:3], q.shape[4]
+    G, M = k.shape[1:3]
+
+    def floats(*shape: int) -> Tensor:
+        return q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+
+    coarse = (floats(B, H, N, D), floats(B, H, N)) if v is not None else (floats(0), floats(0))
+    pooled = (floats(B, H, N, D), floats(B, G, M, D), floats(B, G, M, D) if v is not None else floats(0))
+    return (*coarse, *pooled, *fake_choice(q, B, H, N, M))
+
+
+@torch.library.custom_op("flexsparse::coarse_select_backward", mutates_args=())
+def coarse_select_backward(
+    d_coarse: Tensor,
+    coarse: Tensor,
+    lse: Tensor,
+    q_c: Tensor,
+    k_c: Tensor,
+    v_c: Tensor,
+    q_counts: Tensor,
+    kv_counts: Tensor,
+    allowed: Tensor | None,
+    q_slots: int,
+    kv_slots: int,
+    scale: float,
+    count_bias: bool,
+    q_dtype: torch.dtype,
+    k_dtype: torch.dtype,
+    v_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the coarse output with respect to q, k and v of `coarse_select`; scores are recomputed.
+
+    Args:
+        d_coarse: gradient of the coarse output ``[B, H, N, D]``; the others as `coarse_select` returns and takes them.
+        coarse: as returned.
+        lse: as returned.
+        q_c: pooled q.
+        k_c: pooled k.
+        v_c: pooled v.
+        q_counts: as taken.
+        kv_counts: as taken.
+        allowed: as taken.
+        q_slots: s.
+        kv_slots: t.
+        scale: as taken.
+        count_bias: as taken.
+        q_dtype: of q's gradient.
+        k_dtype: of k's.
+        v_dtype: of v's.
+    """
+    H, G = q_c.shape[1], k_c.shape[1]
+    d_coarse = d_coarse.to(q_c.dtype).contiguous()
+    if templates_for(q_c, k_c.shape[2]) is not None:
+        from flexsparse.compile_passes.templates.coarse_backward import coarse_backward
+
+        dq_c, dk_c, dv_c = coarse_backward(
+            d_coarse,
+            q_c,
+            k_c,
+            v_c,
+            coarse,
+            lse,
+            allowed=allowed,
+            kv_counts=kv_counts,
+            count_bias=count_bias,
+            alive=False,
+            scale=scale,
+        )
+    else:
+        dq_c, dk_c, dv_c = torch.empty_like(q_c), torch.zeros_like(k_c), torch.zeros_like(v_c)
+        delta = (d_coarse * coarse).sum(-1, keepdim=True)
+        finite = lse.masked_fill(lse == -math.inf, 0)
+        for at, scores, mask in _score_chunks(q_c, k_c, kv_counts, allowed, scale, count_bias):
+            b, h, _ = at
+            g = h // (H // G)
+            weights = scores.sub_(finite[at][:, None]).exp_()
+            if mask is not None:
+                weights.masked_fill_(~mask, 0)
+            dv_c[b, g].addmm_(weights.T, d_coarse[at])
+            ds = (d_coarse[at] @ v_c[b, g].T).sub_(delta[at]).mul_(weights).mul_(scale)
+            torch.mm(ds, k_c[b, g], out=dq_c[at])
+            dk_c[b, g].addmm_(ds.T, q_c[at])
+    return (
+        _unpool(dq_c, q_counts, q_slots, q_dtype),
+        _unpool(dk_c, kv_counts, kv_slots, k_dtype),
+        _unpool(dv_c, kv_counts, kv_slots, v_dtype),
+    )
+
+
+def _unpool(d: Tensor, counts: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
+    """Gradient of `pool_tiles` ``[B, H, n, slots, D]``."""
+    counts = counts if counts.dim() == 1 else counts[:, None]
+    d = (d / counts.clamp_min(1).to(d.dtype)[..., None]).to(dtype)
+    return d[..., None, :].expand(*d.shape[:-1], slots, d.shape[-1]).contiguous()
+
+
+@coarse_select_backward.register_fake
+def _(
+    d_coarse: Tensor, coarse: Tensor, lse: Tensor, q_c: Tensor, k_c: Tensor, v_c: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    q_slots, kv_slots, dtypes = args[3], args[4], args[7:]
+
+    def grad(pooled: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
+        return pooled.new_empty((*pooled.shape[:3], slots, pooled.shape[3]), dtype=dtype)
+
+    return grad(q_c, q_slots, dtypes[0]), grad(k_c, kv_slots, dtypes[1]), grad(v_c, kv_slots, dtypes[2])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, q_counts, kv_counts, allowed, *_, scale, count_bias = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[:5], q_counts, kv_counts, allowed)
+    ctx.rest = (q.shape[3], k.shape[3], scale, count_bias, q.dtype, k.dtype, q.dtype if v is None else v.dtype)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    d_coarse = grads[0]
+    if d_coarse is None or not d_coarse.numel():
+        return (None,) * 13
+    coarse, lse, q_c, k_c, v_c, q_counts, kv_counts, allowed = ctx.saved_tensors
+    of_tokens = torch.ops.flexsparse.coarse_select_backward(
+        d_coarse, coarse, lse, q_c, k_c, v_c, q_counts, kv_counts, allowed, *ctx.rest
+    )
+    return (*of_tokens, *(None,) * 10)
+
+
+coarse_select.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,242 @@
+"""`flexsparse::tile_attention`: the fine stage as one op, with the gated coarse output in its epilogue.
+
+Triton templates on CUDA, `gathered` elsewhere: both do work in proportion to the density.
+Shape letters: B batch, H query heads, G KV heads, N query tiles, U all KV tiles, R query rows (extra and video), D head dim,
+W words of a bitmask row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexsparse.ops import gathered
+
+HEAD_DIMS = range(8, 257, 8)
+ROWS = (16, 32, 64, 128, 256)
+
+
+def templates_refuse(dtype: torch.dtype, head_dim: int, query_rows: int, slots: int) -> str | None:
+    """Why the Triton templates cannot do a case, with the remedy; None where they can."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the templates compute no {dtype}; use 'gather' or 'reference'"
+    if head_dim not in HEAD_DIMS:
+        return f"the templates take head dims that are multiples of 8 up to 256, not {head_dim}; use 'gather'"
+    if query_rows not in ROWS or slots not in ROWS:
+        return (
+            f"the templates take tiles of 16 to 256 slots, not {max(query_rows, slots)}; use a smaller tile or 'gather'"
+        )
+    return None
+
+
+@torch.library.custom_op("flexsparse::tile_attention", mutates_args=(), device_types="cpu")
+def tile_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    coarse: Tensor | None,
+    gate: Tensor | None,
+    bits: Tensor,
+    counts: Tensor,
+    kv_counts: Tensor,
+    query_rows: int,
+    first_rows: int,
+    last_rows: int,
+    kv_first: int,
+    kv_video: int,
+    slots: int,
+    capacity: int,
+    partial: bool,
+    scale: float,
+    wants_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the tokens of the kept tiles and the extra tokens, plus ``gate * coarse``.
+
+    Args:
+        q: ``[B, H, R, D]``: ``first_rows`` extra rows, ``N * query_rows`` video rows, ``last_rows`` extra rows.
+        k: ``[B, G, U * slots, D]``: ``kv_first`` extra tiles, ``kv_video`` video tiles, the other extra tiles.
+        v: as k.
+        coarse: ``[B, H, N, D]``, or None.
+        gate: ``[B, H, R, D]`` factor of the coarse output of a row's tile (extra rows have none), given with ``coarse``.
+        bits: int32 ``[B, H, N, W]``, the video tiles that each query tile keeps.
+        counts: int32 ``[B, H, N]``.
+        kv_counts: int32 ``[U]`` or ``[B, U]``, valid tokens of each KV tile; slots past them may hold anything on CUDA, and
+            must be zero elsewhere.
+        query_rows: rows of a query tile as computed.
+        first_rows: extra rows before the video rows.
+        last_rows: extra rows after them.
+        kv_first: extra KV tiles before the video tiles.
+        kv_video: KV video tiles.
+        slots: slots of a KV tile.
+        capacity: no count is larger; the length of the lists that kernels make for themselves.
+        partial: whether a KV tile may have fewer valid tokens than slots.
+        scale: softmax scale.
+        wants_lse: whether the log-sum-exp is computed; the backward needs it.
+
+    Returns:
+        Output as q, and log-sum-exp (natural) of the fine stage ``[B, H, R]`` in at least float32, or ``[B, H, 0]``.
+    """
+    sizes = (query_rows, first_rows, kv_first, kv_video, slots)
+    high = torch.promote_types(q.dtype, torch.float32)
+    out, lse = gathered.forward(
+        q, k, v, bits, counts, kv_counts, *sizes, scale, wants_lse, out_dtype=q.dtype if gate is None else high
+    )
+    if gate is not None and coarse is not None:
+        video = out.narrow(2, first_rows, counts.shape[2] * query_rows).unflatten(2, (-1, query_rows))
+        video.addcmul_(_video_rows(gate, first_rows, last_rows, query_rows).to(high), coarse[:, :, :, None].to(high))
+        out = out.to(q.dtype)
+    return out, lse
+
+
+def _video_rows(x: Tensor, first_rows: int, last_rows: int, query_rows: int) -> Tensor:
+    """``[B, H, R, D]`` to the video rows ``[B, H, N, query_rows, D]``."""
+    return x.narrow(2, first_rows, x.shape[2] - first_rows - last_rows).unflatten(2, (-1, query_rows))
+
+
+@tile_attention.register_kernel("cuda")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    coarse: Tensor | None,
+    gate: Tensor | None,
+    bits: Tensor,
+    counts: Tensor,
+    kv_counts: Tensor,
+    query_rows: int,
+    first_rows: int,
+    last_rows: int,
+    kv_first: int,
+    kv_video: int,
+    slots: int,
+    capacity: int,
+    partial: bool,
+    scale: float,
+    wants_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    from flexsparse.compile_passes.templates.forward import forward
+
+    return forward(
+        *(q, k, v, bits, counts, kv_counts.expand(q.shape[0], -1), coarse, gate),
+        query_rows=query_rows,
+        first_rows=first_rows,
+        kv_first=kv_first,
+        kv_video=kv_video,
+        slots=slots,
+        capacity=capacity,
+        scale=scale,
+        partial=partial,
+    )
+
+
+@tile_attention.register_fake
+def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    rows = q.shape[2] if args[-1] or q.is_cuda else 0
+    return q.new_empty(q.shape), q.new_empty((*q.shape[:2], rows), dtype=dtype)
+
+
+@torch.library.custom_op("flexsparse::tile_attention_backward", mutates_args=(), device_types="cpu")
+def tile_attention_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    coarse: Tensor | None,
+    gate: Tensor | None,
+    bits: Tensor,
+    counts: Tensor,
+    kv_counts: Tensor,
+    query_rows: int,
+    first_rows: int,
+    last_rows: int,
+    kv_first: int,
+    kv_video: int,
+    slots: int,
+    capacity: int,
+    partial: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `tile_attention` with respect to q, k, v, coarse and gate (of size 0 where there are none)."""
+    sizes = (query_rows, first_rows, kv_first, kv_video, slots)
+    fine = out if gate is None else None  # with a gate, out is not the fine stage's alone
+    grads = gathered.backward(grad, grad_lse, q, k, v, fine, lse, bits, counts, kv_counts, *sizes, scale)
+    if gate is None or coarse is None:
+        return (*grads, q.new_empty(0), q.new_empty(0))
+    g = _video_rows(grad, first_rows, last_rows, query_rows).to(lse.dtype)
+    d_coarse = (g * _video_rows(gate, first_rows, last_rows, query_rows)).sum(3)
+    d_gate = torch.zeros_like(gate, memory_format=torch.contiguous_format)
+    _video_rows(d_gate, first_rows, last_rows, query_rows).copy_(g * coarse[:, :, :, None])
+    return (*grads, d_coarse.to(coarse.dtype), d_gate)
+
+
+@tile_attention_backward.register_kernel("cuda")
+def _(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    coarse: Tensor | None,
+    gate: Tensor | None,
+    bits: Tensor,
+    counts: Tensor,
+    kv_counts: Tensor,
+    query_rows: int,
+    first_rows: int,
+    last_rows: int,
+    kv_first: int,
+    kv_video: int,
+    slots: int,
+    capacity: int,
+    partial: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from flexsparse.compile_passes.templates.backward import backward
+
+    dq, dk, dv, d_coarse, d_gate = backward(
+        *(grad, grad_lse, q, k, v, out, lse, bits, counts, kv_counts.expand(q.shape[0], -1), coarse, gate),
+        query_rows=query_rows,
+        first_rows=first_rows,
+        kv_first=kv_first,
+        kv_video=kv_video,
+        slots=slots,
+        capacity=capacity,
+        scale=scale,
+        partial=partial,
+    )
+    none = q.new_empty(0)
+    return dq, dk, dv, none if d_coarse is None else d_coarse, none.clone() if d_gate is None else d_gate
+
+
+@tile_attention_backward.register_fake
+def _(grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    coarse, gate = args[2:4]
+    d_coarse = q.new_empty(0) if coarse is None else coarse.new_empty(coarse.shape)
+    d_gate = q.new_empty(0) if gate is None else gate.new_empty(gate.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_coarse, d_gate
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, coarse, gate, bits, counts, kv_counts, *ctx.rest, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, coarse, gate, bits, counts, kv_counts)
+
+
+def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, *_, coarse, gate, _bits, _counts, _kv_counts = ctx.saved_tensors
+    grad = torch.zeros_like(q) if grad is None else grad
+    dq, dk, dv, d_coarse, d_gate = torch.ops.flexsparse.tile_attention_backward(
+        grad, grad_lse, *ctx.saved_tensors, *ctx.rest
+    )
+    return (dq, dk, dv, None if coarse is None else d_coarse, None if gate is None else d_gate, *(None,) * 13)
+
+
+tile_attention.register_autograd(_backward, setup_context=_setup)

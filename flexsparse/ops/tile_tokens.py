@@ -1,0 +1,49 @@
+"""`flexsparse::tile_tokens`: q, k and v to tile order in one kernel launch. CUDA; elsewhere `TileLayout.to_tiles` does it.
+
+Shape letters: B batch, H heads of one tensor, S tokens in raster order, P padded tokens in tile order, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("flexsparse::tile_tokens", mutates_args=())
+def tile_tokens(xs: list[Tensor], tables: list[Tensor], back: list[Tensor]) -> list[Tensor]:
+    """Rows of several tensors in another order.
+
+    Args:
+        xs: ``[B, H, S, D]`` each, of one dtype, batch and head dim.
+        tables: for each, int32 ``[P]``: the row that goes to a place, -1 for zeros.
+        back: for each, int32 ``[S]``: the inverse, which the backward uses.
+
+    Returns:
+        ``[B, H, P, D]`` each, contiguous.
+    """
+    if xs[0].is_cuda:
+        from flexsparse.compile_passes.templates import tiling
+
+        return tiling.tile_tokens(xs, tables)
+    return [x.index_select(2, table.clamp_min(0)).masked_fill((table < 0)[:, None], 0) for x, table in zip(xs, tables)]
+
+
+@tile_tokens.register_fake
+def _(xs: list[Tensor], tables: list[Tensor], back: list[Tensor]) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:2], table.shape[0], x.shape[3])) for x, table in zip(xs, tables)]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, tables, back = inputs
+    ctx.save_for_backward(*tables, *back)
+
+
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    half = len(ctx.saved_tensors) // 2
+    tables, back = list(ctx.saved_tensors[:half]), list(ctx.saved_tensors[half:])
+    return torch.ops.flexsparse.tile_tokens(list(grads), back, tables), [None] * half, [None] * half
+
+
+tile_tokens.register_autograd(_backward, setup_context=_setup)
