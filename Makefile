@@ -4,12 +4,13 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := flexsparse masks compile_passes tests bench
 
-.PHONY: help demo test test-full lint typecheck bench clean
+.PHONY: help demo test test-full lint typecheck bench kernels clean
 
 help:
 	@echo "make demo       train a small video transformer on a real clip: dense, VSA, BSA; writes runs/demo/report.html"
 	@echo "make test       lint, types, tests (under 15 minutes on 2 cores)"
 	@echo "make test-full  the above, slow tests and mutations of the code"
+	@echo "make kernels    compiles the Triton templates for sm_90a, no GPU needed; registers, spills, wgmma"
 	@echo "make bench      CPU benchmark; writes bench/results/ and the README's table"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -27,6 +28,8 @@ test: lint typecheck
 test-full: lint typecheck
 	$(BIN)/python -m pytest $(TESTS)
 	$(BIN)/python -m tests.mutations
+	$(BIN)/python -m pip install --quiet --no-deps --target build/triton-3.6 triton==3.6.0
+	PYTHONPATH=build/triton-3.6 $(BIN)/python -m bench.kernels --offline
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)
@@ -41,6 +44,10 @@ typecheck: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.cpu
 	$(BIN)/python -m bench.table
+	$(BIN)/python -m bench.passes
+
+kernels: $(VENV)/.installed
+	$(BIN)/python -m bench.kernels --offline
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

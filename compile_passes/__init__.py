@@ -1,7 +1,19 @@
 """Graph passes, one a file.
 
-- `rewrite_sdpa`: scaled_dot_product_attention over video tokens => coarse stage + selection + sparse attention.
-- `multi_head`, `sdpa_call`: what it looks for.
+On Dynamo's graph, before autograd:
+
+- `rewrite_sdpa`: scaled_dot_product_attention over video tokens => one sparse call; `multi_head`, `sdpa_call`: what it looks for.
+- `unfold`: a sparse call => tiling, the nodes of its coarse stage, the fine stage.
+- `fuse_selection`: pooling, scores, coarse output and choice of tiles => one op; `coarse_chain`: how the pieces are recognised.
+
+On the joint graph of forward and backward:
+
+- `lower_flex`: FlexAttention under a tile list => tile attention.
+
+Besides:
+
+- `templates/`: Triton kernels that the ops run on CUDA.
+- `graphs`: what passes share.
 - `fusion_guard`: keeps Inductor from a fusion that it miscompiles on CPU.
 - `marks`: identity ops by which a wrapped model tells its graph the grid and the gates.
 """

@@ -61,7 +61,8 @@ def concrete(argument: Any) -> Any:
     if factor == 1:
         return argument.node.hint
     shape_env, expression = argument.node.shape_env, argument.node.expr
-    return int(expression.xreplace({s: factor * int(shape_env.size_hint(s)) for s in expression.free_symbols}))
+    hint = getattr(shape_env, "optimization_hint", None) or shape_env.size_hint  # its name before torch 2.13
+    return int(expression.xreplace({s: factor * int(hint(s)) for s in expression.free_symbols}))
 
 
 def same_everywhere(check: Callable[[], bool]) -> bool:

@@ -90,6 +90,7 @@ class LowerFlex(CustomGraphPass):
                 replaced = True
             if replaced:
                 gm.graph.eliminate_dead_code()
+                gm.delete_all_unused_submodules()  # an unused graph keeps the whole from being cached
                 finish(gm)
         self.lowered -= self.refused.keys()
 
@@ -113,6 +114,8 @@ class LowerFlex(CustomGraphPass):
             raise NotLowered("its mask_mod is not that of the tiles")
         example = query.meta["val"]
         reason = self.supports(example.device.type, example.dtype, example.shape[3], rows, slots)
+        if reason is None and node.target is FORWARD and _stock_is_faster(node, example):
+            reason = "in low precision, without gradients, stock FlexAttention is the faster one on CPU"
         if reason is not None:
             raise NotLowered(reason)
         results = node.meta["val"][:1] if node.target is FORWARD else node.meta["val"][:3]
@@ -128,6 +131,13 @@ def templates_support(device: str, dtype: torch.dtype, head_dim: int, rows: int,
     if device != "cuda":
         return f"there are no templates for {device}"
     return templates_refuse(dtype, head_dim, rows, slots)
+
+
+def _stock_is_faster(node: Node, query: Any) -> bool:
+    """Whether FlexAttention's own CPU code is the better one; it has no backward, and no dynamic shapes."""
+    needed = any(_index(user) == 1 and user.users for user in node.users)
+    static = not any(isinstance(size, torch.SymInt) for size in query.shape)
+    return query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16) and static and not needed
 
 
 def _source(node: Any) -> Node | None:

@@ -19,7 +19,7 @@ from flexsparse.compile_passes import FuseSelection, LowerFlex, RewriteError, Re
 from flexsparse.compile_passes.fusion_guard import compile_eagerly, compile_guarded
 from flexsparse.grids import Grid
 from flexsparse.layout import TileLayout
-from flexsparse.masks.base import MaskBuilder
+from flexsparse.masks.base import MaskBuilder, StaticBuilder
 from flexsparse.reporting import Call, Report
 
 
@@ -155,18 +155,28 @@ class Backend:
         if self.fuse_selection:
             fuse = FuseSelection()
             fuse(gm)
-            met.annotate(fused=fuse.fused, notes={name: f"not fused: {why}" for name, why in fuse.refused.items()})
+            refused = {} if isinstance(builder, StaticBuilder) else fuse.refused  # static tiles have no coarse stage
+            met.annotate(fused=fuse.fused, notes={name: f"not fused: {why}" for name, why in refused.items()})
         lower = LowerFlex() if self.lower_flex else None
         if self.inner == "aot_eager":
             compiled = compile_eagerly(gm, list(example_inputs), lower)
         else:
             compiled = compile_guarded(gm, list(example_inputs), _inductor_options(options), lower)
         if lower is not None:
-            known = {call.name for call in met.all()}
-            notes = {name: f"not lowered: {why}" for name, why in lower.refused.items() if name in known}
-            met.annotate(lowered=lower.lowered & known, notes=notes)
+            self._note_lowering(lower, met)
         self.calls.update(met)
         return compiled
+
+    def _note_lowering(self, lower: LowerFlex, met: Report) -> None:
+        known = {call.name for call in met.all()}
+        refused = {name: why for name, why in lower.refused.items() if name in known}
+        if self.attention == "triton" and refused:
+            name, why = next(iter(refused.items()))
+            raise RewriteError(f"attention is 'triton', but the templates cannot do {name}: {why}")
+        met.annotate(
+            lowered=lower.lowered & known, notes={name: f"not lowered: {why}" for name, why in refused.items()}
+        )
+        met.rename_backend("triton", "flex", refused)
 
     def _verify(self, rewrite: RewriteSDPA, met: Report) -> None:
         if self.expect is not None:
@@ -234,8 +244,8 @@ def backend(
         expect: how many sparse calls every graph must have; None for at least one.
         options: ``text_first``, ``text_last`` (extra tokens in every call), ``min_tokens`` (shorter calls stay dense),
             ``attention`` (``"auto"`` or a backend's name), ``inner`` (``"inductor"``, or ``"aot_eager"`` to leave out
-            code generation when debugging), ``fuse_selection`` and ``lower_flex`` (switches of passes
-            that this version does not have yet; they change nothing).
+            code generation when debugging), ``fuse_selection`` and ``lower_flex`` (off, the graph
+            keeps the coarse stage's own nodes, or stock FlexAttention; for comparison).
 
     Returns:
         The backend; its ``report()`` says what became of every attention call.

@@ -63,6 +63,12 @@ class Report:
             call = self._calls[name]
             self._calls[name] = replace(call, reason=f"{call.reason}; {note}" if call.reason else note)
 
+    def rename_backend(self, old: str, new: str, names: Iterable[str]) -> None:
+        """Say that calls that were to run on one backend run on another."""
+        for name in names:
+            call = self._calls[name]
+            self._calls[name] = replace(call, backend=new if call.backend == old else call.backend)
+
     def add_region(self, region: str, module: str) -> None:
         """Say that a module runs a region that is compiled once for several modules."""
         modules = self._regions.setdefault(region, [])

@@ -165,22 +165,16 @@ def _best(keys: Tensor, kept: Tensor) -> Tensor:
 
 
 def _best_on_cpu(keys: Tensor, kept: Tensor) -> Tensor:
-    """Bitmask of `_best`. A partition about the threshold; only rows with a tie at it are looked at again."""
+    """Bitmask of `_best`; only rows with a tie at the threshold are looked at twice."""
     M = keys.shape[-1]
     rows: Any = keys.reshape(-1, M).numpy()
     n: Any = kept.expand(keys.shape[:-1]).reshape(-1).numpy()
     if not len(rows):
         return pack_bits(keys.bool())
-    most = int(n.max())
-    if most == int(n.min()) and most > 0:
-        at = [M - most, max(M - most - 1, 0)]
-        ranked = np.partition(rows, at, axis=-1)
-        threshold, below = ranked[:, at[0]], ranked[:, at[1]]
-    else:
-        ranked = np.sort(rows, axis=-1)
-        index = np.minimum(M - n, M - 1)[:, None]
-        threshold = np.take_along_axis(ranked, index, -1)[:, 0]
-        below = np.take_along_axis(ranked, np.maximum(index - 1, 0), -1)[:, 0]
+    ranked = np.sort(rows, axis=-1)  # vectorised; a partition about two places is not
+    index = np.clip(M - n, 0, M - 1)[:, None]
+    threshold = np.take_along_axis(ranked, index, -1)[:, 0]
+    below = np.take_along_axis(ranked, np.maximum(index - 1, 0), -1)[:, 0]
     keep = rows >= threshold[:, None]
     keep[n == 0] = False
     tied = np.flatnonzero((below == threshold) & (n < M) & (n > 0))
