@@ -2,9 +2,10 @@
 
 On Dynamo's graph, before autograd:
 
-- `rewrite_sdpa`: scaled_dot_product_attention over video tokens => one sparse call; `multi_head`, `sdpa_call`: what it looks for.
+- `rewrite_sdpa`: scaled_dot_product_attention over video tokens => one sparse call (`multi_head`, `sdpa_call`: what it finds).
 - `unfold`: a sparse call => tiling, the nodes of its coarse stage, the fine stage.
-- `fuse_selection`: pooling, scores, coarse output and choice of tiles => one op; `coarse_chain`: how the pieces are recognised.
+- `fuse_selection`: pooling, scores, coarse output and choice of tiles => one op; `tile_choice`, `coarse_chain`, `views` match
+  them.
 
 On the joint graph of forward and backward:
 

@@ -156,8 +156,8 @@ MUTATIONS = (
     Mutation(
         "top_k off by one",
         "ops/choice.py",
-        "at = [M - most, max(M - most - 1, 0)]",
-        "at = [M - most - 1, max(M - most - 2, 0)]",
+        "np.clip(M - n, 0, M - 1)",
+        "np.clip(M - n - 1, 0, M - 1)",
         ("masks/test_vsa.py",),
     ),
     Mutation(
