@@ -3,6 +3,7 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := flexsparse masks compile_passes tests bench
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile  # a file stays in one process: its fixtures are made once
 
 .PHONY: help demo test test-full lint typecheck bench kernels clean
 
@@ -23,10 +24,10 @@ demo: $(VENV)/.installed
 	$(BIN)/flexsparse demo $(DEMO)
 
 test: lint typecheck
-	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
 
 test-full: lint typecheck
-	$(BIN)/python -m pytest $(TESTS)
+	$(PYTEST) $(TESTS)
 	$(BIN)/python -m tests.mutations
 	$(BIN)/python -m pip install --quiet --no-deps --target build/triton-3.6 triton==3.6.0
 	PYTHONPATH=build/triton-3.6 $(BIN)/python -m bench.kernels --offline

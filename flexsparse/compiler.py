@@ -155,8 +155,7 @@ class Backend:
         if self.fuse_selection:
             fuse = FuseSelection()
             fuse(gm)
-            refused = {} if isinstance(builder, StaticBuilder) else fuse.refused  # static tiles have no coarse stage
-            met.annotate(fused=fuse.fused, notes={name: f"not fused: {why}" for name, why in refused.items()})
+            met.annotate(fused=fuse.fused, notes=self._why_not_fused(fuse, met))
         lower = LowerFlex() if self.lower_flex else None
         if self.inner == "aot_eager":
             compiled = compile_eagerly(gm, list(example_inputs), lower)
@@ -166,6 +165,14 @@ class Backend:
             self._note_lowering(lower, met)
         self.calls.update(met)
         return compiled
+
+    def _why_not_fused(self, fuse: FuseSelection, met: Report) -> dict[str, str]:
+        if isinstance(self.builder, StaticBuilder):
+            return {}  # static tiles have no coarse stage
+        notes = {name: f"not fused: {why}" for name, why in fuse.refused.items()}
+        hidden = {call.name for call in met.all() if call.sparse} - fuse.fused - notes.keys()
+        why = "not fused: the graph shows no coarse stage (it is inside of torch's own multi-head attention, or there is none)"
+        return notes | dict.fromkeys(hidden, why)
 
     def _note_lowering(self, lower: LowerFlex, met: Report) -> None:
         known = {call.name for call in met.all()}

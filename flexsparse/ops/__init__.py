@@ -16,9 +16,12 @@ MOST_TILES = 16384
 """KV tiles of a row that the selection templates take: 1,048,576 tokens at 64 slots."""
 
 
+_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def has_triton() -> bool:
     """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON
 
 
 def templates_for(x: Tensor, tiles: int) -> Any:
