@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -73,6 +74,10 @@ class UnfoldAttention:
         """Unfold every call of a graph and of the graphs nested in it, in place."""
         self.matches = 0
         self._walk(gm, [], nested=False)
+        if hasattr(gm, "_param_name_to_source"):  # Dynamo's graphs say of every buffer where it comes from
+            for name, _ in gm.named_buffers(remove_duplicate=False):
+                if "flexsparse_constant" in name:
+                    gm._param_name_to_source[name] = ConstantSource(name)
         return gm
 
     def _walk(self, gm: GraphModule, regions: list[Autocast], nested: bool) -> None:
@@ -116,7 +121,7 @@ class UnfoldAttention:
         def coarse_stage(q: Any, k: Any, tiles: Any, grid: Any, tables: Any, ratios: Any) -> list[Any]:
             return self.parts.plan(q, k, tiles, grid, tables, ratios, gate is not None, choice["scale"])
 
-        with fake:
+        with fake, _taking_tensors(fake):
             traced = make_fx(coarse_stage, pre_dispatch=True, _allow_non_fake_inputs=True)(
                 *examples[:2], tile_examples, sizes, table_examples, numbers
             )
@@ -148,6 +153,16 @@ class UnfoldAttention:
         with unset_fake_temporarily():
             tensors = self.parts.tables(sizes, device)
         return tuple(_constant(gm, tensor) for tensor in tensors)
+
+
+@contextlib.contextmanager
+def _taking_tensors(fake: Any) -> Iterator[None]:
+    """Tensors that a builder holds take part in a trace, and become constants of its graph."""
+    before, fake.allow_non_fake_inputs = fake.allow_non_fake_inputs, True
+    try:
+        yield
+    finally:
+        fake.allow_non_fake_inputs = before
 
 
 class Autocast(NamedTuple):
@@ -205,8 +220,6 @@ def _constant(gm: GraphModule, tensor: torch.Tensor) -> Node:
     if name is None:
         name = f"flexsparse_constant_{len(gm._buffers)}"
         gm.register_buffer(name, tensor)
-        if hasattr(gm, "_param_name_to_source"):
-            gm._param_name_to_source[name] = ConstantSource(name)
     node = gm.graph.get_attr(name)
     node.meta["example_value"] = tensor
     return node

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import einops
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,7 +30,17 @@ B, H, N, M, S, D, K = 2, 4, 5, 7, 16, 8, 3  # no two sizes that matter are equal
 SCALE = D**-0.5
 aten = torch.ops.aten
 CHAIN = (
-    *(aten.topk, aten.sort, aten.argsort, aten.scatter, aten.scatter_, aten.zeros_like, aten.arange, aten.mul, aten.div),
+    *(
+        aten.topk,
+        aten.sort,
+        aten.argsort,
+        aten.scatter,
+        aten.scatter_,
+        aten.zeros_like,
+        aten.arange,
+        aten.mul,
+        aten.div,
+    ),
     *(aten.matmul, aten.bmm, aten.einsum, aten.softmax, aten._softmax, aten.mean, aten.sum, aten.masked_fill, aten.add),
 )
 Step = Callable[..., Any]
@@ -38,18 +49,13 @@ Chosen = tuple[Tensor, Tensor]
 # pooling: (tiles [B, H, n, S, D], counts [n]) -> [B, H, n, D]
 
 
-def with_einops(x: Tensor, _: Tensor) -> Tensor:
-    einops = pytest.importorskip("einops")
-    return einops.reduce(x.flatten(2, 3), "b h (n s) d -> b h n d", "mean", s=S)
-
-
 POOLS: dict[str, Step] = {
     "mean": lambda x, _: x.mean(3),
     "mean of a negative dimension": lambda x, _: x.mean(-2),
     "mean in float32": lambda x, _: x.mean(3, dtype=torch.float32),
     "reshape and mean": lambda x, _: x.flatten(2, 3).reshape(x.shape[0], x.shape[1], -1, S, D).mean(3),
     "unflatten and mean of floats": lambda x, _: x.flatten(2, 3).unflatten(2, (-1, S)).float().mean(-2),
-    "einops": with_einops,
+    "einops": lambda x, _: einops.reduce(x.flatten(2, 3), "b h (n s) d -> b h n d", "mean", s=S),
     "mean that keeps its dimension": lambda x, _: x.mean(3, keepdim=True).squeeze(3),
     "slots before tiles": lambda x, _: x.transpose(2, 3).mean(2),
     "sum over counts": lambda x, counts: x.sum(3) / counts.clamp_min(1)[:, None],
@@ -57,8 +63,8 @@ POOLS: dict[str, Step] = {
         x.sum(3, dtype=torch.float32) / counts.clamp(min=1).float().view(1, 1, -1, 1)
     ),
     "float sum over kept dimension": lambda x, counts: (
-        (x.float().sum(3, keepdim=True) / counts.clamp_min(1)[:, None, None]).squeeze(3)
-    ),
+        x.float().sum(3, keepdim=True) / counts.clamp_min(1)[:, None, None]
+    ).squeeze(3),
     "the library's": lambda x, counts: fs.masks.base.pool(x, counts),
 }
 
@@ -366,7 +372,9 @@ def test_an_intermediate_that_is_read_elsewhere_is_kept(name: str) -> None:
 
 NO_SCORES: dict[str, Step] = {
     "max pooling": Stage(pool=lambda x, _: x.amax(3)),
-    "pooling over slots and features": Stage(pool=lambda x, _: x.mean((3, 4), keepdim=True).squeeze(3).expand(-1, -1, -1, D)),
+    "pooling over slots and features": Stage(
+        pool=lambda x, _: x.mean((3, 4), keepdim=True).squeeze(3).expand(-1, -1, -1, D)
+    ),
     "sum without a division": Stage(pool=lambda x, _: x.sum(3)),
     "root mean square": Stage(pool=lambda x, _: x.square().mean(3).sqrt()),
     "tiles turned around": stage(k_c=lambda k: k.flip(2)),
@@ -435,7 +443,10 @@ def test_what_keeps_other_tiles_than_the_best_is_left(name: str) -> None:
 OTHER_COARSE: dict[str, tuple[Step, str]] = {
     "a softmax of another scale": (lambda s, v: (s * 2).softmax(-1) @ v, "scaled otherwise"),
     "a softmax over columns": (lambda s, v: s.softmax(2) @ v, "another dimension"),
-    "a softmax in another precision": (lambda s, v: s.softmax(-1, dtype=torch.float64) @ v.double(), "another precision"),
+    "a softmax in another precision": (
+        lambda s, v: s.softmax(-1, dtype=torch.float64) @ v.double(),
+        "another precision",
+    ),
     "a softmax of masked scores": (
         lambda s, v: s.masked_fill(torch.ones(N, M).triu(1) > 0, -1e9).softmax(-1) @ v,
         "not of the scores",

@@ -84,9 +84,7 @@ def launches() -> dict[str, int]:
     q_t, k_t, v_t = (LAYOUT.video(x) for x in tiles)
     with count_launches() as names:
         rule = Rule(name="top_k", value=2.0)
-        coarse, _, _, _, _, bits, kept, _ = _on_cuda(
-            select, q_t, k_t, v_t, counts, counts, None, rule, 2, 0.1, False
-        )
+        coarse, _, _, _, _, bits, kept, _ = _on_cuda(select, q_t, k_t, v_t, counts, counts, None, rule, 2, 0.1, False)
     found["coarse_select"] = len(names)
     sizes: dict[str, Any] = {"query_rows": 64, "first_rows": 0, "kv_first": 0, "slots": 64, "partial": True}
     sizes |= {"kv_video": LAYOUT.num_tiles, "capacity": 2, "scale": 0.1}
@@ -113,5 +111,7 @@ def test_an_attention_launches_six_kernels_and_four_to_its_selection(graph: Grap
             assert fused == 0, "something runs before the selection"
             to_selection = total
     assert to_selection is not None and to_selection <= 4
-    assert fused > 0 and total + 1 <= 6  # the rest is one kernel: the way back to raster order, the gate, the coarse output
+    assert (
+        fused > 0 and total + 1 <= 6
+    )  # the rest is one kernel: the way back to raster order, the gate, the coarse output
     assert sum(n.target is torch.ops.flexsparse.tile_attention.default for n in graph.graph.nodes) == 1
