@@ -110,6 +110,12 @@ def fuse(graph: Graph, anchor: Node) -> None:
         for user in node.users:
             if user not in done:
                 raise NotFused(f"an intermediate ({node.name}) is read elsewhere ({user.name})")
+    if values is not None and (scores.k.reduced is None) != (values.reduced is None):
+        raise NotFused("its keys are pooled elsewhere, its values are not")
+    for pooled in (scores.q, scores.k, values):
+        if pooled is not None and pooled.counts is None and pooled.reduced is not None:
+            if isinstance(shape_of(pooled.tokens)[pooled.reduced], torch.SymInt):
+                raise NotFused("the slots of its tiles are not known when the graph is made")
     _replace(graph, choice, scores, values, [node for node, _, _ in outputs])
 
 
@@ -223,8 +229,6 @@ def _replace(graph: Graph, choice: Choice, scores: Scores, values: Pooled | None
         make = _Maker(graph, anchor)
         q, q_counts = make.tokens(scores.q)
         k, kv_counts = make.tokens(scores.k)
-        if values is not None and (scores.k.reduced is None) != (values.reduced is None):
-            raise NotFused("its keys are pooled elsewhere, its values are not")
         v = None if values is None else make.tokens(values)[0]
         capacity = choice.capacity if choice.capacity is not None else make.size(scores.k.tokens, scores.k)
         arguments = (
@@ -277,8 +281,6 @@ class _Maker:
         shape = shape_of(tokens)
         n = self.call(aten.sym_size.int, tokens, 2) if isinstance(shape[2], torch.SymInt) else shape[2]
         s = 1 if pooled.reduced is None else shape[3]
-        if isinstance(s, torch.SymInt):
-            raise NotFused("the slots of its tiles are not known when the graph is made")
         device = value_of(tokens).device
         node = self.graph.call_function(aten.full.default, ([n], s), {"dtype": torch.int32, "device": device})
         with value_of(tokens).fake_mode:

@@ -6,12 +6,14 @@ forward: every module of a wrapped model enters the mode itself then, with the g
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -108,6 +110,7 @@ class Interceptor:
             gate: its gate ``[B, S, H * D]``, or None.
         """
         local = self.local
+        gradients = torch.is_grad_enabled()  # noqa: F841  # read by `_redone_without_us`: a reentrant checkpoint switches them off inside
         grid = self.current_grid()
         before, local.grid = local.grid, grid
         outer_gate = local.gate
@@ -144,6 +147,12 @@ class Interceptor:
         if reason is not None:
             backend.calls.record(backend.describe(_numbered(backend, name, False), q, k, grid, reason, ("sdpa", "")))
             return SDPA(*args, **kwargs)
+        if _redone_without_us():
+            raise RuntimeError(
+                f"{name} computes its attention inside of a checkpointed function; backward redoes that function without the "
+                "model around it, where its attention would be dense and its gradients wrong. Checkpoint a module (such as the "
+                "attention block) and not a function, or let wrap(..., compile=True) compile the model"
+            )
         gate = self.local.gate
         if backend.gates:
             if gate is None:
@@ -164,6 +173,19 @@ class Interceptor:
             return _Remember.apply(x, self, grid) if isinstance(x, Tensor) and x.requires_grad else x
 
         return torch.utils._pytree.tree_map(tie, out) if torch.is_grad_enabled() else out
+
+
+def _redone_without_us() -> bool:
+    """Whether backward will redo this call from outside of every module of the model.
+
+    True where a checkpoint's frame stands between the call and the module that it is in: what is redone is then a
+    function, which enters no module and so not the mode.
+    """
+    frame, checkpointed = sys._getframe(1), False
+    while frame is not None and frame.f_code is not Interceptor.call.__code__:
+        checkpointed |= frame.f_code.co_filename == torch.utils.checkpoint.__file__
+        frame = frame.f_back  # type: ignore[assignment]
+    return checkpointed and (torch.is_grad_enabled() if frame is None else bool(frame.f_locals["gradients"]))
 
 
 def _numbered(backend: Backend, name: str, sparse: bool) -> str:

@@ -89,13 +89,11 @@ def coarse_select(
     for at, scores, mask in _score_chunks(q_c, k_c, kv_counts, allowed, scale, count_bias):
         packed = None if allowed is None else _of_chunk(allowed, at)
         part = how if now is None or now.dim() == 0 else Rule(name=rule, now=_of_chunk(now, at), min_tiles=min_tiles)
-        chosen = choose(scores[None, None], packed, part, capacity)
-        for out, of_chunk in zip((bits, counts, wanted), chosen):
-            out[at] = of_chunk[0, 0]
+        for out, of_chunk in zip((bits, counts, wanted), choose(scores[None], packed, part, capacity)):
+            out[at] = of_chunk[0]
         if v is not None:
-            b, h, _ = at
             lse[at], weights = _log_softmax(scores, mask)
-            torch.mm(weights, v_c[b, h // (H // k.shape[1])], out=coarse[at])
+            torch.bmm(weights, _of_groups(v_c, at, H), out=coarse[at])
     return coarse, lse, q_c, k_c, v_c, bits, counts, wanted
 
 
@@ -137,41 +135,58 @@ def _on_cuda(
     return (*floats, bits, counts, wanted)
 
 
-Place = tuple[int, int, slice]
+Place = tuple[int, slice, slice]
+"""Batch, query heads and rows of a chunk."""
 
 
 def _of_chunk(x: Tensor, at: Place) -> Tensor:
-    """Rows of a chunk of something that broadcasts to ``[B, H, N, ...]``, as ``[1, 1, rows, ...]``."""
-    b, h, rows = at
-    x = x[min(b, x.shape[0] - 1), min(h, x.shape[1] - 1)]
-    return (x[rows] if x.shape[0] > 1 else x)[None, None]
+    """Rows of a chunk of something that broadcasts to ``[B, H, N, ...]``, as ``[1, 1 or heads, 1 or rows, ...]``."""
+    b, heads, rows = at
+    x = x[min(b, x.shape[0] - 1)]
+    x = x[heads] if x.shape[0] > 1 else x
+    return (x[:, rows] if x.shape[1] > 1 else x)[None]
+
+
+def _of_groups(x: Tensor, at: Place, H: int) -> Tensor:
+    """KV heads that a chunk's query heads read: ``[B, G, M, D]`` to ``[heads, M, D]``."""
+    b, heads, _ = at
+    if x.shape[1] == H:
+        return x[b, heads]
+    return x[b, torch.arange(heads.start, heads.stop, device=x.device) // (H // x.shape[1])]
 
 
 def _score_chunks(
     q_c: Tensor, k_c: Tensor, kv_counts: Tensor, allowed: Tensor | None, scale: float, count_bias: bool
 ) -> Iterator[tuple[Place, Tensor, Tensor | None]]:
-    """(place, scores ``[rows, M]``, bool mask of allowed tiles or None), in chunks of rows of one head."""
+    """(place, scores ``[heads, rows, M]``, bool mask of allowed tiles or None): some heads, or some rows of one head."""
     B, H, N, _ = q_c.shape
-    G, M = k_c.shape[1:3]
-    step = max(1, CHUNK_SCORES // M)
+    M = k_c.shape[2]
+    rows = min(N, max(1, CHUNK_SCORES // M))
+    heads = min(H, max(1, CHUNK_SCORES // (N * M))) if rows == N else 1
     bias = kv_counts.clamp_min(1).to(q_c.dtype).log().expand(B, M) if count_bias else None
     for b in range(B):
-        for h in range(H):
-            for start in range(0, N, step):
-                at = (b, h, slice(start, min(start + step, N)))
-                keys = k_c[b, h // (H // G)].T
-                scores = (q_c[at] @ keys).mul_(scale)
+        for h in range(0, H, heads):
+            for start in range(0, N, rows):
+                at = (b, slice(h, min(h + heads, H)), slice(start, min(start + rows, N)))
+                scores = torch.bmm(q_c[at], _of_groups(k_c, at, H).transpose(1, 2)).mul_(scale)
                 if bias is not None:
                     scores += bias[b]
-                yield at, scores, None if allowed is None else unpack_bits(_of_chunk(allowed, at)[0, 0], M)
+                yield at, scores, None if allowed is None else unpack_bits(_of_chunk(allowed, at)[0], M)
 
 
 def _log_softmax(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp ``[rows]`` and weights ``[rows, M]`` over the allowed scores; -inf and 0 for a row without any."""
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    lse = scores.logsumexp(-1)
-    return lse, (scores - lse.masked_fill(lse == -math.inf, 0)[:, None]).exp()
+    """Log-sum-exp ``[heads, rows]`` and weights over the allowed scores; -inf and 0 for a row without any.
+
+    The log-sum-exp is read off the largest weight: a pass less than computing it.
+    """
+    if mask is None:
+        weights = scores.softmax(-1)
+        return scores.amax(-1) - weights.amax(-1).log(), weights
+    some = mask.any(-1, keepdim=True)
+    scores = scores.masked_fill(~mask & some, -math.inf)
+    weights = scores.softmax(-1)
+    lse = (scores.amax(-1) - weights.amax(-1).log()).masked_fill(~some[..., 0], -math.inf)
+    return lse, weights.masked_fill_(~mask, 0)
 
 
 @coarse_select.register_fake
@@ -249,15 +264,20 @@ def coarse_select_backward(
         delta = (d_coarse * coarse).sum(-1, keepdim=True)
         finite = lse.masked_fill(lse == -math.inf, 0)
         for at, scores, mask in _score_chunks(q_c, k_c, kv_counts, allowed, scale, count_bias):
-            b, h, _ = at
-            g = h // (H // G)
-            weights = scores.sub_(finite[at][:, None]).exp_()
+            weights = scores.sub_(finite[at][..., None]).exp_()
             if mask is not None:
                 weights.masked_fill_(~mask, 0)
-            dv_c[b, g].addmm_(weights.T, d_coarse[at])
-            ds = (d_coarse[at] @ v_c[b, g].T).sub_(delta[at]).mul_(weights).mul_(scale)
-            torch.mm(ds, k_c[b, g], out=dq_c[at])
-            dk_c[b, g].addmm_(ds.T, q_c[at])
+            ds = (
+                torch.bmm(d_coarse[at], _of_groups(v_c, at, H).transpose(1, 2))
+                .sub_(delta[at])
+                .mul_(weights)
+                .mul_(scale)
+            )
+            torch.bmm(ds, _of_groups(k_c, at, H), out=dq_c[at])
+            dk, dv = torch.bmm(ds.transpose(1, 2), q_c[at]), torch.bmm(weights.transpose(1, 2), d_coarse[at])
+            for i, h in enumerate(range(at[1].start, at[1].stop)):  # query heads of a group, one after the other
+                dk_c[at[0], h // (H // G)] += dk[i]
+                dv_c[at[0], h // (H // G)] += dv[i]
     return (
         _unpool(dq_c, q_counts, q_slots, q_dtype),
         _unpool(dk_c, kv_counts, kv_slots, k_dtype),

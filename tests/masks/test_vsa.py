@@ -51,7 +51,9 @@ def test_in_low_precision_only_near_ties_are_decided_differently(case: Case, dat
 def test_equal_scores_keep_exactly_the_first_tiles(case: Case, data: st.DataObject) -> None:
     top_k = data.draw(st.integers(1, case.layout.num_tiles))
     q, k, _ = case.qkv()
-    selection = fs.VSA(top_k=top_k).select(q, torch.zeros_like(k), case.layout)  # of ones, a BLAS may round columns apart
+    selection = fs.VSA(top_k=top_k).select(
+        q, torch.zeros_like(k), case.layout
+    )  # of ones, a BLAS may round columns apart
     assert bool((selection.counts == top_k).all())
     assert bool((selection.kv_indices == torch.arange(top_k)).all())
 

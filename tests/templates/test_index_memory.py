@@ -61,4 +61,6 @@ def test_the_backward_keeps_no_list() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
         torch.ops.flexsparse.tile_attention(rows, k, v, None, None, *selection.operands(), 0.25, True)
     integers = {x.data_ptr(): x.untyped_storage().nbytes() for x in saved if not x.is_floating_point()}
-    assert sum(integers.values()) == sum(x.nbytes for x in (selection.bits, selection.counts, selection.kv_tile_counts()))
+    assert sum(integers.values()) == sum(
+        x.nbytes for x in (selection.bits, selection.counts, selection.kv_tile_counts())
+    )
