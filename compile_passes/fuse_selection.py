@@ -112,10 +112,9 @@ def fuse(graph: Graph, anchor: Node) -> None:
                 raise NotFused(f"an intermediate ({node.name}) is read elsewhere ({user.name})")
     if values is not None and (scores.k.reduced is None) != (values.reduced is None):
         raise NotFused("its keys are pooled elsewhere, its values are not")
-    for pooled in (scores.q, scores.k, values):
-        if pooled is not None and pooled.counts is None and pooled.reduced is not None:
-            if isinstance(shape_of(pooled.tokens)[pooled.reduced], torch.SymInt):
-                raise NotFused("the slots of its tiles are not known when the graph is made")
+    plain_means = [p for p in (scores.q, scores.k, values) if p and p.counts is None and p.reduced is not None]
+    if any(isinstance(shape_of(pooled.tokens)[pooled.reduced], torch.SymInt) for pooled in plain_means):
+        raise NotFused("the slots of its tiles are not known when the graph is made")
     _replace(graph, choice, scores, values, [node for node, _, _ in outputs])
 
 

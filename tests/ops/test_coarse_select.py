@@ -198,9 +198,8 @@ def test_low_precision_is_as_good_as_plain_torch(name: str, dtype: torch.dtype, 
     assert_lse(mine[1], oracle[1], largest)
     eps = torch.finfo(torch.float32).eps
     floor = 4 * eps * (1 + largest) * rms(grad) * rms(qkv[2]) / case.s
-    forward = eps / 2 * largest * rms(oracle[0])  # weights are exp(score - lse), with lse rounded
     for label, one, two, three in zip(("coarse", "dq", "dk", "dv"), *((r[0], *r[2:]) for r in results)):
-        assert_as_good(one, two, three, label, forward if label == "coarse" else floor)
+        assert_as_good(one, two, three, label, 0.0 if label == "coarse" else floor)
 
 
 @pytest.mark.parametrize(
