@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tolerance import assert_as_good
 from torch import Tensor
 
 from flexsparse.compile_passes.templates.backward import backward, backward_reference
 from flexsparse.compile_passes.templates.forward import forward
 from flexsparse.compile_passes.templates.launch import count_launches
-from tests.templates.attention_cases import Case, Problem, build, oracle
-from tests.tolerance import assert_as_good
+
+from .attention_cases import Case, Problem, build, oracle
 
 pytestmark = [  # from slots past a tile's count, whose results are dropped
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerance import assert_as_good, rms
 
 from flexsparse.compile_passes.templates.coarse_backward import (
     coarse_backward,
@@ -15,7 +16,6 @@ from flexsparse.compile_passes.templates.coarse_backward import (
 from flexsparse.compile_passes.templates.launch import count_launches
 from flexsparse.compile_passes.templates.select import select
 from flexsparse.selection import pack_bits
-from tests.tolerance import assert_as_good, rms
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

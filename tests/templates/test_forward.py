@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tolerance import assert_as_good, assert_lse
 
 import flexsparse.backends.gather  # noqa: F401  (registers the op)
 from flexsparse.compile_passes.templates.forward import forward, forward_reference
 from flexsparse.compile_passes.templates.launch import count_launches
-from tests.templates.attention_cases import Case, Problem, build, oracle
-from tests.tolerance import assert_as_good, assert_lse
+
+from .attention_cases import Case, Problem, build, oracle
 
 FP16 = torch.float16
 CASES = [

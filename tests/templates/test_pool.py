@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerance import assert_as_good
 
 from flexsparse.compile_passes.templates.coarse_backward import unpool
 from flexsparse.compile_passes.templates.launch import count_launches
 from flexsparse.compile_passes.templates.pool import compilations, pool, pool_reference
 from flexsparse.masks import base
-from tests.tolerance import assert_as_good
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

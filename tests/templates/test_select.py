@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerance import assert_as_good, assert_lse
 
 from flexsparse.compile_passes.templates import select as select_module
 from flexsparse.compile_passes.templates import selection
@@ -14,7 +15,6 @@ from flexsparse.compile_passes.templates.select import select, select_reference
 from flexsparse.compile_passes.templates.selection import RULES, choice_config, select_scores, select_scores_reference
 from flexsparse.masks.base import keep_top
 from flexsparse.selection import pack_bits, unpack_bits
-from tests.tolerance import assert_as_good, assert_lse
 
 VALUES = {"top_k": 5, "normal": 0.2, "probability": 0.3, "mass": 0.7, "all": 0}
 
