@@ -58,6 +58,8 @@ def test_resolutions_in_turn_cost_two_graphs(wan: Make, way: Any) -> None:
         assert_same_gradients(gradients(model, video(*grid)), expected)
     if way is not False:
         assert counters["stats"]["unique_graphs"] == 2
+        sparse = [call for call in fs.report(model).calls if call.sparse]
+        assert sparse and all(call.fused and call.lowered for call in sparse)
 
 
 @pytest.mark.parametrize("way", WAYS)
