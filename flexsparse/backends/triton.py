@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.ops import has_triton
-from flexsparse.ops.tile_attention import templates_refuse
+from flexsparse.ops.tile_attention import run_backward, run_forward, templates_refuse
 from flexsparse.packing import pack_queries, unpack_lse, unpack_rows
 from flexsparse.selection import TileSelection
 
@@ -56,34 +56,12 @@ class _Interpreted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
-        from flexsparse.compile_passes.templates.forward import forward
-
-        ctx.bits, ctx.counts, ctx.kv_counts, ctx.sizes = _arguments(q, *operands)
-        out, lse = forward(q, k, v, ctx.bits, ctx.counts, ctx.kv_counts, None, None, **ctx.sizes)
+        ctx.operands = operands
+        out, lse = run_forward(q, k, v, None, None, *operands)
         ctx.save_for_backward(q, k, v, out, lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        from flexsparse.compile_passes.templates.backward import backward
-
-        grad, grad_lse = grads
-        q, k, v, out, lse = ctx.saved_tensors
-        operands = (ctx.bits, ctx.counts, ctx.kv_counts, None, None)
-        dq, dk, dv, _, _ = backward(grad.contiguous(), grad_lse, q, k, v, out, lse, *operands, **ctx.sizes)
+        dq, dk, dv, _, _ = run_backward(*grads, *ctx.saved_tensors, None, None, *ctx.operands[:-1])
         return dq, dk, dv, *(None,) * 13
-
-
-def _arguments(q: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    bits, counts, kv_counts, rows, first, _, kv_first, kv_video, slots, capacity, partial, scale, _ = operands
-    sizes = {
-        "query_rows": rows,
-        "first_rows": first,
-        "kv_first": kv_first,
-        "kv_video": kv_video,
-        "slots": slots,
-        "capacity": capacity,
-        "scale": scale,
-        "partial": partial,
-    }
-    return bits, counts, kv_counts.expand(q.shape[0], -1), sizes

@@ -95,8 +95,7 @@ def _video_rows(x: Tensor, first_rows: int, last_rows: int, query_rows: int) -> 
     return x.narrow(2, first_rows, x.shape[2] - first_rows - last_rows).unflatten(2, (-1, query_rows))
 
 
-@tile_attention.register_kernel("cuda")
-def _(
+def run_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -105,6 +104,16 @@ def _(
     bits: Tensor,
     counts: Tensor,
     kv_counts: Tensor,
+    *sizes: Any,
+) -> tuple[Tensor, Tensor]:
+    """`tile_attention` by the Triton templates: on CUDA, and in Triton's interpreter."""
+    from flexsparse.compile_passes.templates.forward import forward
+
+    operands = (q, k, v, bits, counts, kv_counts.expand(q.shape[0], -1), coarse, gate)
+    return forward(*operands, **_keywords(*sizes[:-1]))
+
+
+def _keywords(
     query_rows: int,
     first_rows: int,
     last_rows: int,
@@ -114,21 +123,21 @@ def _(
     capacity: int,
     partial: bool,
     scale: float,
-    wants_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    from flexsparse.compile_passes.templates.forward import forward
+) -> dict[str, Any]:
+    """The op's sizes as the templates name them; they find the last extra rows themselves."""
+    return {
+        "query_rows": query_rows,
+        "first_rows": first_rows,
+        "kv_first": kv_first,
+        "kv_video": kv_video,
+        "slots": slots,
+        "capacity": capacity,
+        "scale": scale,
+        "partial": partial,
+    }
 
-    return forward(
-        *(q, k, v, bits, counts, kv_counts.expand(q.shape[0], -1), coarse, gate),
-        query_rows=query_rows,
-        first_rows=first_rows,
-        kv_first=kv_first,
-        kv_video=kv_video,
-        slots=slots,
-        capacity=capacity,
-        scale=scale,
-        partial=partial,
-    )
+
+tile_attention.register_kernel("cuda", run_forward)
 
 
 @tile_attention.register_fake
@@ -175,8 +184,7 @@ def tile_attention_backward(
     return (*grads, d_coarse.to(coarse.dtype), d_gate)
 
 
-@tile_attention_backward.register_kernel("cuda")
-def _(
+def run_backward(
     grad: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -189,31 +197,18 @@ def _(
     bits: Tensor,
     counts: Tensor,
     kv_counts: Tensor,
-    query_rows: int,
-    first_rows: int,
-    last_rows: int,
-    kv_first: int,
-    kv_video: int,
-    slots: int,
-    capacity: int,
-    partial: bool,
-    scale: float,
+    *sizes: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`tile_attention_backward` by the Triton templates: on CUDA, and in Triton's interpreter."""
     from flexsparse.compile_passes.templates.backward import backward
 
-    dq, dk, dv, d_coarse, d_gate = backward(
-        *(grad, grad_lse, q, k, v, out, lse, bits, counts, kv_counts.expand(q.shape[0], -1), coarse, gate),
-        query_rows=query_rows,
-        first_rows=first_rows,
-        kv_first=kv_first,
-        kv_video=kv_video,
-        slots=slots,
-        capacity=capacity,
-        scale=scale,
-        partial=partial,
-    )
+    operands = (grad, grad_lse, q, k, v, out, lse, bits, counts, kv_counts.expand(q.shape[0], -1), coarse, gate)
+    dq, dk, dv, d_coarse, d_gate = backward(*operands, **_keywords(*sizes))
     none = q.new_empty(0)
     return dq, dk, dv, none if d_coarse is None else d_coarse, none.clone() if d_gate is None else d_gate
+
+
+tile_attention_backward.register_kernel("cuda", run_backward)
 
 
 @tile_attention_backward.register_fake
