@@ -287,6 +287,13 @@ MUTATIONS = (
         ("compile_passes/test_lower_flex.py",),
     ),
     Mutation(
+        "template drops the last block",
+        "compile_passes/templates/forward.py",
+        "tl.range(0, (U - absent) * PIECES)",
+        "tl.range(0, (U - absent) * PIECES - 1)",
+        ("templates/test_forward.py",),
+    ),
+    Mutation(
         "template sees slots past the count",
         "compile_passes/templates/forward.py",
         'logits = tl.where(valid[None, :], logits, float("-inf"))',
