@@ -8,9 +8,10 @@ after a patch convolution, as soon as a gate made four linear maps read the norm
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from torch._inductor.choices import InductorChoices
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.virtualized import V
 from torch.fx import Graph
+
+import flexsparse
+from flexsparse import compile_passes, masks
 
 
 class GuardedChoices(InductorChoices):
@@ -34,19 +38,28 @@ class GuardedChoices(InductorChoices):
                 return False
         return InductorChoices.can_fuse_vertical(scheduler, node1, node2, shared_data_score)
 
-    def uuid(self) -> str:
-        """Identifies these choices in caches of compiled graphs."""
-        return hashlib.sha256(inspect.getsource(type(self)).encode()).hexdigest()
+
+def source_files() -> list[Path]:
+    """This package's sources; from an editable install, its sub-packages lie elsewhere."""
+    roots = [Path(root) for package in (flexsparse, compile_passes, masks) for root in package.__path__]
+    return sorted({path for root in roots for path in root.rglob("*.py")})
+
+
+@functools.cache
+def sources_hash() -> str:
+    """Hash of this package's sources."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in source_files())).hexdigest()
 
 
 class CacheTag(CustomGraphPass):
     """Does nothing to a graph; its uuid enters the key under which the compiled graph is cached.
 
-    The choices themselves do not, so that a graph compiled without them could be served.
+    Otherwise that key holds neither the choices above nor what the fake kernels of our ops say, which compiled code does:
+    another version's code would be served, and stop at shapes that are no longer made.
     """
 
-    def __init__(self, choices: GuardedChoices, inner: Any = None) -> None:
-        self.choices, self.inner = choices, inner
+    def __init__(self, inner: Any = None) -> None:
+        self.inner = inner
 
     def __call__(self, graph: Graph) -> None:
         if self.inner is not None:
@@ -56,7 +69,7 @@ class CacheTag(CustomGraphPass):
         inner = self.inner.uuid() if isinstance(self.inner, CustomGraphPass) else None
         if self.inner is not None and inner is None:
             return None  # a pass without an identity: nothing may be cached
-        return f"{self.choices.uuid()}{inner or ''}"
+        return f"{sources_hash()}{inner or ''}"
 
 
 class InOrder(CustomGraphPass):
@@ -89,7 +102,7 @@ def compile_guarded(
 
     choices = GuardedChoices()
     key = "post_grad_custom_post_pass"
-    config = {**config, key: CacheTag(choices, config.get(key, getattr(torch._inductor.config, key)))}
+    config = {**config, key: CacheTag(config.get(key, getattr(torch._inductor.config, key)))}
     if joint is not None:
         before = config.get("joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass)
         others = before if isinstance(before, list | tuple) else [] if before is None else [before]

@@ -1,7 +1,7 @@
 """Which KV tiles each query tile keeps, and for BSA which query tokens are computed.
 
 Shape letters: B batch, H query heads, S tokens in raster order, N query tiles, M KV tiles (video tiles only),
-W = ceil(M / 32) words, K list length, Q packed queries of one tile.
+W words (`words_of`), K list length, Q packed queries of one tile.
 """
 
 from __future__ import annotations
@@ -19,10 +19,20 @@ from flexsparse.layout import TileLayout, ceil_div, is_tracing
 WORD = 32
 
 
+def words_of(tiles: int) -> int:
+    """W: words of a bitmask row, ``max(2, ceil(tiles / 32))``.
+
+    Never one: torch compiles a dimension that may be 1 as a case of its own, which would cost a model that sees more and
+    fewer than 32 tiles a third graph.
+    """
+    words: int = torch.sym_max(2, ceil_div(tiles, WORD))
+    return words
+
+
 def pack_bits(keep: Tensor) -> Tensor:
-    """Bool ``[..., M]`` to int32 ``[..., ceil(M / 32)]``: bit ``m % 32`` of word ``m // 32`` is ``keep[m]``."""
+    """Bool ``[..., M]`` to int32 ``[..., W]``: bit ``m % 32`` of word ``m // 32`` is ``keep[m]``; unused bits are 0."""
     M = keep.shape[-1]
-    words = ceil_div(M, WORD)
+    words = words_of(M)
     keep = torch.nn.functional.pad(keep, (0, words * WORD - M))
     if keep.device.type == "cpu" and keep.numel() and not is_tracing():
         return torch.from_numpy(np.packbits(keep.numpy(), axis=-1, bitorder="little")).view(torch.int32)
@@ -51,7 +61,7 @@ def ascending_lists(keep: Tensor, capacity: int) -> Tensor:
 
 @torch.library.custom_op("flexsparse::pack_tiles", mutates_args=())
 def pack_tiles(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Bitmask and counts of kept tiles: bool ``[..., M]`` to int32 ``[..., ceil(M / 32)]`` and int32 ``[...]``.
+    """Bitmask and counts of kept tiles: bool ``[..., M]`` to int32 ``[..., W]`` and int32 ``[...]``.
 
     An op, so that a graph shows where the choice of tiles ends.
     """
@@ -61,7 +71,7 @@ def pack_tiles(keep: Tensor) -> tuple[Tensor, Tensor]:
 @pack_tiles.register_fake
 def _(keep: Tensor) -> tuple[Tensor, Tensor]:
     *rows, M = keep.shape
-    return keep.new_empty((*rows, ceil_div(M, WORD)), dtype=torch.int32), keep.new_empty(rows, dtype=torch.int32)
+    return keep.new_empty((*rows, words_of(M)), dtype=torch.int32), keep.new_empty(rows, dtype=torch.int32)
 
 
 @torch.library.custom_op("flexsparse::pack_lists", mutates_args=())
@@ -83,9 +93,7 @@ def pack_lists(indices: Tensor, counts: Tensor, tiles: int) -> tuple[Tensor, Ten
 @pack_lists.register_fake
 def _(indices: Tensor, counts: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
     rows = indices.shape[:-1]
-    return indices.new_empty((*rows, ceil_div(tiles, WORD)), dtype=torch.int32), counts.new_empty(
-        rows, dtype=torch.int32
-    )
+    return indices.new_empty((*rows, words_of(tiles)), dtype=torch.int32), counts.new_empty(rows, dtype=torch.int32)
 
 
 class TransposedTiles(NamedTuple):
@@ -137,7 +145,7 @@ class TileSelection:
     `to_block_mask` show their tiles.
 
     Attributes:
-        bits: int32 ``[B, H, N, ceil(M / 32)]`` (`pack_bits`).
+        bits: int32 ``[B, H, N, W]`` (`pack_bits`).
         counts: int32 ``[B, H, N]`` kept tiles of each row.
         layout: query layout.
         kv_layout: KV layout.

@@ -307,7 +307,7 @@ class Coarse(NamedTuple):
     """What a coarse stage found.
 
     Attributes:
-        bits: int32 ``[B, H, N, ceil(M / 32)]``.
+        bits: int32 ``[B, H, N, W]`` (`pack_bits`).
         counts: int32 ``[B, H, N]``.
         wanted: int32 ``[B, H, N]``, tiles wanted before the capacity cut them.
         out: coarse output ``[B, H, N, D]``, or None.

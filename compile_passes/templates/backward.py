@@ -1,6 +1,6 @@
 """Gradients of the fine stage and of the gated coarse output: delta, dq along the lists, dk and dv along the columns.
 
-Shape letters: B batch, H query heads, G KV heads, N query tiles, M KV video tiles, U all KV tiles, W = ceil(M / 32),
+Shape letters: B batch, H query heads, G KV heads, N query tiles, M KV video tiles, U all KV tiles, W words of a bitmask row,
 R query rows, D head dim.
 """
 

@@ -3,7 +3,7 @@
 Scores become int32 keys of the same order. A row's threshold is found by bisection on the bits of the key, and so is
 the last of the ties at the threshold: counts of a comparison are all that is needed, and each is exact.
 
-Shape letters: B batch, H query heads, N query tiles, M KV tiles, W = ceil(M / 32) words.
+Shape letters: B batch, H query heads, N query tiles, M KV tiles, W words of a bitmask row.
 """
 
 import triton

@@ -1,7 +1,7 @@
 """Gradients of the coarse output and of pooling; weights are computed again from the log-sum-exp, never stored.
 
 Shape letters: B batch, H query heads, G KV heads (query head h reads KV head ``h // (H // G)``), N query tiles, M KV
-tiles, D head dim, W = ceil(M / 32) words, X heads of what was pooled.
+tiles, D head dim, W words of a bitmask row, X heads of what was pooled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flexsparse.compile_passes.templates.scoring import (
     store_rows,
 )
 from flexsparse.compile_passes.templates.selection import allowed_strides
-from flexsparse.selection import WORD
+from flexsparse.selection import words_of
 
 
 @triton.jit
@@ -235,7 +235,7 @@ def coarse_backward(
     allowed = coarse_lse if allowed is None else allowed.contiguous()
     kv_counts = coarse_lse if kv_counts is None else kv_counts.contiguous()
     strides.append(kv_counts.stride(0) if kv_counts.dim() == 2 else 0)
-    shape = (scale, H, H // G, N, M, triton.cdiv(M, WORD), *strides)
+    shape = (scale, H, H // G, N, M, words_of(M), *strides)
     launch(
         coarse_dq_kernel,
         (B * H * triton.cdiv(N, dq_config["ROWS"]),),

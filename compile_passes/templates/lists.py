@@ -1,6 +1,6 @@
 """Tile lists in both directions from the bitmask: workspace of the attention kernels, without atomics or host syncs.
 
-Shape letters: B batch, H query heads, N query tiles, M KV video tiles, W = ceil(M / 32) words, K capacity.
+Shape letters: B batch, H query heads, N query tiles, M KV video tiles, W words of a bitmask row, K capacity.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Scores between pooled tiles, as the kernels of the coarse stage compute them forward and backward.
 
-Shape letters: B batch, H query heads, G KV heads, N query tiles, M KV tiles, D head dim, W = ceil(M / 32) words.
+Shape letters: B batch, H query heads, G KV heads, N query tiles, M KV tiles, D head dim, W words of a bitmask row.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Scores of all rows are never stored: a program computes those of a few rows at a
 its own piece of a workspace while the online softmax runs, and then chooses from them.
 
 Shape letters: B batch, H query heads, G KV heads (query head h reads KV head ``h // (H // G)``), N query tiles, M KV
-tiles, D head dim, W = ceil(M / 32) words.
+tiles, D head dim, W words of a bitmask row.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from flexsparse.compile_passes.templates.selection import (
     select_scores_reference,
     value_arguments,
 )
-from flexsparse.selection import WORD, pack_bits
+from flexsparse.selection import pack_bits, words_of
 
 PROGRAMS_PER_SM = 2  # what registers allow
 
@@ -213,7 +213,7 @@ def select(
     B, H, N, D = q_c.shape
     G, M = k_c.shape[1:3]
     blocks, options = config(D, M)
-    words = triton.cdiv(M, WORD)
+    words = words_of(M)
     row_blocks = B * H * triton.cdiv(N, blocks["ROWS"])
     programs = min(row_blocks, _programs(q_c.device))
     integer: dict[str, Any] = {"dtype": torch.int32, "device": q_c.device}

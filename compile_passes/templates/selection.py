@@ -1,6 +1,6 @@
 """The choice of tiles from given scores: how many each row wants, and which are the best.
 
-Shape letters: B batch, H query heads, N query tiles, M KV tiles, W = ceil(M / 32) words.
+Shape letters: B batch, H query heads, N query tiles, M KV tiles, W words of a bitmask row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexsparse.compile_passes.templates.choice import choose, load_value, to_key
 from flexsparse.compile_passes.templates.launch import Compilation, launch
-from flexsparse.selection import WORD, pack_bits, unpack_bits
+from flexsparse.selection import WORD, pack_bits, unpack_bits, words_of
 
 RULES = ("top_k", "normal", "probability", "mass", "all")
 MAX_TILES = 16384  # a row of keys is held in the registers of one program
@@ -71,7 +71,7 @@ def choice_config(M: int) -> tuple[int, int, int]:
     """M padded to a power of two, rows that a program chooses for at once, and its warps: 32 keys a thread."""
     if M > MAX_TILES:
         raise ValueError(f"there are {M} KV tiles: at most {MAX_TILES} are supported; use larger tiles")
-    M_BLOCK = max(WORD, triton.next_power_of_2(M))
+    M_BLOCK = max(2 * WORD, triton.next_power_of_2(M))
     warps = 4 if M_BLOCK <= 4096 else 8
     return M_BLOCK, min(8, max(1, warps * 1024 // M_BLOCK)), warps
 
@@ -133,7 +133,7 @@ def select_scores(
     """
     B, H, N, M = scores.shape
     M_BLOCK, rows, warps = choice_config(M)
-    words = triton.cdiv(M, WORD)
+    words = words_of(M)
     bits = torch.empty((B, H, N, words), dtype=torch.int32, device=scores.device)
     counts, wanted = (torch.empty((B, H, N), dtype=torch.int32, device=scores.device) for _ in range(2))
     allowed = None if allowed is None else allowed.contiguous()

@@ -1,6 +1,6 @@
 """From scores between tiles to the tiles that are kept: every rule ends in an exact count and the best so many.
 
-Shape letters: B batch, H query heads, N query tiles, M KV tiles, W = ceil(M / 32) words.
+Shape letters: B batch, H query heads, N query tiles, M KV tiles, W words of a bitmask row.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Never stores scores ``[B, H, N, M]``. Only the coarse output has a gradient.
 Shape letters: B batch, H query heads, G KV heads, N query tiles, s slots of one, M KV tiles, t slots of one, D head dim,
-W = ceil(M / 32) words.
+W words of a bitmask row.
 """
 
 from __future__ import annotations

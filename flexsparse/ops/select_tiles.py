@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.layout import ceil_div
 from flexsparse.ops import templates_for
 from flexsparse.ops.choice import Choice, Rule, choose
-from flexsparse.selection import WORD
+from flexsparse.selection import words_of
 
 
 @torch.library.custom_op("flexsparse::select_tiles", mutates_args=())
@@ -57,7 +56,7 @@ def fake_choice(like: Tensor, B: int, H: int, N: int, M: int) -> tuple[Tensor, T
     def ints(*shape: int) -> Tensor:
         return like.new_empty(shape, dtype=torch.int32)
 
-    return ints(B, H, N, ceil_div(M, WORD)), ints(B, H, N), ints(B, H, N)
+    return ints(B, H, N, words_of(M)), ints(B, H, N), ints(B, H, N)
 
 
 def tiles_to_keep(rule: Rule, M: int) -> float | Tensor:

@@ -62,6 +62,17 @@ def test_resolutions_in_turn_cost_two_graphs(wan: Make, way: Any) -> None:
         assert sparse and all(call.fused and call.lowered for call in sparse)
 
 
+@pytest.mark.parametrize("way", [True, "regional"])
+@pytest.mark.parametrize("builder", [fs.VSA(top_k=2), fs.BSA(keep_queries=0.5, kv_density=0.3)], ids=["vsa", "bsa"])
+def test_any_number_of_tiles_costs_two_graphs(wan: Make, way: Any, builder: Any) -> None:
+    """Above and below 32 KV tiles, which fill a word of the bitmask; a size of 1 would be a graph of its own to torch."""
+    model = fs.wrap(wan(), builder, tile=(2, 2, 2), **options(way))
+    counters.clear()
+    for grid in [(4, 16, 16), (4, 8, 8), (4, 32, 16), (2, 4, 6), (5, 14, 10)]:
+        gradients(model, video(*grid))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_redoes_each_block_on_its_own_grid(wan: Make, way: Any, reentrant: bool) -> None:
