@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from bench import offline
 from bench.offline import ARCHS, Row
 
-COLUMNS = ("kernel", "config", "arch", "registers", "spill_bytes", "shared_bytes", "wgmma", "serialized", "auto")
+NUMBERS = ("registers", "spill_bytes", "shared_bytes", "programs", "wgmma")
+COLUMNS = ("kernel", "config", "arch", *NUMBERS, "serialized", "auto")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -57,7 +58,7 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         config = " ".join(f"{key}={value}" for key, value in row["config"].items())
         flags = ["yes" if row[name] else "no" for name in ("serialized", "auto")]
-        numbers = [str(row[name]) for name in ("registers", "spill_bytes", "shared_bytes", "wgmma")]
+        numbers = [str(row[name]) for name in NUMBERS]
         lines.append([row["kernel"], config, row["arch"], *numbers, *flags])
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     padded = [

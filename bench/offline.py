@@ -28,6 +28,11 @@ PACKAGE = "flexsparse.compile_passes.templates"
 # as Triton names them: compute capability, and bytes of shared memory that one program can have
 ARCHS = {"sm_80": (80, 166912), "sm_90a": (90, 232448), "sm_100a": (100, 232448)}
 
+# of one SM, on all of these: registers, of which a warp takes multiples of 8 a thread; threads on sm_80 as later
+SM_REGISTERS = 65536
+SM_THREADS = 2048
+RESERVED_BYTES = 1024  # of shared memory, for every program
+
 ERROR_LENGTH = 400
 
 
@@ -40,6 +45,7 @@ class Row(TypedDict):
     registers: int
     spill_bytes: int
     shared_bytes: int
+    programs: int
     wgmma: int
     serialized: bool
     auto: bool
@@ -107,6 +113,13 @@ def ptxas_facts(log: str) -> dict[str, Any]:
     }
 
 
+def programs(registers: int, shared_bytes: int, num_warps: int, arch: str) -> int:
+    """How many programs an SM holds at once; 0 where one needs more than there is."""
+    by_registers = SM_REGISTERS // (-(-registers // 8) * 8 * 32 * num_warps)
+    by_memory = (ARCHS[arch][1] + RESERVED_BYTES) // (shared_bytes + RESERVED_BYTES)
+    return min(by_registers, by_memory, SM_THREADS // (32 * num_warps))
+
+
 def compile_row(task: Compilation, arch: str) -> Row:
     """Compile one configuration, in a process without TRITON_INTERPRET.
 
@@ -116,11 +129,12 @@ def compile_row(task: Compilation, arch: str) -> Row:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     names = task.kernel.arg_names
     if set(names) != set(task.signature):
         raise ValueError(f"its signature and arguments differ in {sorted(set(names) ^ set(task.signature))}")
-    source = ASTSource(
+    source = (GluonASTSource if task.kernel.is_gluon() else ASTSource)(
         fn=task.kernel,
         signature={name: task.signature[name] for name in names},
         constexprs=task.constants,
@@ -134,7 +148,7 @@ def compile_row(task: Compilation, arch: str) -> Row:
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", ARCHS[arch][0], 32),
-            options={"num_warps": task.num_warps, "num_stages": task.num_stages},
+            options={"num_warps": task.num_warps, "num_stages": task.num_stages, **getattr(task, "options", {})},
         )
     facts = ptxas_facts(log.getvalue())
     return Row(
@@ -144,6 +158,7 @@ def compile_row(task: Compilation, arch: str) -> Row:
         registers=facts["registers"],
         spill_bytes=facts["spill_bytes"],
         shared_bytes=compiled.metadata.shared,
+        programs=programs(facts["registers"], compiled.metadata.shared, task.num_warps, arch),
         wgmma=compiled.asm["ptx"].count("wgmma.mma_async"),
         serialized=facts["serialized"],
         auto=task.auto,
@@ -244,6 +259,7 @@ def _listed(module: str, long_tail: bool, archs: tuple[str, ...]) -> list[Task] 
     try:
         loaded = importlib.import_module(module)
         found = loaded.compilations(long_tail) if hasattr(loaded, "compilations") else []
+        archs = tuple(arch for arch in archs if arch in getattr(loaded, "ARCHS", archs))
     except Exception as error:  # Triton's errors do not survive the way between processes
         return one_line(error)
     return [

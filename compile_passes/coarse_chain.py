@@ -7,6 +7,7 @@ H query heads, G KV heads, N query tiles, s slots of a tile, M KV tiles, D head 
 from __future__ import annotations
 
 import operator
+import string
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,7 @@ def match_pooled(node: Node, expect: tuple[Any, ...], transposed: bool = False) 
         inner += [root, *divided.nodes]
         factor *= divided.factor
         total = divided.root
-    elif is_op(root, aten.mean.dim):
+    elif is_op(root, aten.mean.dim, aten.sum.dim_IntList):
         total = root
     else:
         return None
@@ -100,6 +101,10 @@ def match_pooled(node: Node, expect: tuple[Any, ...], transposed: bool = False) 
         return None
     if not _is_stored(tokens):  # a mean of something computed is one loop; its tokens would have to be stored first
         return Pooled(root, None, None, chain.factor, kept[1], list(chain.nodes))
+    if is_op(root, aten.sum.dim_IntList):  # a sum that a number divides: so many times the mean
+        if not isinstance(shape[reduced], int):
+            return None
+        factor *= shape[reduced]
     return Pooled(tokens, reduced, counts, factor, kept[1], [*inner, total])
 
 
@@ -231,8 +236,12 @@ def weighted_sum(node: Node, weights: Node) -> Node | None:
 
 
 def _einsum_terms(node: Node) -> tuple[str, str, str]:
-    terms, _, out = str(node.args[0]).replace(" ", "").partition("->")
+    """Letters of two operands and of the result, all of four dimensions; an ellipsis becomes letters that are free."""
+    equation = str(node.args[0]).replace(" ", "")
+    free = "".join(letter for letter in string.ascii_letters if letter not in equation)
+    terms, _, out = equation.partition("->")
     left, _, right = terms.partition(",")
+    left, right, out = (term.replace("...", free[: 4 - len(term.replace("...", ""))]) for term in (left, right, out))
     return left, right, out
 
 

@@ -136,7 +136,7 @@ def find_coarse(scores: Scores, choice: Choice) -> Iterable[tuple[Node, Pooled, 
                 raise NotFused(f"its coarse weights are read by something else ({user.name})")
             shape = shape_of(user)
             pooled = match_pooled(values, (shape[0], shape[1], shape_of(weights)[3], shape[3]))
-            if pooled is None or pooled.factor != 1.0 or pooled.reduced is None:
+            if pooled is None or abs(pooled.factor - 1) > 1e-12 or pooled.reduced is None:
                 raise NotFused("the values of its coarse output are no mean over tiles")
             if not same(pooled.counts, scores.k.counts):
                 raise NotFused("keys and values are pooled by different counts")

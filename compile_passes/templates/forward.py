@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexsparse.compile_passes.templates import tuned
 from flexsparse.compile_passes.templates.attention_common import (
-    Blocks,
+    Shape,
     compilation,
     flags,
     load_rows,
@@ -24,7 +25,6 @@ from flexsparse.compile_passes.templates.attention_common import (
     seen_slots,
     shapes,
     store_rows,
-    unaccelerated_blocks,
 )
 from flexsparse.compile_passes.templates.launch import LOG2E, Compilation, launch
 from flexsparse.compile_passes.templates.lists import ascending
@@ -115,15 +115,16 @@ def _forward(
     tl.store(lse + start + tl.arange(0, ROWS), tl.where(blank, float("-inf"), natural))
 
 
-def blocks(dtype: torch.dtype, D: int, query_rows: int, slots: int) -> Blocks:
-    """Block sizes: one warpgroup per 64 rows. Three stages fetch a tile's index one step before its keys and values."""
-    if dtype == torch.float32:
-        return unaccelerated_blocks(D, query_rows, slots)
-    if D > 128:
-        return Blocks(rows=min(query_rows, 64), keys=min(slots, 32), num_warps=4, num_stages=3)
-    rows = min(query_rows, 128)
-    keys = min(slots, 128 if rows == 128 and D > 64 else 64)
-    return Blocks(rows=rows, keys=keys, num_warps=8 if rows == 128 else 4, num_stages=3 if rows > 16 else 2)
+def _choose(q: Tensor, query_rows: int, slots: int, scale: float) -> tuned.Choice:
+    """`tuned.chosen`, but for scales of which the Hopper kernel takes none: plain Triton, unless it is forced."""
+    arch = tuned.arch_of(q)
+    choice = tuned.chosen(arch, q.dtype, q.shape[3], query_rows, slots)
+    if choice.kernel == "hopper":
+        if arch != "sm_90a":
+            raise ValueError(f"the Hopper forward is forced on {arch or 'a CPU tensor'}: it needs a GPU of sm_90a")
+        if scale <= 0 and not tuned.forced():
+            return tuned.candidates(None, q.dtype, q.shape[3], query_rows, slots)[0]
+    return choice
 
 
 def forward(
@@ -167,13 +168,39 @@ def forward(
 
     Returns:
         Output as q, and the fine stage's log-sum-exp (natural), float32 ``[B, H, R]``.
+
+    Raises:
+        ValueError: a kernel is forced (`tuned.using`) that does not do the case.
     """
-    B, H, R, D = q.shape
+    B, H, R, _ = q.shape
+    choice = _choose(q, query_rows, slots, scale)
+    if choice.kernel == "hopper":
+        from flexsparse.compile_passes.templates import hopper_forward
+
+        return hopper_forward.forward(
+            q,
+            k,
+            v,
+            bits,
+            counts,
+            kv_counts,
+            coarse,
+            gate,
+            size=choice.blocks,
+            query_rows=query_rows,
+            first_rows=first_rows,
+            kv_first=kv_first,
+            kv_video=kv_video,
+            slots=slots,
+            capacity=capacity,
+            scale=scale,
+            partial=partial,
+        )
     N, U = counts.shape[2], k.shape[2] // slots
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
     lse = torch.empty((B, H, R), dtype=torch.float32, device=q.device)
-    size = blocks(q.dtype, D, query_rows, slots)
+    size = choice.blocks
     launch(
         _forward,
         (R // size.rows, B * H),
@@ -237,8 +264,16 @@ def forward_reference(
 def compilations(long_tail: bool) -> list[Compilation]:
     """What to compile offline."""
     found = []
+    # fp16 compiles as bf16 does, and the larger of two tiles or without partial tiles to less than what is left
+    alike = (
+        Shape(dtype=torch.float16),
+        Shape(D=64, query_rows=128, slots=128),
+        Shape(query_rows=128, slots=128, full=True),
+    )
     for shape in shapes(long_tail):
-        size = blocks(shape.dtype, shape.D, shape.query_rows, shape.slots)
+        if shape in alike and not long_tail:
+            continue
+        size = tuned.default_blocks(shape.dtype, shape.D, shape.query_rows, shape.slots)
         absent = {"coarse": None, "gate": None} if shape.full else {}
         found.append(compilation(_forward, shape, size, COARSE=not shape.full, **absent))
     return found

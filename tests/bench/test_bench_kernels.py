@@ -19,7 +19,7 @@ MOST_ROWS = 60
 
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("kernel", "arch", "triton"), str),
-    **dict.fromkeys(("registers", "spill_bytes", "shared_bytes", "wgmma"), int),
+    **dict.fromkeys(("registers", "spill_bytes", "shared_bytes", "programs", "wgmma"), int),
     **dict.fromkeys(("serialized", "auto"), bool),
     "config": dict,
 }
@@ -225,6 +225,7 @@ def test_more_shared_memory_than_there_is_counts_for_auto_alone() -> None:
         registers=64,
         spill_bytes=0,
         shared_bytes=232449,
+        programs=0,
         wgmma=8,
         serialized=False,
         auto=True,
@@ -233,7 +234,7 @@ def test_more_shared_memory_than_there_is_counts_for_auto_alone() -> None:
     assert offline.finding(row) == ["k D=64 (sm_90a): needs 232449 bytes of shared memory, sm_90a has 232448"]
     assert offline.finding(row | {"auto": False, "spill_bytes": 8}) == []
     assert offline.finding(row | {"shared_bytes": 232448}) == []
-    assert " ".join(kernels.table([row]).split()).endswith("auto k D=64 sm_90a 64 0 232449 8 no yes")
+    assert " ".join(kernels.table([row]).split()).endswith("auto k D=64 sm_90a 64 0 232449 0 8 no yes")
 
 
 def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

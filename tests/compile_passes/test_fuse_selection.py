@@ -65,6 +65,8 @@ POOLS: dict[str, Step] = {
     "float sum over kept dimension": lambda x, counts: (
         x.float().sum(3, keepdim=True) / counts.clamp_min(1)[:, None, None]
     ).squeeze(3),
+    "sum over slots": lambda x, _: x.sum(3) / S,
+    "float sum times a number": lambda x, _: x.float().sum(-2) * (1 / x.shape[3]),
     "the library's": lambda x, counts: fs.masks.base.pool(x, counts),
 }
 
@@ -80,6 +82,7 @@ SCORES: dict[str, Step] = {
     "not scaled": lambda q, k: q @ k.mT,
     "einsum": lambda q, k: torch.einsum("bhid,bhjd->bhij", q, k) * SCALE,
     "einsum of other letters, scaled before": lambda q, k: torch.einsum("b h n d, b h m d -> b h n m", q * SCALE, k),
+    "einsum with an ellipsis": lambda q, k: torch.einsum("...id,...jd->...ij", q, k) * SCALE,
     "the library's": lambda q, k: fs.masks.base.tile_scores(q, k, SCALE),
 }
 
@@ -143,6 +146,7 @@ CHOICES: dict[str, Step] = {
 COARSE: dict[str, Step] = {
     "softmax @": lambda s, v: s.softmax(-1) @ v,
     "einsum": lambda s, v: torch.einsum("bhij,bhjd->bhid", F.softmax(s, dim=-1), v),
+    "einsum with an ellipsis": lambda s, v: torch.einsum("...nm,...md->...nd", s.softmax(-1), v),
     "softmax in float32": lambda s, v: torch.matmul(F.softmax(s, dim=3, dtype=torch.float32), v.float()),
     "the library's": lambda s, v: masked_softmax(s, None) @ v,
 }
@@ -375,7 +379,6 @@ NO_SCORES: dict[str, Step] = {
     "pooling over slots and features": Stage(
         pool=lambda x, _: x.mean((3, 4), keepdim=True).squeeze(3).expand(-1, -1, -1, D)
     ),
-    "sum without a division": Stage(pool=lambda x, _: x.sum(3)),
     "root mean square": Stage(pool=lambda x, _: x.square().mean(3).sqrt()),
     "tiles turned around": stage(k_c=lambda k: k.flip(2)),
     "heads and tiles mixed up": stage(k_c=lambda k: k.permute(0, 2, 1, 3).reshape(B, H, M, D)),
@@ -455,6 +458,10 @@ OTHER_COARSE: dict[str, tuple[Step, str]] = {
     "weights returned": (lambda s, v: s.softmax(-1), "read"),
     "scaled values": (lambda s, v: s.softmax(-1) @ (v * 2), "no mean over tiles"),
     "values turned around": (lambda s, v: s.softmax(-1) @ v.flip(2), "no mean over tiles"),
+    "an ellipsis over rows": (
+        lambda s, v: torch.einsum("bh...m,bhmd->bhd...", s.softmax(-1), v),
+        "read by something else",
+    ),
 }
 
 
@@ -462,6 +469,12 @@ OTHER_COARSE: dict[str, tuple[Step, str]] = {
 def test_another_coarse_output_is_left(name: str) -> None:
     coarse, reason = OTHER_COARSE[name]
     check_left(stage(lambda s, q, k, v: (*usual(s), coarse(s, v))), reason=reason)
+
+
+def test_values_summed_up_are_left() -> None:
+    """Sums in place of means scale the scores, which the op can take, but the coarse output too."""
+    check_left(Stage(pool=lambda x, _: x.sum(3)), reason="no mean over tiles")
+    check_fused(Stage(pool=lambda x, _: x.sum(3), coarse=None))
 
 
 def test_keys_and_values_pooled_by_different_counts_are_left() -> None:
