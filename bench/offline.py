@@ -28,7 +28,7 @@ PACKAGE = "flexsparse.compile_passes.templates"
 # as Triton names them: compute capability, and bytes of shared memory that one program can have
 ARCHS = {"sm_80": (80, 166912), "sm_90a": (90, 232448), "sm_100a": (100, 232448)}
 
-# of one SM, on all of these: registers, of which a warp takes multiples of 8 a thread; threads on sm_80 as later
+# of one SM of each of these; a thread's registers are counted in eights
 SM_REGISTERS = 65536
 SM_THREADS = 2048
 RESERVED_BYTES = 1024  # of shared memory, for every program
@@ -120,8 +120,11 @@ def programs(registers: int, shared_bytes: int, num_warps: int, arch: str) -> in
     return min(by_registers, by_memory, SM_THREADS // (32 * num_warps))
 
 
-def compile_row(task: Compilation, arch: str) -> Row:
+def compiled_kernel(task: Compilation, arch: str) -> tuple[Any, str]:
     """Compile one configuration, in a process without TRITON_INTERPRET.
+
+    Returns:
+        Triton's compiled kernel, and what ``ptxas -v`` printed.
 
     Raises:
         Exception: whatever Triton or ptxas raise where it does not compile.
@@ -150,7 +153,19 @@ def compile_row(task: Compilation, arch: str) -> Row:
             target=GPUTarget("cuda", ARCHS[arch][0], 32),
             options={"num_warps": task.num_warps, "num_stages": task.num_stages, **getattr(task, "options", {})},
         )
-    facts = ptxas_facts(log.getvalue())
+    return compiled, log.getvalue()
+
+
+def compile_row(task: Compilation, arch: str) -> Row:
+    """The row of one configuration, in a process without TRITON_INTERPRET.
+
+    Raises:
+        Exception: whatever Triton or ptxas raise where it does not compile.
+    """
+    import triton
+
+    compiled, log = compiled_kernel(task, arch)
+    facts = ptxas_facts(log)
     return Row(
         kernel=task.name,
         config=task.config,

@@ -124,6 +124,11 @@ def _choose(q: Tensor, query_rows: int, slots: int, scale: float) -> tuned.Choic
             raise ValueError(f"the Hopper forward is forced on {arch or 'a CPU tensor'}: it needs a GPU of sm_90a")
         if scale <= 0 and not tuned.forced():
             return tuned.candidates(None, q.dtype, q.shape[3], query_rows, slots)[0]
+    elif query_rows % choice.rows or slots % choice.keys:
+        raise ValueError(
+            f"blocks of {choice.rows} rows and {choice.keys} slots are forced on tiles of {query_rows} rows and {slots} "
+            "slots, which they do not divide: force one of `tuned.candidates`"
+        )
     return choice
 
 

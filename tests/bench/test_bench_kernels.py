@@ -110,6 +110,9 @@ def test_every_configuration_of_auto_compiles_for_hopper_without_spills(tmp_path
         assert row["auto"] and row["arch"] == "sm_90a" and row["spill_bytes"] == 0 and not row["serialized"]
     assert 0 < len(rows) <= MOST_ROWS
     assert len({(row["kernel"], str(row["config"])) for row in rows}) == len(rows), "two rows cannot be told apart"
+    hopper = [row for row in rows if row["kernel"] == "hopper_forward"]
+    programs = {(x["config"]["D"], x["config"]["rows"], x["config"]["full"]): x["programs"] for x in hopper}
+    assert programs == {(128, 64, True): 3, (128, 64, False): 3, (64, 64, False): 4, (128, 128, False): 1}
 
 
 @pytest.mark.slow
@@ -235,6 +238,28 @@ def test_more_shared_memory_than_there_is_counts_for_auto_alone() -> None:
     assert offline.finding(row | {"auto": False, "spill_bytes": 8}) == []
     assert offline.finding(row | {"shared_bytes": 232448}) == []
     assert " ".join(kernels.table([row]).split()).endswith("auto k D=64 sm_90a 64 0 232449 0 8 no yes")
+
+
+def test_programs_of_an_sm() -> None:
+    def of(registers: int, shared_bytes: int = 0, num_warps: int = 4, arch: str = "sm_90a") -> int:
+        return offline.programs(registers, shared_bytes, num_warps, arch)
+
+    assert [of(n) for n in (168, 169, 128, 129, 255, 32, 16)] == [3, 2, 4, 3, 2, 16, 16]
+    assert [of(32, n) for n in (65576, 76800, 76801, 115712, 232448, 232449)] == [3, 3, 2, 2, 1, 0]
+    assert [of(128, num_warps=n) for n in (1, 8, 16)] == [16, 2, 1]
+    assert of(32, 65576, arch="sm_80") == 2
+
+
+def test_a_kernel_of_one_architecture_is_compiled_for_it_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = """
+ARCHS = ("sm_90a",)
+
+def compilations(long_tail):
+    return [attention(64, 64)]
+"""
+    name = module(monkeypatch, tmp_path, "of_hopper", text)
+    rows, findings = offline.report([name], ("sm_80", "sm_90a", "sm_100a"), jobs=1)
+    assert not findings and [row["arch"] for row in rows] == ["sm_90a"]
 
 
 def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

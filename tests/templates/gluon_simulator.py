@@ -1,0 +1,328 @@
+"""Runs a Gluon kernel for Hopper as Python on the CPU, program by program, and raises where it races or hangs.
+
+A kernel's function is called with stand-ins for the modules that it uses. Whatever is asynchronous happens as late as
+the kernel allows: a copy lands at the wait on its barrier, a product is computed, from what shared memory holds then,
+at the wait that needs it. Until then the destination is NaN. `Hazard` is raised for what hardware would do wrongly in
+silence: a buffer read before its copy was waited for, or overwritten while a copy, product or store uses it; a product
+used while it is in flight; a barrier armed twice, or waited for though it never completes; writes that the
+asynchronous units may not see (no fence); memory out of bounds; work in flight at the end. Not modelled: layouts
+(the compiler checks them), threads and the barriers between them (the compiler places them), speed.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import gluon_values as values
+from .gluon_values import TYPES, Pointer, Value, demand, raw
+
+LARGEST_BOX = 256
+
+
+@dataclass
+class Shared:
+    """A view of one allocation of shared memory."""
+
+    machine: Machine
+    data: Tensor
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.data.shape)
+
+    def index(self, i: Any) -> Shared:
+        demand(0 <= int(i) < len(self.data), f"buffer {int(i)} of {len(self.data)}")
+        return Shared(self.machine, self.data[int(i)])
+
+    def reshape(self, shape: list[int]) -> Shared:
+        return Shared(self.machine, self.data.view(shape))
+
+    def permute(self, order: tuple[int, ...]) -> Shared:
+        return Shared(self.machine, self.data.permute(order))
+
+    def overlaps(self, other: Shared) -> bool:
+        """Whether both name some of the same memory; views are contiguous up to a transposition."""
+        if self.data.untyped_storage().data_ptr() != other.data.untyped_storage().data_ptr():
+            return False
+        a, b = self.data.storage_offset(), other.data.storage_offset()
+        return a < b + other.data.numel() and b < a + self.data.numel()
+
+    def load(self, layout: Any = None) -> Value:
+        self.machine.readable(self, "a load")
+        return Value(self.data.clone())
+
+    def store(self, value: Value) -> None:
+        demand(value.shape == self.shape and value.data.dtype == self.data.dtype, "a store of another shape or type")
+        self.machine.writable(self, "a store")
+        self.data.copy_(value.data)
+        self.machine.unfenced.append(self)
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What tells this barrier from others."""
+        return self.data.untyped_storage().data_ptr(), self.data.storage_offset()
+
+
+@dataclass
+class Barrier:
+    """A barrier of one arrival: the phase that runs, whether it was armed, with how many bytes, and its copies."""
+
+    fenced: bool = False
+    phase: int = 0
+    armed: bool = False
+    expected: int = 0
+    copies: list[tuple[Shared, Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class Product:
+    """A matrix product in flight."""
+
+    a: Value | Shared
+    b: Shared
+    acc: Any
+    use_acc: bool
+    result: Value | None = None
+
+    @property
+    def buffers(self) -> list[Shared]:
+        return [x for x in (self.a, self.b) if isinstance(x, Shared)]
+
+
+class Descriptor:
+    """A `TensorDescriptor` in a kernel's hands."""
+
+    def __init__(self, given: TensorDescriptor) -> None:
+        self.given, self.layout, self.dtype = given, given.layout, given.base.dtype
+        demand(max(given.block_shape) <= LARGEST_BOX, f"a box of {given.block_shape}")
+        self.block_type = types.SimpleNamespace(nbytes=math.prod(given.block_shape) * given.base.element_size())
+
+    def box(self, coordinates: list[Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """The part of the array that a box covers, and that part's place in the box."""
+        start = [int(raw(c)) for c in coordinates]
+        low = [max(s, 0) for s in start]
+        high = [
+            max(min(s + n, size), lo) for s, n, size, lo in zip(start, self.given.block_shape, self.given.shape, low)
+        ]
+        outside = tuple(slice(lo, hi) for lo, hi in zip(low, high))
+        return outside, tuple(slice(lo - s, hi - s) for lo, hi, s in zip(low, high, start))
+
+
+class Machine:
+    """One program: shared memory, barriers, and what is in flight."""
+
+    def __init__(self, program: tuple[int, int], grid: tuple[int, int], num_warps: int) -> None:
+        self.program, self.grid, self.num_warps = program, grid, num_warps
+        self.barriers: dict[tuple[int, int], Barrier] = {}
+        self.products: list[Product] = []
+        self.stores: list[tuple[Descriptor, list[Any], Shared]] = []
+        self.unfenced: list[Shared] = []
+        self.keep: list[Tensor] = []  # allocations stay: addresses name barriers
+
+    def allocate(self, dtype: Any, shape: list[int], layout: Any) -> Shared:
+        kind = TYPES.get(dtype, dtype)
+        data = torch.full(shape, math.nan if kind.is_floating_point else 0, dtype=kind)
+        self.keep.append(data)
+        return Shared(self, data)
+
+    def landing(self) -> Iterator[Shared]:
+        for barrier in self.barriers.values():
+            yield from (buffer for buffer, _ in barrier.copies)
+
+    def readable(self, buffer: Shared, who: str) -> None:
+        demand(not any(buffer.overlaps(x) for x in self.landing()), f"{who} reads a buffer that a copy has not reached")
+
+    def seen(self, buffer: Shared, who: str) -> None:
+        """As `readable`, for units that see stores only past a fence."""
+        self.readable(buffer, who)
+        demand(not any(buffer.overlaps(x) for x in self.unfenced), f"{who} reads what was stored without a fence since")
+
+    def writable(self, buffer: Shared, who: str) -> None:
+        demand(not any(buffer.overlaps(x) for x in self.landing()), f"{who} writes where a copy is under way")
+        used = [x for product in self.products for x in product.buffers] + [x for _, _, x in self.stores]
+        demand(not any(buffer.overlaps(x) for x in used), f"{who} overwrites what is still being read")
+
+    # barriers and copies
+    def init(self, barrier: Shared, count: int) -> None:
+        demand(count == 1, "barriers of one arrival are modelled alone")
+        self.barriers[barrier.key] = Barrier()
+
+    def fence(self) -> None:
+        self.unfenced.clear()
+        for barrier in self.barriers.values():
+            barrier.fenced = True
+
+    def barrier(self, at: Shared) -> Barrier:
+        demand(at.key in self.barriers, "a barrier that was not initialised")
+        demand(self.barriers[at.key].fenced, "no fence between the barrier's initialisation and its use")
+        return self.barriers[at.key]
+
+    def expect(self, at: Shared, nbytes: int, pred: Any = True) -> None:
+        if not pred:
+            return
+        barrier = self.barrier(at)
+        demand(not barrier.armed, "a barrier is armed again before its phase was waited for")
+        barrier.armed, barrier.expected = True, nbytes
+
+    def copy_in(self, array: Descriptor, coordinates: list[Any], at: Shared, buffer: Shared, pred: Any = True) -> None:
+        if not pred:
+            return
+        demand(buffer.shape == array.given.block_shape and buffer.data.dtype == array.dtype, "a buffer unlike its box")
+        self.writable(buffer, "a copy")
+        demand(not any(buffer.overlaps(x) for x in self.unfenced), "a copy overwrites a store without a fence")
+        data = torch.zeros(buffer.shape, dtype=buffer.data.dtype)  # what is out of range arrives as zero
+        outside, inside = array.box(coordinates)
+        data[inside] = array.given.base[outside]
+        buffer.data.fill_(math.nan)
+        self.barrier(at).copies.append((buffer, data))
+
+    def wait(self, at: Shared, phase: Any, pred: Any = True) -> None:
+        if not pred:
+            return
+        barrier = self.barrier(at)
+        if barrier.phase % 2 != int(phase):
+            return  # the phase before has this parity: hardware lets it pass
+        arrived = sum(data.numel() * data.element_size() for _, data in barrier.copies)
+        demand(barrier.armed, "a wait for a phase that nothing arms never ends")
+        demand(
+            arrived == barrier.expected, f"{arrived} bytes are copied, {barrier.expected} expected: the wait never ends"
+        )
+        for buffer, data in barrier.copies:
+            buffer.data.copy_(data)
+        barrier.copies.clear()
+        barrier.armed, barrier.phase = False, barrier.phase + 1
+
+    def copy_out(self, array: Descriptor, coordinates: list[Any], buffer: Shared) -> None:
+        demand(min(int(raw(c)) for c in coordinates) >= 0, "a box that is written starts before its array")
+        self.seen(buffer, "a store's copy")
+        self.stores.append((array, coordinates, buffer))
+
+    def store_wait(self, pending: int) -> None:
+        while len(self.stores) > pending:
+            array, coordinates, buffer = self.stores.pop(0)
+            outside, inside = array.box(coordinates)
+            array.given.base[outside] = buffer.data[inside]
+
+    # products
+    def multiply(self, a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Any:
+        product = Product(a, b, acc, bool(use_acc))
+        for buffer in product.buffers:
+            self.seen(buffer, "a product")
+        demand([a.shape[0], b.shape[1]] == acc.shape and a.shape[1] == b.shape[0], "a product of other shapes")
+        self.products.append(product)
+        return product if is_async else self.wait_products(0, [product])
+
+    def wait_products(self, outstanding: int, deps: list[Any]) -> Any:
+        while len(self.products) > outstanding:
+            product = self.products.pop(0)
+            result = product.a.data.float() @ product.b.data.float()
+            product.result = Value(result + raw(product.acc) if product.use_acc else result)
+        for x in deps:
+            demand(not isinstance(x, Product) or x.result is not None, "a wait leaves in flight what it hands out")
+        found = tuple(x.result if isinstance(x, Product) else x for x in deps)
+        return found[0] if len(found) == 1 else found
+
+    def finish(self) -> None:
+        demand(not self.products, "a product is in flight at the end")
+        demand(not self.stores, "a store is in flight at the end")
+        demand(not any(self.landing()), "a copy is in flight at the end")
+        demand(not any(barrier.armed for barrier in self.barriers.values()), "a barrier is armed at the end")
+
+
+def _language(machine: Machine) -> types.SimpleNamespace:
+    def scalar(i: int) -> Value:
+        return Value(torch.tensor(i, dtype=torch.int32))
+
+    layouts = dict.fromkeys(("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout"), lambda *a, **k: None)
+    return types.SimpleNamespace(
+        **layouts,
+        float32=gl.float32,
+        float16=gl.float16,
+        bfloat16=gl.bfloat16,
+        int32=gl.int32,
+        int64=gl.int64,
+        program_id=lambda axis: scalar(machine.program[axis]),
+        num_programs=lambda axis: scalar(machine.grid[axis]),
+        num_warps=lambda: machine.num_warps,
+        static_range=range,
+        arange=lambda start, end, layout=None: Value(torch.arange(start, end, dtype=torch.int32)),
+        full=values.full,
+        zeros=lambda shape, dtype, layout=None: values.full(shape, 0, dtype),
+        where=values.where,
+        maximum=lambda a, b: Value(torch.fmax(torch.as_tensor(raw(a)), torch.as_tensor(raw(b)))),
+        max=lambda x, axis: Value(raw(x).nan_to_num(-math.inf, math.inf, -math.inf).amax(axis)),  # passes over NaN
+        sum=lambda x, axis: Value(raw(x).sum(axis)),
+        exp2=lambda x: Value(raw(x).exp2()),
+        log2=lambda x: Value(raw(x).log2()),
+        convert_layout=lambda x, layout: Value(raw(x)),
+        load=values.load,
+        store=values.store,
+        allocate_shared_memory=machine.allocate,
+    )
+
+
+def simulate(
+    kernel: Any, grid: tuple[int, int], *args: Any, num_warps: int = 4, maxnreg: int = 255, **meta: Any
+) -> None:
+    """Run every program of a launch, in order; arrays and descriptors are on the CPU.
+
+    Raises:
+        Hazard: see above.
+    """
+
+    def operand(x: Any) -> Any:
+        if isinstance(x, TensorDescriptor):
+            return Descriptor(x)
+        if isinstance(x, Tensor):
+            return Pointer(
+                x.as_strided((x.untyped_storage().nbytes() // x.element_size() - x.storage_offset(),), (1,)), 0
+            )
+        if x is None:
+            return None
+        return Value(torch.tensor(x, dtype=torch.float32 if isinstance(x, float) else torch.int32))
+
+    given = dict(zip(kernel.arg_names, [operand(x) for x in args])) | meta
+    for y in range(grid[1]):
+        for x in range(grid[0]):
+            machine = Machine((x, y), grid, num_warps)
+            _python(kernel, machine)(**given)
+            machine.finish()
+
+
+def _python(kernel: Any, machine: Machine) -> Callable[..., Any]:
+    """The kernel's function with stand-ins for what it calls."""
+    names = types.SimpleNamespace
+    stand_ins = {
+        id(gl): _language(machine),
+        id(hopper.mbarrier): names(
+            init=machine.init, expect=machine.expect, wait=machine.wait, MBarrierLayout=lambda: None
+        ),
+        id(hopper.tma): names(
+            async_copy_global_to_shared=machine.copy_in,
+            async_copy_shared_to_global=machine.copy_out,
+            store_wait=machine.store_wait,
+        ),
+        id(hopper.fence_async_shared): machine.fence,
+        id(hopper.warpgroup_mma): machine.multiply,
+        id(hopper.warpgroup_mma_wait): machine.wait_products,
+    }
+    scope: dict[str, Any] = {}
+    for name, value in kernel.fn.__globals__.items():
+        if isinstance(value, gluon._runtime.GluonJITFunction):
+            scope[name] = types.FunctionType(value.fn.__code__, scope, name)
+        elif isinstance(value, gl.constexpr):
+            scope[name] = value.value
+        else:
+            scope[name] = stand_ins.get(id(value), value)
+    return types.FunctionType(kernel.fn.__code__, scope, kernel.__name__)

@@ -1,0 +1,58 @@
+"""The Hopper forward as ptxas schedules it: what the kernel's text asks for may still be moved, and then nothing overlaps."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import json
+from bench.offline import compiled_kernel
+from flexsparse.compile_passes.templates.hopper_forward import compilations
+
+tasks = compilations(False)
+print(json.dumps([[task.config, compiled_kernel(task, "sm_90a")[0].asm["sass"]] for task in tasks]))
+"""
+
+
+def machine_code(folder: Path) -> list[tuple[dict[str, Any], list[str]]]:
+    """Configurations and instructions; compiled in a process that does not interpret."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=ROOT,
+        env=env | {"TRITON_CACHE_DIR": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [(config, sass.splitlines()) for config, sass in json.loads(done.stdout.splitlines()[-1])]
+
+
+def places(code: list[str], pattern: str) -> list[int]:
+    """Numbers of the instructions that match."""
+    return [i for i, line in enumerate(code) if re.search(pattern, line)]
+
+
+def test_weights_are_made_while_the_tensor_cores_work(tmp_path: Path) -> None:
+    for config, code in machine_code(tmp_path):
+        all_done, one_left = places(code, r"DEPBAR\.LE gsb0, 0x0"), places(code, r"DEPBAR\.LE gsb0, 0x1")
+        assert len(one_left) == 1 and len(all_done) == 3, "a product is waited for alone, in the loop, and at the end"
+        (half,) = one_left
+        start, end = max(i for i in all_done if i < half), min(i for i in all_done if i > half)
+        products = [i for i in places(code, "HGMMA") if start < i < end]
+        assert len(products) == config["D"] // 16 + config["keys"] // 16 and max(products) < half, (
+            "both products of a step are under way at the first wait"
+        )
+        exponentials = [i for i in places(code, r"MUFU\.EX2") if half < i < end]
+        assert len(exponentials) == config["keys"] // 2 + 2, "all of a step's, while its values are multiplied"
+        copies = [i for i in places(code, "UTMALDG") if half < i < end]
+        assert len(copies) == (config["stages"] == 1), "keys are copied as soon as their buffer is free"
+        assert all(i < min(exponentials) for i in copies)
+        rescaling = [i for i in places(code, r"\bFMUL") if products[config["D"] // 16 - 1] < i < half]
+        assert len(rescaling) > config["D"] // 2 - 8, "the output is rescaled while keys are multiplied"

@@ -1,0 +1,144 @@
+"""The table of choices: what is tried, what is chosen, what the forward does with it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flexsparse.compile_passes.templates import forward as template
+from flexsparse.compile_passes.templates import hopper_forward, tuned
+from flexsparse.compile_passes.templates.tuned import Choice, arch_of, candidates, chosen, using, write_table
+
+from .attention_cases import Case, build
+from .gluon_simulator import simulate
+
+BF16 = torch.bfloat16
+SHAPE: tuple[Any, ...] = ("sm_90a", BF16, 128, 64, 64)
+ROW = {"arch": "sm_90a", "dtype": "bf16", "D": 128, "query_rows": 64, "slots": 64}
+HOPPER = Choice(kernel="hopper", rows=64, keys=64, num_warps=4, num_stages=1)
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty table in the shipped one's place."""
+    path = tmp_path / "tuned.json"
+    path.write_text("[]")
+    monkeypatch.setattr(tuned, "TABLE", path)
+    yield path
+
+
+def test_the_shipped_table_can_be_taken() -> None:
+    results = Path(__file__).resolve().parents[2] / "bench" / "results"
+    for (arch, dtype, D, query_rows, slots), choice in tuned._table(tuned.TABLE).items():
+        known = {name: kind for kind, name in tuned.TYPES.items()}[dtype]
+        configs = [x.config() for x in candidates(arch, known, D, query_rows, slots)]
+        assert choice.config() in configs and choice.source and (results / choice.source).exists()
+
+
+@pytest.mark.parametrize("arch", [None, "sm_80", "sm_90a", "sm_100a"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+@pytest.mark.parametrize("D", [32, 64, 128, 256])
+def test_candidates_begin_with_the_default_and_divide_their_tiles(
+    arch: str | None, dtype: torch.dtype, D: int, table: Path
+) -> None:
+    for query_rows in (16, 64, 128, 256):
+        for slots in (16, 64, 128, 256):
+            found = candidates(arch, dtype, D, query_rows, slots)
+            assert found[0] == chosen(arch, dtype, D, query_rows, slots) and found[0].kernel == "triton"
+            assert len(set(found)) == len(found)
+            assert all(query_rows % x.rows == 0 and slots % x.keys == 0 and x.source is None for x in found)
+            assert all(Choice(**json.loads(json.dumps(x.config()))) == x for x in found)
+            tuned_kernels = [x for x in found if x.kernel == "hopper"]
+            wanted = arch == "sm_90a" and dtype != torch.float32 and D in (64, 128) and min(query_rows, slots) >= 64
+            assert bool(tuned_kernels) == wanted
+            assert all(hopper_forward.refuses(dtype, D, query_rows, slots, x.blocks) is None for x in tuned_kernels)
+
+
+def test_what_was_measured_is_chosen_for_its_shape_alone(table: Path) -> None:
+    default = chosen(*SHAPE)
+    write_table([ROW | HOPPER.config() | {"ms": 1.0}], "h200/tune.json", table)
+    write_table([ROW | {"D": 64} | default.config()], "h200/later.json", table)
+    found = chosen(*SHAPE)
+    assert found.kernel == "hopper" and found.blocks == HOPPER.blocks and found.source == "h200/tune.json"
+    assert chosen("sm_90a", BF16, 64, 64, 64).source == "h200/later.json"
+    for other in (("sm_100a", *SHAPE[1:]), (None, *SHAPE[1:]), ("sm_90a", torch.float16, 128, 64, 64)):
+        assert chosen(*other).kernel == "triton" and chosen(*other).source is None
+    write_table([ROW | default.config()], "h200/again.json", table)
+    assert chosen(*SHAPE).kernel == "triton" and chosen(*SHAPE).source == "h200/again.json"
+    assert len(json.loads(table.read_text())) == 2
+
+
+def test_nothing_is_chosen_that_was_not_measured(table: Path) -> None:
+    table.write_text(json.dumps([ROW | HOPPER.config() | {"source": None}]))
+    with pytest.raises(ValueError, match="a row without a source"):
+        chosen(*SHAPE)
+
+
+def test_rows_that_cannot_be_written(table: Path) -> None:
+    with pytest.raises(ValueError, match="source is empty"):
+        write_table([ROW | HOPPER.config()], "", table)
+    with pytest.raises(ValueError, match="lacks slots, num_warps"):
+        write_table([{x: y for x, y in (ROW | HOPPER.config()).items() if x not in ("slots", "num_warps")}], "a", table)
+    with pytest.raises(ValueError, match="kernel is 'cuda'"):
+        write_table([ROW | HOPPER.config() | {"kernel": "cuda"}], "a", table)
+    assert table.read_text() == "[]"
+
+
+def test_a_forced_choice_ends_with_its_block(table: Path) -> None:
+    inner = Choice(kernel="triton", rows=64, keys=32, num_warps=4, num_stages=2)
+    with pytest.raises(RuntimeError), using(HOPPER):
+        assert chosen(*SHAPE) is HOPPER and tuned.forced()
+        with using(inner):
+            assert chosen(*SHAPE) is inner
+        assert chosen(*SHAPE) is HOPPER
+        raise RuntimeError
+    assert chosen(*SHAPE).kernel == "triton" and not tuned.forced()
+
+
+def test_the_forward_takes_blocks_that_are_forced() -> None:
+    problem = build(Case(query_rows=64, slots=64, D=64, dtype=torch.float16, partial=True))
+    expected = template.forward(*problem.tensors, **problem.keywords)
+    with using(Choice(kernel="triton", rows=16, keys=32, num_warps=4, num_stages=2)):
+        found = template.forward(*problem.tensors, **problem.keywords)
+    assert not torch.equal(found[0], expected[0]), "other blocks round differently: these were not taken"
+    torch.testing.assert_close(found[0], expected[0], atol=4e-3, rtol=4e-3)
+    torch.testing.assert_close(found[1], expected[1])
+    with (
+        using(Choice(kernel="triton", rows=128, keys=32, num_warps=4, num_stages=2)),
+        pytest.raises(ValueError, match="blocks of 128 rows and 32 slots are forced on tiles of 64 rows"),
+    ):
+        template.forward(*problem.tensors, **problem.keywords)
+
+
+def test_on_the_cpu_the_hopper_kernel_is_refused() -> None:
+    problem = build(Case(query_rows=64, slots=64, D=64, dtype=BF16))
+    assert arch_of(problem.q) is None
+    with using(HOPPER), pytest.raises(ValueError, match="forced on a CPU tensor: it needs a GPU of sm_90a"):
+        template.forward(*problem.tensors, **problem.keywords)
+
+
+def test_the_forward_goes_to_the_hopper_kernel(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "arch_of", lambda x: "sm_90a")
+    launched = []
+
+    def launch(*args: Any, **meta: Any) -> None:
+        launched.append(meta)
+        simulate(*args, **meta)
+
+    monkeypatch.setattr(hopper_forward, "launch", launch)
+    problem = build(Case(query_rows=64, slots=64, D=64, dtype=torch.float16, partial=True, gated=True, kv_first=1))
+    expected = template.forward(*problem.tensors, **problem.keywords)
+    assert not launched
+    write_table([ROW | {"dtype": "fp16", "D": 64} | HOPPER.config()], "h200/tune.json", table)
+    found = template.forward(*problem.tensors, **problem.keywords)
+    assert len(launched) == 1 and launched[0]["ROWS"] == 64 and launched[0]["STAGES"] == 1
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, atol=4e-3, rtol=4e-3)
+    turned = problem.keywords | {"scale": -0.125}  # a scale that the kernel refuses
+    plain = template.forward(*problem.tensors, **turned)
+    assert len(launched) == 1 and bool(plain[0].isfinite().all())
+    with using(HOPPER), pytest.raises(ValueError, match="which therefore is positive"):
+        template.forward(*problem.tensors, **turned)
