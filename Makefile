@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := flexsparse masks compile_passes tests bench
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile  # a file stays in one process: its fixtures are made once
 
-.PHONY: help demo test test-full lint typecheck bench kernels clean
+.PHONY: help demo test test-full lint typecheck bench bench-report kernels clean
 
 help:
 	@echo "make demo       train a small video transformer on a real clip: dense, VSA, BSA; writes runs/demo/report.html"
@@ -13,6 +13,8 @@ help:
 	@echo "make test-full  the above, slow tests and mutations of the code"
 	@echo "make kernels    compiles the Triton templates for sm_90a, no GPU needed; registers, spills, wgmma"
 	@echo "make bench      CPU benchmark; writes bench/results/ and the README's table"
+	@echo "make bench-report  renders bench/results/ of GPU runs: bench/REPORT.md, bench/plots/, the README's GPU table"
+	@echo "with a GPU:     python -m bench.gpu_suite --out bench/results/NAME, then make bench-report"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +48,9 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench.cpu
 	$(BIN)/python -m bench.table
 	$(BIN)/python -m bench.passes
+
+bench-report: $(VENV)/.installed
+	$(BIN)/python -m bench.report
 
 kernels: $(VENV)/.installed
 	$(BIN)/python -m bench.kernels --offline

@@ -5,18 +5,22 @@ Everything here needs a CUDA device and is skipped without one.
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import oracle
 import pytest
 import torch
 from tolerance import assert_as_good, assert_lse
-from torch import Tensor, nn
+from torch import Tensor
 
 import flexsparse as fs
 from flexsparse.ops.choice import Rule, choose
 
+from .fine_inputs import inputs, on_gpu, selection_of
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+FINE = ("fine_forward", "fine_backward", "attention_forward", "attention_training", "model_step")
+COARSE = ("select", "attention_forward", "attention_training", "model_step")
 LAYOUTS = {
     "whole tiles": fs.TileLayout(grid=(4, 8, 8), tile=(4, 4, 4)),
     "partial tiles and text": fs.TileLayout(grid=(5, 6, 9), tile=(4, 4, 4), text_first=3, text_last=70),
@@ -26,29 +30,7 @@ LAYOUTS = {
 }
 
 
-def inputs(layout: fs.TileLayout, dtype: torch.dtype, D: int, scale: float, G: int = 1) -> list[Tensor]:
-    g = torch.Generator().manual_seed(3)
-    made = [torch.randn(1, heads, layout.seq_len, D, generator=g) for heads in (2, G, G)]
-    return [(x * (scale if i < 2 else 1)).to(dtype) for i, x in enumerate(made)]
-
-
-def selection_of(layout: fs.TileLayout, share: float = 0.4) -> fs.TileSelection:
-    g = torch.Generator().manual_seed(4)
-    keep = torch.rand(1, 2, layout.num_tiles, layout.num_tiles, generator=g) < share
-    return fs.TileSelection.from_mask(keep, layout)
-
-
-def to(selection: fs.TileSelection, device: str) -> fs.TileSelection:
-    return fs.TileSelection.from_mask(selection.keep().to(device), selection.layout, capacity=selection.capacity)
-
-
-def on_gpu(layout: fs.TileLayout, tensors: list[Tensor], selection: fs.TileSelection, grad: Tensor) -> list[Tensor]:
-    q, k, v = (x.cuda().requires_grad_() for x in tensors)
-    out, aux = fs.sparse_attention(q, k, v, layout, to(selection, "cuda"), backend="triton", return_aux=True)
-    grads = torch.autograd.grad(out, (q, k, v), grad.cuda())
-    return [x.detach() for x in (out, *grads, aux.lse)]
-
-
+@pytest.mark.guards(*FINE)
 @pytest.mark.parametrize("scale", [1.0, 4.0, 8.0, 16.0])
 @pytest.mark.parametrize("D", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -73,16 +55,48 @@ def test_output_and_gradients(name: str, dtype: torch.dtype, D: int, scale: floa
     assert_lse(found[-1].cpu(), lse, largest)
 
 
+@pytest.mark.guards(*FINE)
+@pytest.mark.parametrize("share", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("D", [64, 128])
+def test_lists_from_empty_to_all(D: int, share: float) -> None:
+    """The last tile is kept by every row; and rows that keep nothing give 0 and take no gradient."""
+    layout = fs.TileLayout(grid=(5, 9, 9), tile=(4, 4, 4))
+    keep = selection_of(layout, share).keep()
+    keep[..., -1] = share > 0  # a tile of one valid token, in every column's longest list
+    selection = fs.TileSelection.from_mask(keep, layout)
+    tensors = inputs(layout, torch.bfloat16, D, 4.0)
+    grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(5)).bfloat16()
+    found = on_gpu(layout, tensors, selection, grad)
+    mask = oracle.token_mask(keep, layout)
+
+    def defined(precision: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(precision).requires_grad_() for x in tensors]
+        out, _ = oracle.attention(*leaves, mask, D**-0.5)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(precision))]
+
+    noise = torch.finfo(torch.float32).eps * 4 * 17 * D**0.5
+    for what, actual, same, exact in zip(
+        ("out", "dq", "dk", "dv"), found, defined(torch.bfloat16), defined(torch.float64)
+    ):
+        assert_as_good(actual.cpu(), same, exact, f"share {share} D={D} {what}", noise)
+    if share == 0:
+        assert not any(bool(x.any()) for x in found[:4]) and bool((found[4] == -math.inf).all())
+
+
+@pytest.mark.guards(*FINE)
+@pytest.mark.parametrize("slots", [64, 128])
+@pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_two_runs_agree_bit_for_bit(dtype: torch.dtype) -> None:
-    layout = fs.TileLayout(grid=(8, 32, 32), tile=(4, 4, 4))
-    tensors, selection = inputs(layout, dtype, 128, 4.0, G=2), selection_of(layout, 0.15)
+def test_two_runs_agree_bit_for_bit(dtype: torch.dtype, D: int, slots: int) -> None:
+    layout = fs.TileLayout(grid=(8, 32, 32), tile=(4, slots // 16, 4))
+    tensors, selection = inputs(layout, dtype, D, 4.0, G=2), selection_of(layout, 0.15)
     grad = torch.randn(tensors[0].shape).to(dtype)
     first = on_gpu(layout, tensors, selection, grad)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, on_gpu(layout, tensors, selection, grad)))
 
 
+@pytest.mark.guards(*COARSE)
 @pytest.mark.parametrize("M", [37, 640, 1440, 5000])
 @pytest.mark.parametrize("rule", ["top_k", "sparsity", "normal", "probability", "mass", "all"])
 def test_choice_of_tiles(rule: str, M: int) -> None:
@@ -98,6 +112,7 @@ def test_choice_of_tiles(rule: str, M: int) -> None:
         assert torch.equal(bits.cpu(), expected.bits)
 
 
+@pytest.mark.guards(*COARSE)
 def test_the_coarse_stage_and_its_gradients() -> None:
     layout = LAYOUTS["partial tiles and text"]
     results = []
@@ -111,47 +126,3 @@ def test_the_coarse_stage_and_its_gradients() -> None:
     assert torch.equal(results[0][-1], results[1][-1])
     for a, b in zip(results[0][:-1], results[1][:-1]):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.proj = nn.Linear(128, 384), nn.Linear(128, 128)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 64)).permute(2, 0, 3, 1, 4)
-        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-def compiled(**options: Any) -> tuple[Any, Any, Attention]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    model = Attention().cuda()
-    backend = fs.backend(fs.VSA(top_k=4), grid=(8, 8, 8), **options)
-    return torch.compile(model, backend=backend, fullgraph=True), backend, model
-
-
-def test_a_compiled_model_trains_through_the_templates() -> None:
-    x = torch.randn(1, 512, 128, device="cuda")
-    gradients = []
-    for options in ({}, {"attention": "gather"}):
-        model, backend, plain = compiled(**options)
-        model(x).square().mean().backward()
-        gradients.append([p.grad.clone() for p in plain.parameters()])  # type: ignore[union-attr]
-        if not options:
-            (call,) = backend.report().calls
-            assert (call.backend, call.fused, call.lowered) == ("triton", True, True)
-    for a, b in zip(*gradients):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
-
-
-def test_a_compiled_attention_launches_six_kernels() -> None:
-    model, _, plain = compiled()
-    x = torch.randn(1, 512, 128, device="cuda")
-    with torch.no_grad():
-        model(x)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            model(x)
-    kernels = [event.name for event in profile.events() if event.device_type == torch.profiler.DeviceType.CUDA]
-    linear = len(list(plain.children()))
-    assert len(kernels) - linear <= 6 + linear, kernels  # a linear map may take a bias kernel of its own

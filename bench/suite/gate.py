@@ -1,0 +1,47 @@
+"""What stands before a number: a contender's results against float64 on some heads, poisoned memory underneath."""
+
+from __future__ import annotations
+
+from bench.check import complaint, rms
+from bench.suite.contender import Contender
+from bench.suite.data import poison
+
+MOST_RELATIVE = 0.02
+"""RMS error over RMS that others' kernels and a whole attention may have: half precision makes under 0.01, a lost tile 0.1."""
+MOST_FLOAT32 = 1e-3
+
+
+def verdict(contender: Contender) -> tuple[dict[str, float], str | None]:
+    """Relative errors by name, and what is wrong, None where nothing is.
+
+    Our own kernels are held to `bench.check.complaint`: twice the error of float32 rounded to the same dtype. Others
+    (which round more in between) to `MOST_RELATIVE`.
+    """
+    assert contender.results is not None and contender.expected is not None
+    expected = contender.expected()
+    found = contender.results()
+    sizes = [(x.shape, x.dtype, x.device) for x in found.values()]
+    del found
+    for shape, dtype, device in sizes:
+        poison(shape, dtype, device)
+    found = contender.results()
+    errors: dict[str, float] = {}
+    wrong = None
+    for name, exact in expected.exact.items():
+        if name not in found:
+            return errors, f"gives no {name}"
+        whole, reference = found[name], expected.reference[name]
+        own = expected.take(whole)
+        if own.shape != exact.shape:
+            return errors, f"{name} is {tuple(own.shape)}, not {tuple(exact.shape)}"
+        size = rms(exact)
+        errors[name] = rms(own.double() - exact) / size if size else rms(own.double())
+        limit = MOST_FLOAT32 if own.dtype.itemsize >= 4 else MOST_RELATIVE
+        if not bool(own.isfinite().all()):
+            wrong = wrong or f"{name} has values that are not finite"
+        elif contender.strict:
+            said = complaint(own, reference, exact)
+            wrong = wrong or (f"{name} {said}" if said else None)
+        elif not errors[name] <= limit:
+            wrong = wrong or f"{name} has relative error {errors[name]:.2e}, more than {limit:g}"
+    return errors, wrong

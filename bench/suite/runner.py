@@ -1,0 +1,263 @@
+"""From cases to rows: check, time, write, and go on whatever happens, until the time is over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._functorch.config
+
+from bench.suite import attention, ceiling, checks, fine, memory, model, overlap, timing, tuning
+from bench.suite.cases import OURS, Case
+from bench.suite.contender import Contender, Missing, reason_of
+from bench.suite.device import Device
+from bench.suite.gate import verdict
+from bench.suite.rows import Row, label, tflops, write
+
+LOST = ("CUDA error", "illegal memory access", "unspecified launch failure", "misaligned address", "device-side assert")
+STEP, SLOW_STEP = 75.0, 200.0
+"""Seconds after which a step counts as hanging; compiling a whole model is slow."""
+
+
+class ContextLost(Exception):
+    """The GPU answers no more; only a new process gets it back."""
+
+
+@dataclass
+class Budget:
+    """Until when cases are started.
+
+    Attributes:
+        until: on the clock.
+        clock: seconds.
+        factor: how much longer cases take than their estimates.
+    """
+
+    until: float
+    clock: Callable[[], float] = time.time
+    factor: float = 1.0
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.until - self.clock()
+
+    def allows(self, seconds: float) -> bool:
+        """Whether something of this estimate still fits."""
+        return seconds * self.factor <= self.left()
+
+    def learn(self, estimate: float, took: float) -> None:
+        """Correct later estimates; by a third at a time, and within bounds."""
+        self.factor = min(3.0, max(0.3, self.factor * (2 / 3 + took / max(estimate * self.factor, 1e-3) / 3)))
+
+
+@dataclass
+class Run:
+    """State of a run.
+
+    Attributes:
+        device: the machine.
+        out: directory of the files.
+        head: header of every file.
+        budget: time.
+        baselines: by name, what `bench.baselines` holds.
+        checked: rows of the stage `check`, of this run or an earlier one.
+        skip: (case, contender) pairs that an earlier process died of, and how.
+        beat: told what begins, case and contender, and how many seconds it may take; a supervisor watches it.
+        rows: of each stage.
+        winners: the tuned choice of each configuration.
+    """
+
+    device: Device
+    out: Path
+    head: dict[str, Any]
+    budget: Budget
+    baselines: dict[str, Any]
+    checked: list[Row] = field(default_factory=list)
+    skip: dict[tuple[str, str], str] = field(default_factory=dict)
+    beat: Callable[[str, str, float], None] = lambda case, contender, limit: None
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    winners: dict[tuning.Key, Any] = field(default_factory=dict)
+    say: Callable[[str], None] = print
+
+    def save(self, stage: str) -> None:
+        """Write a stage's file."""
+        head = {**self.head, "stage": stage, "checks": checks.tally(self.checked)}
+        write(self.out / f"{stage}.json", head, self.rows.setdefault(stage, []))
+
+    def add(self, stage: str, rows: Iterable[Row]) -> None:
+        """More rows, written at once."""
+        self.rows.setdefault(stage, []).extend(rows)
+        self.save(stage)
+
+    def run_check(self, share: float, tests: Path | None = None) -> None:
+        """The stage `check`, in at most ``share`` of what is left."""
+        until = self.budget.clock() + share * self.budget.left()
+        where = {} if tests is None else {"tests": tests}
+        self.checked = checks.run_checks(self.out, lambda: until - self.budget.clock(), **where)
+        self.rows["check"] = self.checked
+        self.save("check")
+        self.say(f"checks: {checks.tally(self.checked)}")
+        for row in self.checked:
+            if row["outcome"] == "failed":
+                self.say(f"  FAILED {row['case']}: {str(row['reason'])[:200]}")
+
+    def run_tune(self, cases: list[Case], share: float) -> None:
+        """The stage `tune`: winners are used from then on."""
+        self.save("tune")
+        until = self.budget.clock() + share * self.budget.left()
+        for case in cases:
+            if any(row["case"] == case.name for row in self.rows["tune"]):
+                continue
+            stage = Budget(until=until, clock=self.budget.clock, factor=self.budget.factor)
+            if not stage.allows(case.estimate()):
+                self.add(
+                    "tune", [case.row("fine_forward", OURS, reason="the time for tuning was over before its turn")]
+                )
+                continue
+            try:
+                choices = tuning.candidates(case, self.device)
+            except Exception as error:  # a table that cannot be read leaves the defaults
+                self.add("tune", [case.row("fine_forward", OURS, reason=reason_of(error))])
+                continue
+            if not choices:
+                self.add("tune", [case.row("fine_forward", OURS, reason="this version has no candidates to tune")])
+                continue
+            rows = self.run_case(
+                "tune", case, lambda case=case, choices=choices: tuning.contenders(case, self.device, choices)
+            )  # type: ignore[misc]
+            best = tuning.winner(rows, choices)
+            if best is not None:
+                self.winners[tuning.key_of(case)] = best
+                self.say(f"tuned {case.name}: {best.config()}")
+
+    def run_bench(self, cases: list[Case]) -> None:
+        """The stage `bench`."""
+        self.save("bench")
+        done = {row["case"] for row in self.rows["bench"]}
+        for case in cases:
+            if case.name in done:
+                continue
+            if not self.budget.allows(case.estimate()):
+                self.add("bench", [case.row(case.kind, OURS, reason="the time was over before its turn")])
+                continue
+            choice = self.winners.get(tuning.key_of(case))
+            # what backward may be run twice on must not be given away by compiled baselines
+            keep = {"donated_buffer": False} if case.kind == "fine_backward" else {}
+            with tuning.forced(choice), torch._functorch.config.patch(**keep):
+                self.run_case("bench", case, lambda case=case: self.contenders(case), choice)  # type: ignore[misc]
+
+    def contenders(self, case: Case) -> Iterable[Contender | Missing]:
+        """Who computes a case."""
+
+        def begin(name: str) -> str | None:
+            self.step(case, f"preparing {name}", SLOW_STEP)
+            return self.skip.get((case.name, f"preparing {name}"))
+
+        peers = fine.Peers(baselines=self.baselines, begin=begin)
+        if case.kind == "fine_forward":
+            return fine.forward(case, self.device, peers)
+        if case.kind == "fine_backward":
+            return fine.backward(case, self.device, peers)
+        if case.kind == "ceiling":
+            return ceiling.contenders(case, self.device)
+        if case.kind == "model_step":
+            return model.contenders(case, self.device)
+        return attention.contenders(case, self.device, peers)
+
+    def run_case(self, stage: str, case: Case, make: Callable[[], Iterable[Any]], choice: Any = None) -> list[Row]:
+        """Rows of one case, written before anything else begins."""
+        started = self.budget.clock()
+        self.say(f"[{stage}] {case.name} ({self.budget.left():.0f} s left)")
+        self.step(case, "")
+        refused = checks.refusal(self.checked, case)
+        died = self.skip.get((case.name, ""))
+        try:
+            if died is not None:
+                rows = [case.row(case.kind, OURS, reason=died, error=died)]
+            elif case.kind == "overlap":
+                rows = overlap.rows(case, self.device)
+            elif case.kind == "memory":
+                rows = memory.rows(case, self.device)
+            else:
+                rows = self.measure(case, make, refused)
+        except ContextLost:
+            raise
+        except Exception as error:  # one case must not stop the next
+            self.lost(error)
+            rows = [case.row(case.kind, OURS, reason=reason_of(error))]
+        if choice is not None:
+            for row in rows:
+                if row["impl"] == OURS:
+                    row["config"] = {**(row["config"] or {}), **choice.config()}
+        self.add(stage, rows)
+        for row in rows:
+            if row["reason"]:
+                self.say(f"  {label(row)} {row['impl']}: {row['reason'][:200]}")
+        self.device.reset()
+        self.budget.learn(case.estimate(), self.budget.clock() - started)
+        return rows
+
+    def step(self, case: Case, contender: str, limit: float = STEP) -> None:
+        """Tell a supervisor what begins: code that has never run may hang, or end the process."""
+        compiles = case.kind in ("model_step", "attention_forward", "attention_training", "memory")
+        self.beat(case.name, contender, SLOW_STEP if compiles else limit)
+
+    def lost(self, error: Exception) -> None:
+        """Raise where the error has taken the GPU with it."""
+        if any(word in str(error) for word in LOST):
+            raise ContextLost(reason_of(error)) from error
+
+    def measure(self, case: Case, make: Callable[[], Iterable[Any]], refused: dict[str, str]) -> list[Row]:
+        """Check each contender, then time all that passed in one loop."""
+        rows: dict[str, Row] = {}
+        passed: dict[str, Contender] = {}
+        wrong: dict[tuple[str, Any], str | None] = {}  # None: checked and right
+        for number, found in enumerate(make()):
+            if isinstance(found, Missing):
+                rows[f"missing {number}"] = case.row(found.op, found.impl, reason=found.reason, part=found.part)
+                continue
+            tile = list(found.tile or case.layout.sides)
+            fields = {"flops": found.flops, "density": found.density, "part": found.part, "config": found.config}
+            row = case.row(found.op, found.impl, **fields, tile=tile, **found.fields)
+            rows[found.name] = row
+            self.step(case, found.name)
+            row["reason"] = self.skip.get((case.name, found.name)) or self.why_not(found, row, refused, wrong)
+            if row["reason"] is None:
+                row["checked"] = True
+                passed[found.name] = found
+                wrong[found.impl, found.tile] = None
+            else:
+                row["error"] = row["error"] or row["reason"]
+                wrong.setdefault((found.impl, found.tile), row["reason"])
+        functions = {name: one.run for name, one in passed.items()}
+        found_ms = timing.samples(self.device, functions, case.seconds, alive=lambda: self.step(case, ""))
+        for name, ms in found_ms.items():
+            rows[name] |= {"ms": ms, "tflops": tflops(rows[name]["flops"], ms)}
+        return list(rows.values())
+
+    def why_not(
+        self, one: Contender, row: Row, refused: dict[str, str], wrong: dict[tuple[str, Any], str | None]
+    ) -> str | None:
+        """Why a contender is not timed: a check that failed, its own, or that of the whole it is a part of."""
+        if one.impl == OURS and one.op in refused:
+            return refused[one.op]
+        try:
+            if one.results is None and not one.alone:
+                why = wrong.get((one.impl, one.tile), "it was not checked")
+                if why is not None:
+                    return f"not checked alone, and the whole failed: {why}"
+            elif one.results is not None:
+                row["error"], reason = verdict(one)
+                if reason is not None:
+                    return reason
+            one.run(0)
+            one.run(1)
+            self.device.synchronize()
+        except Exception as error:
+            self.lost(error)
+            return reason_of(error)
+        return None

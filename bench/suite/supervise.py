@@ -1,0 +1,105 @@
+"""A process that may crash or hang, run again without what it died of. Kernels that never ran before do both."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LOST = 75
+"""Exit code of a process whose GPU answers no more."""
+POLL = 0.25
+START = 120.0
+"""Seconds in which a process must say its first word: importing, initialising."""
+
+
+@dataclass
+class State:
+    """What a supervisor and its process tell each other, in one file.
+
+    Attributes:
+        until: when the time is over.
+        skip: what to leave out: case, contender, and how the process died of it.
+        case: what runs now.
+        contender: likewise.
+        limit: seconds that it may take.
+        since: when it began.
+    """
+
+    until: float
+    skip: list[list[str]] = field(default_factory=list)
+    case: str = ""
+    contender: str = ""
+    limit: float = START
+    since: float = field(default_factory=time.time)
+
+    def write(self, path: Path) -> None:
+        """Replace the file."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(vars(self)))
+        partial.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> State:
+        """From the file."""
+        return cls(**json.loads(path.read_text()))
+
+    @property
+    def skipped(self) -> dict[tuple[str, str], str]:
+        """By case and contender."""
+        return {(case, contender): how for case, contender, how in self.skip}
+
+
+def beats(path: Path) -> Callable[[str, str, float], None]:
+    """What the supervised process calls when something begins."""
+    state = State.read(path)
+
+    def beat(case: str, contender: str, limit: float) -> None:
+        state.case, state.contender, state.limit, state.since = case, contender, limit, time.time()
+        state.write(path)
+
+    return beat
+
+
+def watch(command: Sequence[str], path: Path, **options: Any) -> tuple[int, str | None]:
+    """Run a process; its exit code, and how it died, None where it ended by itself."""
+    process = subprocess.Popen(list(command), start_new_session=True, **options)
+    try:
+        while process.poll() is None:
+            time.sleep(POLL)
+            state = State.read(path)
+            if time.time() - state.since > state.limit:
+                return -1, f"it hung: nothing for {state.limit:.0f} s"
+            if time.time() > state.until + 60:  # a step that began in time may end
+                return -1, "it was still running a minute after the time was over"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    code = process.returncode
+    if code == LOST:
+        return code, "the GPU answered no more (an illegal access, or the like)"
+    return code, f"the process died of signal {-code}" if code < 0 else None
+
+
+def supervise(command: Sequence[str], path: Path, until: float, restarts: int = 6, **options: Any) -> int:
+    """Run a process until it ends by itself, each time without what it died of before; its exit code."""
+    state = State(until=until)
+    for _ in range(restarts + 1):
+        state.write(path)
+        code, died = watch(command, path, **options)
+        if died is None:
+            return code
+        ended = State.read(path)
+        print(f"{died}: {ended.case or 'before the first case'} {ended.contender}", flush=True)
+        if not ended.case or time.time() > until:
+            return 1
+        state = State(until=until, skip=[*state.skip, [ended.case, ended.contender, died]])
+    print(f"given up after {restarts} restarts", flush=True)
+    return 1

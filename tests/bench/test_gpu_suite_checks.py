@@ -1,0 +1,190 @@
+"""The suite's stage `check`, what it refuses, and the supervisor of processes that crash or hang."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from suite_helpers import case, of, run
+
+from bench import gpu_suite
+from bench.header import ROOT
+from bench.suite import (
+    checks,
+    rows,
+    supervise,
+)
+
+
+def failed_check(op: str, **fields: Any) -> rows.Row:
+    return checks.check_row("tests/gpu/test_x.py::test_it", "failed", "it is wrong", guards=[op], **fields)
+
+
+@pytest.mark.parametrize(
+    "fields, refused", [({}, True), ({"D": 16}, True), ({"D": 64}, False), ({"dtype": "bfloat16"}, False)]
+)
+def test_a_failed_check_of_an_op_leaves_no_time_of_it(tmp_path: Path, fields: dict[str, Any], refused: bool) -> None:
+    head = {"sources": gpu_suite.sources(), "gpu": None}
+    path = tmp_path / "earlier.json"
+    rows.write(path, head, [failed_check("fine_forward", **fields), checks.check_row("other", "passed", None)])
+    arguments = ("--only", "bench", "--checks", str(path))
+    both = (case("forward", "fine_forward"), case("whole", "attention_forward"))
+    code, result = run(tmp_path / "out", *both, arguments=arguments)
+    own = of(result, "fine_forward")
+    assert code == int(refused) and (own["ms"] is None) is refused and own["checked"] is not refused
+    assert not refused or ("test_it failed" in own["error"] and "test_it failed" in own["reason"])
+    assert of(result, "fine_forward", "dense_cudnn")["ms"] and of(result, "attention_forward")["ms"]
+    assert result["header"]["checks"] == {"passed": 1, "failed": 1, "skipped": 0, "not run": 0}
+
+
+def test_checks_of_other_code_are_not_taken(tmp_path: Path) -> None:
+    path = tmp_path / "earlier.json"
+    rows.write(path, {"sources": "another", "gpu": None}, [failed_check("fine_forward")])
+    code, result = run(tmp_path, case("forward", "fine_forward"), arguments=("--only", "bench", "--checks", str(path)))
+    assert code == 0 and of(result, "fine_forward")["ms"] and result["header"]["checks"]["failed"] == 0
+    assert run(tmp_path, arguments=("--only", "bench", "--checks", str(tmp_path / "none")))[0] == 2
+
+
+OUTCOMES = """
+import pytest
+
+def test_good(): pass
+@pytest.mark.parametrize("D", [64])
+def test_bad(D): assert D == 1
+@pytest.mark.skip(reason="no such thing here")
+def test_left_out(): pass
+@pytest.mark.parametrize("D", [])
+def test_of_nothing(D): pass
+"""
+
+
+def test_the_tests_become_rows(tmp_path: Path) -> None:
+    tests = tmp_path / "test_some.py"
+    tests.write_text(OUTCOMES)
+    found = {row["case"].split("::")[-1]: row for row in checks.run_tests(tmp_path, 100, tests)}
+    assert {name: row["outcome"] for name, row in found.items()} == {
+        "test_good": "passed",
+        "test_bad[64]": "failed",
+        "test_left_out": "skipped",
+        "test_of_nothing[NOTSET]": "skipped",
+    }
+    assert "assert 64 == 1" in found["test_bad[64]"]["error"] and found["test_left_out"]["reason"].endswith(
+        "no such thing here"
+    )
+    assert found["test_good"]["checked"] and not found["test_bad[64]"]["checked"]
+    assert "1 failed" in (tmp_path / "check.log").read_text()
+    one = case("forward", "fine_forward")
+    assert "test_bad" in checks.refusal(list(found.values()), one)["fine_forward"]
+
+
+def test_tests_that_cannot_start_or_do_not_end_are_no_pass(tmp_path: Path) -> None:
+    broken = tmp_path / "test_broken.py"
+    broken.write_text("import no_such_module")
+    (row,) = [row for row in checks.run_tests(tmp_path, 100, broken) if row["outcome"] == "failed"][:1]
+    assert "no_such_module" in row["reason"] and not row["checked"]
+    slow = tmp_path / "test_slow.py"
+    slow.write_text("import time\ndef test_slow(): time.sleep(600)")
+    started = time.monotonic()
+    found = checks.run_tests(tmp_path, 6, slow)
+    assert time.monotonic() - started < 30 and [row["outcome"] for row in found] == ["not run"]
+    (row,) = checks.run_tests(tmp_path, 100, tmp_path / "nowhere")
+    assert row["outcome"] == "failed" and "pytest ended with code" in row["reason"]
+
+
+def test_a_line_that_was_being_written_is_passed_over() -> None:
+    text = json.dumps({"collected": ["a", "b", "c"]}) + "\n"
+    text += (
+        json.dumps({"id": "a", "outcome": "passed", "guards": {"D": 64, "dtype": "float16", "guards": ["select"]}})
+        + "\n"
+    )
+    text += json.dumps({"id": "b", "outcome": "failed", "why": "wrong"}) + "\n"
+    text += json.dumps({"id": "b", "outcome": "passed"}) + '\n{"id": "c", "outc'
+    a, b, c = sorted(checks.outcome_rows(text), key=lambda row: row["case"])
+    assert (a["outcome"], a["D"], a["dtype"], a["guards"]) == ("passed", 64, "float16", ["select"])
+    assert b["outcome"] == "failed" and b["guards"] == list(checks.ALL_OPS)  # a failure stays one
+    assert c["outcome"] == "not run" and not c["checked"]
+
+
+@pytest.mark.parametrize(
+    "code, text, outcome",
+    [
+        (0, "small: done\n========= ERROR SUMMARY: 0 errors", "passed"),
+        (86, "small: done\n========= ERROR SUMMARY: 2 errors", "failed"),
+        (0, "small: done\n========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)", "failed"),
+        (255, "========= Error: Device not supported. Please refer to the documentation", "skipped"),
+        (1, "Traceback: something else", "failed"),
+        (0, "small: done", "failed"),  # no summary: nothing was looked at
+        (None, "========= COMPUTE-SANITIZER", "not run"),
+    ],
+)
+def test_what_the_sanitizer_says(code: int | None, text: str, outcome: str) -> None:
+    row = checks.sanitizer_row("compute-sanitizer-memcheck", code, text, 60)
+    assert row["outcome"] == outcome and row["checked"] is (outcome == "passed")
+    assert bool(row["reason"]) is (outcome != "passed")
+
+
+def test_the_sanitizer_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "SANITIZER", "no-such-sanitizer")
+    row = checks.run_sanitizer("memcheck", tmp_path, 5)
+    assert row["outcome"] == "skipped" and "not installed" in row["reason"]
+    monkeypatch.setattr(checks, "run_tests", lambda *_: [])
+    found = checks.run_checks(tmp_path, lambda: 5.0)
+    assert [row["outcome"] for row in found] == ["not run", "not run"]
+
+
+def test_a_failed_test_stops_its_op_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "SANITIZER", "no-such-sanitizer")
+    tests = tmp_path / "test_some.py"
+    tests.write_text("def test_bad(): assert False")
+    code, result = run(tmp_path / "out", case("a", "fine_forward"), arguments=("--minutes", "5"), tests=tests)
+    assert code == 1 and of(result, "fine_forward")["ms"] is None and of(result, "fine_forward", "dense_cudnn")["ms"]
+    header, found = rows.load(tmp_path / "out" / "check.json")
+    assert header["checks"]["failed"] == 1 and {row["op"] for row in found} == {"check"}
+
+
+WORKER = """
+import json, os, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from bench.suite import supervise
+path = Path(sys.argv[1])
+state = supervise.State.read(path)
+beat = supervise.beats(path)
+for case, what in (("good", ""), ("bad", {what!r})):
+    beat(case, "someone", 1.0)
+    if (case, "someone") in state.skipped:
+        print(case, "left out:", state.skipped[case, "someone"])
+    elif what:
+        exec(what)
+    else:
+        print(case, "done")
+sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    "what, how",
+    [("time.sleep(60)", "it hung"), ("os.kill(os.getpid(), 11)", "signal 11"), ("sys.exit(75)", "answered no more")],
+)
+def test_a_process_that_dies_goes_on_without_what_it_died_of(tmp_path: Path, what: str, how: str) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(textwrap.dedent(WORKER).format(root=str(ROOT), what=what))
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        path = tmp_path / "state.json"
+        code = supervise.supervise([sys.executable, str(script), str(path)], path, time.time() + 100, stdout=out)
+    text = log.read_text()
+    assert code == 0 and "bad left out" in text and how in text and text.count("good done") == 2
+
+
+def test_a_process_that_dies_before_it_begins_is_not_run_again(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    assert (
+        supervise.supervise([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], path, time.time() + 100) == 1
+    )
+    assert supervise.supervise([sys.executable, "-c", "raise SystemExit(3)"], path, time.time() + 100) == 3

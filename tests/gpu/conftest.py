@@ -1,0 +1,71 @@
+"""What the tests on a GPU share: which ops a test guards, which tests come first, what happens when the GPU is lost."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = str(Path(__file__).resolve().parents[2])
+if ROOT not in sys.path:
+    sys.path.append(ROOT)  # `bench` is not installed
+
+WIDTHS = (128, 64)
+
+
+def pytest_configure(config: Any) -> None:
+    config.addinivalue_line("markers", "guards(*ops): no time is reported for these ops while the test fails")
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """The configurations that are measured come first; each test says what it guards, for `bench.suite.pytest_rows`."""
+    own = [item for item in items if Path(__file__).parent in item.path.parents]
+    for item in own:
+        item.user_properties.append(("guards", guarded(item)))
+    items[:] = sorted(items, key=lambda item: rank(item) if item in own else 0)
+
+
+def guarded(item: Any) -> dict[str, Any]:
+    """Ops, and the head dim and dtype that the test is about."""
+    parameters = getattr(item, "callspec", None)
+    values = {} if parameters is None else parameters.params
+    found: dict[str, Any] = {}
+    if isinstance(values.get("D"), int):  # what is parametrized with nothing has another value
+        found["D"] = values["D"]
+    if isinstance(values.get("dtype"), torch.dtype):
+        found["dtype"] = str(values["dtype"]).removeprefix("torch.")
+    mark = item.get_closest_marker("guards")
+    return found if mark is None else {**found, "guards": list(mark.args)}
+
+
+def rank(item: Any) -> int:
+    """0 for bfloat16 at the head dims that are measured, and for what has neither."""
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    return 2 * (values.get("dtype", torch.bfloat16) != torch.bfloat16) + (values.get("D", 128) not in WIDTHS)
+
+
+@pytest.fixture(autouse=True)
+def gpu_still_answers() -> Iterator[None]:
+    """After an illegal access nothing works in this process: end it, so that the other tests run in a new one."""
+    yield
+    if not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(75)
+        pytest.exit(f"the GPU is lost: {error}", returncode=75)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """No compiled code from before, none left behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,111 @@
+"""Every configuration that tuning may choose, on a GPU: the same results as the oracle, from run to run the same bits."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from tolerance import assert_as_good, assert_lse
+from torch import Tensor
+
+import flexsparse as fs
+from flexsparse.ops import has_triton
+
+from .fine_inputs import inputs, on_gpu, selection_of, to
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.guards("fine_forward", "fine_backward", "attention_forward", "attention_training", "model_step"),
+]
+LAYOUTS = {
+    64: (
+        fs.TileLayout(grid=(8, 8, 8), tile=(4, 4, 4)),
+        fs.TileLayout(grid=(5, 6, 9), tile=(4, 4, 4), text_first=3, text_last=70),
+        fs.TileLayout(grid=(7, 6, 9), tile=(3, 5, 4)),
+    ),
+    128: (
+        fs.TileLayout(grid=(8, 8, 8), tile=(4, 8, 4)),
+        fs.TileLayout(grid=(5, 9, 7), tile=(4, 8, 4), text_last=70),
+        fs.TileLayout(grid=(5, 9, 7), tile=(5, 5, 5)),
+    ),
+}
+
+
+def arch() -> str:
+    """Of this GPU, as the table names it."""
+    if not torch.cuda.is_available():
+        return "none"
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+def candidates() -> list[object]:
+    """All candidates, as parameters."""
+    if not torch.cuda.is_available() or not has_triton():
+        return []
+    from flexsparse.compile_passes.templates import tuned
+
+    return [
+        pytest.param(dtype, D, slots, choice, id=f"{str(dtype)[6:]}-D{D}-{slots}-{number}-{choice.kernel}")
+        for dtype in (torch.bfloat16, torch.float16)
+        for D in (128, 64)
+        for slots in (64, 128)
+        for number, choice in enumerate(tuned.candidates(arch(), dtype, D, slots, slots))
+    ]
+
+
+def truth(
+    tensors: list[Tensor], layout: fs.TileLayout, selection: fs.TileSelection, grad: Tensor, precision: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
+    """Output and gradients, and log-sum-exp."""
+    leaves = [x.to(precision).requires_grad_() for x in tensors]
+    mask = oracle.token_mask(selection.keep(), layout)
+    out, lse = oracle.attention(*leaves, mask, tensors[0].shape[-1] ** -0.5)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(precision))], lse.detach()
+
+
+@pytest.mark.parametrize("dtype, D, slots, choice", candidates())
+def test_a_candidate_computes_the_same(dtype: torch.dtype, D: int, slots: int, choice: object) -> None:
+    from flexsparse.compile_passes.templates import tuned
+
+    for layout in LAYOUTS[slots]:
+        selection = selection_of(layout)
+        for scale in (1.0, 8.0, 16.0):
+            tensors = inputs(layout, dtype, D, scale)
+            grad = (torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(5)) / scale).to(dtype)
+            with tuned.using(choice):  # type: ignore[arg-type]
+                found = on_gpu(layout, tensors, selection, grad)
+                again = on_gpu(layout, tensors, selection, grad)
+            assert all(torch.equal(a, b) for a, b in zip(found, again)), f"{layout.grid}: two runs differ"
+            gold, lse = truth(tensors, layout, selection, grad, torch.float64)
+            reference, _ = truth(tensors, layout, selection, grad, dtype)
+            noise = torch.finfo(torch.float32).eps * 4 * (1 + scale**2) * D**0.5
+            for what, actual, same, exact in zip(("out", "dq", "dk", "dv"), found, reference, gold):
+                assert_as_good(actual.cpu(), same, exact, f"{choice} {layout.grid} scale {scale} {what}", noise)
+            largest = float(tensors[0].double().norm(dim=-1).max() * tensors[1].double().norm(dim=-1).max() * D**-0.5)
+            assert_lse(found[-1].cpu(), lse, largest)
+
+
+@pytest.mark.parametrize("D", [128, 64])
+def test_many_tiles_agree_between_candidates(D: int) -> None:
+    """Long lists, every SM busy: what a pipeline gets wrong only when it is full."""
+    from flexsparse.compile_passes.templates import tuned
+
+    layout = fs.TileLayout(grid=(8, 32, 32), tile=(4, 4, 4))
+    q, k, v = (torch.randn(1, 12, layout.seq_len, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    selection = to(fs.VSA(sparsity=0.6).select(q.cpu(), k.cpu(), layout), "cuda")
+    first, *others = tuned.candidates(arch(), torch.bfloat16, D, 64, 64)
+    with torch.no_grad():
+        with tuned.using(first):
+            expected = fs.sparse_attention(q, k, v, layout, selection, backend="triton").float()
+        for choice in others:
+            for _ in range(3):
+                with tuned.using(choice):
+                    found = fs.sparse_attention(q, k, v, layout, selection, backend="triton").float()
+                error = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+                assert error < 0.01, f"{choice} differs by {error:.3f} from {first}"
+
+
+def test_there_are_candidates_where_triton_is() -> None:
+    assert not has_triton() or candidates(), "no candidate was made: nothing of them is tested"
