@@ -3,6 +3,7 @@
 On Dynamo's graph, before autograd:
 
 - `rewrite_sdpa`: scaled_dot_product_attention over video tokens => one sparse call (`multi_head`, `sdpa_call`: what it finds).
+- `keep_tiles`: tokens stay in tile order from one sparse call to the next (`token_dims`: the ops that treat tokens alike).
 - `unfold`: a sparse call => tiling, the nodes of its coarse stage, the fine stage.
 - `fuse_selection`: pooling, scores, coarse output and choice of tiles => one op; `tile_choice`, `coarse_chain`, `views` match
   them.
@@ -20,8 +21,9 @@ Besides:
 """
 
 from flexsparse.compile_passes.fuse_selection import FuseSelection
+from flexsparse.compile_passes.keep_tiles import KeepTiles
 from flexsparse.compile_passes.lower_flex import LowerFlex
 from flexsparse.compile_passes.rewrite_sdpa import RewriteError, RewriteSDPA
 from flexsparse.compile_passes.unfold import UnfoldAttention
 
-__all__ = ["FuseSelection", "LowerFlex", "RewriteError", "RewriteSDPA", "UnfoldAttention"]
+__all__ = ["FuseSelection", "KeepTiles", "LowerFlex", "RewriteError", "RewriteSDPA", "UnfoldAttention"]

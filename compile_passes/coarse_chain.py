@@ -152,7 +152,7 @@ def _at_least_one(node: Node) -> bool:
         counts = value_of(node)
         with unset_fake_temporarily():
             return not isinstance(counts, FakeTensor) and bool((counts >= 1).all())
-    return is_op(node, operator.getitem) and is_op(node.args[0], torch.ops.flexsparse.tile_index.default)
+    return is_op(node, torch.ops.flexsparse.tile_index.default) and "count" in node.args
 
 
 @dataclass

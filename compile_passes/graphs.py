@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
 
@@ -25,6 +25,26 @@ def as_fake(mode: Any, value: Any) -> Any:
 def is_attribute(argument: Any) -> bool:
     """Whether an argument is a node that reads an attribute of the module, such as a nested graph."""
     return isinstance(argument, Node) and argument.op == "get_attr"
+
+
+def constant(gm: GraphModule, tensor: torch.Tensor) -> Node:
+    """A tensor that a builder closes over or a layout has, as a buffer of the graph; the same one every time."""
+    name = next((key for key, known in gm._buffers.items() if known is tensor), None)
+    if name is None:
+        name = f"flexsparse_constant_{len(gm._buffers)}"
+        gm.register_buffer(name, tensor)
+    node = gm.graph.get_attr(name)
+    node.meta["example_value"] = tensor
+    return node
+
+
+def tables_of(gm: GraphModule, parts: Any, sizes: Any, device: torch.device, order: str) -> tuple[Node, ...] | None:
+    """Nodes of a layout's index tensors; without them, every call would make its own. None where sizes are symbolic."""
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        return None
+    with unset_fake_temporarily():
+        tensors = parts.tables(sizes, device, order)
+    return tuple(constant(gm, tensor) for tensor in tensors)
 
 
 def graph_modules(gm: GraphModule) -> list[GraphModule]:

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from flexsparse.compile_passes.graphs import as_fake, finish, is_attribute, remove, value_of
+from flexsparse.compile_passes.graphs import as_fake, constant, finish, is_attribute, remove, tables_of, value_of
 
 CALL = "flexsparse_call"
 """Key of ``node.meta``: the sparse call that a node of the coarse stage belongs to."""
@@ -26,9 +25,9 @@ class Parts(Protocol):
     """What a sparse attention call is made of; each is traced through, by this pass or by what follows it.
 
     Attributes:
-        tables: ``(grid, device)`` to the index tensors of a grid that is known in numbers.
-        tiles: ``(q, k, v, grid, tables)`` to q, k and v in tile order.
-        plan: ``(q, k, tiles, grid, tables, ratios, gated, scale)`` to a list of tensors and sizes: the coarse stage.
+        tables: ``(grid, device, order)`` to the index tensors of a grid that is known in numbers.
+        tiles: ``(q, k, v, grid, tables, order)`` to q, k and v in tile order.
+        plan: ``(q, k, tiles, grid, tables, order, ratios, gated, scale)`` to a list of tensors and sizes: the coarse stage.
         fine: ``(q, tiles, planned, gate, grid, tables, **choice)`` to the output: the fine stage and the combination.
     """
 
@@ -43,7 +42,7 @@ class UnfoldAttention:
 
     Before::
 
-        o = attend(q, k, v, gate, (T, H, W), schedules, scale=s, backend=b)
+        o = attend(q, k, v, gate, (T, H, W), schedules, scale=s, backend=b)   # order="tiles" after KeepTiles
 
     After::
 
@@ -104,22 +103,25 @@ class UnfoldAttention:
     def _unfold(self, gm: GraphModule, node: Node, regions: list[Autocast], nested: bool) -> None:
         q, k, v, gate, grid, ratios = node.args
         choice = dict(node.kwargs)
+        order = choice.setdefault("order", "raster")
         examples = [value_of(x) for x in (q, k, v)]
         sizes = tuple(value_of(size) for size in grid)
         dtype = _dtype_at(regions, examples[0])
         fake = examples[0].fake_mode
         device = examples[0].device
         with gm.graph.inserting_before(node):
-            tables = None if nested else self._tables(gm, sizes, device)  # a nested graph has no buffers
+            tables = (
+                None if nested else tables_of(gm, self.parts, sizes, device, order)
+            )  # a nested graph has no buffers
         table_examples = None if tables is None else tuple(as_fake(fake, value_of(t)) for t in tables)
         with fake, torch.autocast(device.type, enabled=False):
             # detached: what autograd saved here would count among the tensors that a checkpointed region saves
             examples = [x.detach().to(dtype) for x in examples]
-            tile_examples = self.parts.tiles(*examples, sizes, table_examples)
+            tile_examples = self.parts.tiles(*examples, sizes, table_examples, order)
         numbers = [as_fake(fake, value_of(ratio)) for ratio in ratios]
 
         def coarse_stage(q: Any, k: Any, tiles: Any, grid: Any, tables: Any, ratios: Any) -> list[Any]:
-            return self.parts.plan(q, k, tiles, grid, tables, ratios, gate is not None, choice["scale"])
+            return self.parts.plan(q, k, tiles, grid, tables, order, ratios, gate is not None, choice["scale"])
 
         with fake, _taking_tensors(fake):
             traced = make_fx(coarse_stage, pre_dispatch=True, _allow_non_fake_inputs=True)(
@@ -132,7 +134,7 @@ class UnfoldAttention:
                 q, k, v = (graph.call_method("to", (x, dtype)) for x in (q, k, v))
                 for x, example in zip((q, k, v), examples):
                     x.meta = dict(node.meta, example_value=example)
-            tiles = graph.call_function(self.parts.tiles, (q, k, v, grid, tables))
+            tiles = graph.call_function(self.parts.tiles, (q, k, v, grid, tables, order))
             tiles.meta = dict(node.meta, example_value=tile_examples)
             parts = []
             for index, example in enumerate(tile_examples):
@@ -145,14 +147,6 @@ class UnfoldAttention:
         new.meta = dict(node.meta)
         remove(node, new)
         self.matches += 1
-
-    def _tables(self, gm: GraphModule, sizes: tuple[Any, ...], device: torch.device) -> tuple[Node, ...] | None:
-        """Nodes of a layout's index tensors; without them, every call would make its own."""
-        if any(isinstance(size, torch.SymInt) for size in sizes):
-            return None
-        with unset_fake_temporarily():
-            tensors = self.parts.tables(sizes, device)
-        return tuple(_constant(gm, tensor) for tensor in tensors)
 
 
 @contextlib.contextmanager
@@ -206,20 +200,9 @@ def _inline(gm: GraphModule, traced: GraphModule, operands: Sequence[Any], meta:
         if node.op == "output":
             return torch.fx.map_arg(node.args[0], lambda n: copies[n])
         if node.op == "get_attr":
-            copies[node] = _constant(gm, getattr(traced, str(node.target)))
+            copies[node] = constant(gm, getattr(traced, str(node.target)))
             continue
         copy = graph.node_copy(node, lambda n: copies[n])
         copy.meta = dict(meta, example_value=node.meta.get("val"))
         copies[node] = copy
     raise AssertionError("a graph without an output")
-
-
-def _constant(gm: GraphModule, tensor: torch.Tensor) -> Node:
-    """A tensor that a builder closes over or a layout has, as a buffer of the graph; the same one every time."""
-    name = next((key for key, known in gm._buffers.items() if known is tensor), None)
-    if name is None:
-        name = f"flexsparse_constant_{len(gm._buffers)}"
-        gm.register_buffer(name, tensor)
-    node = gm.graph.get_attr(name)
-    node.meta["example_value"] = tensor
-    return node

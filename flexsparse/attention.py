@@ -189,7 +189,7 @@ def tiles_of(
 ) -> Tiles:
     """q, k and v in tile order, ``[B, H, P, D]`` each; what is no valid token of k and v is zero."""
     kv_layout = layout if kv_layout is None else kv_layout
-    if q.is_cuda and q.dtype != torch.float64 and has_triton():
+    if q.is_cuda and q.dtype != torch.float64 and has_triton() and layout.order == kv_layout.order == "raster":
         indices = [one.index(q.device)[:2] for one in (layout, kv_layout, kv_layout)]
         tables, back = ([pair[i] for pair in indices] for i in (0, 1))
         q_tiles, k_tiles, v_tiles = torch.ops.flexsparse.tile_tokens([q, k, v], tables, back)
@@ -266,9 +266,11 @@ def fine(
 
 def broadcast_coarse(coarse_out: Tensor, layout: TileLayout) -> Tensor:
     """Coarse output ``[B, H, N, D]`` to tokens ``[B, H, S, D]``; extra tokens have none (zero)."""
-    _, token_to_slot, _ = layout.index(coarse_out.device)
     first, last = layout.tiles_first, layout.tiles_last
     tiles = torch.nn.functional.pad(coarse_out, (0, 0, first, last)) if first or last else coarse_out
+    if layout.order == "tiles":
+        return tiles.unsqueeze(-2).expand(*tiles.shape[:-1], layout.slots, tiles.shape[-1]).flatten(-3, -2)
+    _, token_to_slot, _ = layout.index(coarse_out.device)
     return tiles.index_select(-2, token_to_slot // layout.slots)
 
 

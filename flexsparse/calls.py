@@ -5,6 +5,7 @@ Shape letters: B batch, H query heads, S tokens, D head dim.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -85,7 +86,10 @@ class CallParts:
 
     Attributes:
         tables: index tensors of a grid known in numbers, for a device.
-        attend: the whole call, ``attend(q, k, v, gate, grid, ratios, *, scale, backend, name)``.
+        whole: whether every tile of a grid is full.
+        reorder: a tensor with the tokens of one dimension in tile order, or back in raster order.
+        attend: the whole call, ``attend(q, k, v, gate, grid, ratios, *, scale, backend, name, order)``; ``order`` is that
+            of the tokens (`TileLayout`), here and in the parts.
         tiles: q, k and v in tile order.
         plan: the coarse stage.
         fine: the fine stage and the combination.
@@ -97,6 +101,9 @@ class CallParts:
         def bound(ratios: Sequence[Tensor]) -> Any:
             tensors = {id(schedule): ratio for schedule, ratio in zip(schedules, ratios)}
             return builder.bind(tensors) if schedules else builder
+
+        def ordered(grid: Grid, tables: Tables, order: str) -> TileLayout:
+            return dataclasses.replace(layout_of(grid), order=order).with_tables(tables)
 
         # plain functions, because a graph calls them by name
 
@@ -111,11 +118,18 @@ class CallParts:
             scale: float | None,
             backend: str,
             name: str,
+            order: str = "raster",
         ) -> Tensor:
-            return sparse_call(bound(ratios), q, k, v, gate, layout_of(grid), scale, backend, True, name)
+            return sparse_call(bound(ratios), q, k, v, gate, ordered(grid, None, order), scale, backend, True, name)
 
-        def flexsparse_tiles(q: Tensor, k: Tensor, v: Tensor, grid: Grid, tables: Tables) -> Tiles:
-            return tiles_of(q, k, v, layout_of(grid).with_tables(tables), None, None)
+        def flexsparse_reorder(x: Tensor, dim: int, grid: Grid, tables: Tables, back: bool) -> Tensor:
+            layout = ordered(grid, tables, "raster")
+            x = x.movedim(dim, -2) if x.dim() > 1 else x[:, None]
+            x = layout.to_raster(x) if back else layout.to_tiles(x)
+            return x.movedim(-2, dim).contiguous() if x.dim() > 1 else x[:, 0]
+
+        def flexsparse_tiles(q: Tensor, k: Tensor, v: Tensor, grid: Grid, tables: Tables, order: str) -> Tiles:
+            return tiles_of(q, k, v, ordered(grid, tables, order), None, None)
 
         def flexsparse_plan(
             q: Tensor,
@@ -123,13 +137,14 @@ class CallParts:
             tiles: Tiles,
             grid: Grid,
             tables: Tables,
+            order: str,
             ratios: Sequence[Tensor],
             gated: bool,
             scale: float | None,
         ) -> list[Any]:
             with torch.autocast(q.device.type, enabled=False):
                 softmax = softmax_scale(scale, q.shape[-1])
-                layout = layout_of(grid).with_tables(tables)
+                layout = ordered(grid, tables, order)
                 return flat(*plan(q, k, tiles, layout, bound(ratios), None, softmax, None, gated))
 
         def flexsparse_fine(
@@ -143,18 +158,22 @@ class CallParts:
             scale: float | None,
             backend: str,
             name: str,
+            order: str,
         ) -> Tensor:
             with torch.autocast(q.device.type, enabled=False):
-                selection, coarse_out = unflat(planned, layout_of(grid).with_tables(tables))
+                selection, coarse_out = unflat(planned, ordered(grid, tables, order))
                 gate = None if gate is None else gate_heads(gate, q)
                 softmax = softmax_scale(scale, q.shape[-1])
                 gates = (gate, None)
                 return fine(q, tiles, selection, coarse_out, gates, softmax, backend, in_graph=True, call=name)[0]
 
-        def tables(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-            return layout_of(grid).tables(device)
+        def tables(grid: Grid, device: torch.device, order: str) -> tuple[Tensor, Tensor, Tensor]:
+            return ordered(grid, None, order).tables(device)
 
-        self.attend, self.tables = flexsparse_attend, tables
+        def whole(grid: Grid) -> bool:
+            return layout_of(grid).whole
+
+        self.attend, self.tables, self.whole, self.reorder = flexsparse_attend, tables, whole, flexsparse_reorder
         self.tiles, self.plan, self.fine = flexsparse_tiles, flexsparse_plan, flexsparse_fine
 
 

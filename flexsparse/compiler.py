@@ -15,7 +15,7 @@ from torch import Tensor
 from flexsparse.attention import case_of
 from flexsparse.backends import choose
 from flexsparse.calls import CallParts, autocast_dtype
-from flexsparse.compile_passes import FuseSelection, LowerFlex, RewriteError, RewriteSDPA, UnfoldAttention
+from flexsparse.compile_passes import FuseSelection, KeepTiles, LowerFlex, RewriteError, RewriteSDPA, UnfoldAttention
 from flexsparse.compile_passes.fusion_guard import compile_eagerly, compile_guarded
 from flexsparse.grids import Grid
 from flexsparse.layout import TileLayout
@@ -38,6 +38,7 @@ class Backend:
         expect: int | None = None,
         fuse_selection: bool = True,
         lower_flex: bool = True,
+        keep_tiles: bool = True,
         text_first: int = 0,
         text_last: int = 0,
         min_tokens: int = 0,
@@ -63,7 +64,7 @@ class Backend:
         self.text_first, self.text_last = text_first, text_last
         self.layout_of(self.grid or (1, 1, 1))  # raises for a tile, grid or text length that makes no sense
         self.expect, self.min_tokens, self.attention, self.gates = expect, min_tokens, attention, gates
-        self.fuse_selection, self.lower_flex = fuse_selection, lower_flex
+        self.fuse_selection, self.lower_flex, self.keep_tiles = fuse_selection, lower_flex, keep_tiles
         self.inner, self.wrapped = inner, wrapped
         self.calls = Report()
 
@@ -151,6 +152,10 @@ class Backend:
         )
         rewrite(gm)
         self._verify(rewrite, met)
+        if self.keep_tiles and isinstance(builder, MaskBuilder):  # another's builder reads tokens in raster order
+            keep = KeepTiles(parts.attend, parts)
+            keep(gm)
+            met.annotate(notes=_said_of_order(keep))
         UnfoldAttention(parts.attend, parts)(gm)
         if self.fuse_selection:
             fuse = FuseSelection()
@@ -225,6 +230,11 @@ def _is_whole_call() -> bool:
     return not resumed and (reason is None or not reason.graph_break)
 
 
+def _said_of_order(keep: KeepTiles) -> dict[str, str]:
+    refused = {name: f"tokens reordered in the call: {why}" for name, why in keep.refused.items()}
+    return dict.fromkeys(keep.kept, "tokens stay in tile order") | refused
+
+
 def _inductor_options(options: Mapping[str, Any]) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
@@ -251,8 +261,8 @@ def backend(
         expect: how many sparse calls every graph must have; None for at least one.
         options: ``text_first``, ``text_last`` (extra tokens in every call), ``min_tokens`` (shorter calls stay dense),
             ``attention`` (``"auto"`` or a backend's name), ``inner`` (``"inductor"``, or ``"aot_eager"`` to leave out
-            code generation when debugging), ``fuse_selection`` and ``lower_flex`` (off, the graph
-            keeps the coarse stage's own nodes, or stock FlexAttention; for comparison).
+            code generation when debugging), ``fuse_selection``, ``lower_flex`` and ``keep_tiles`` (off, the graph keeps the
+            coarse stage's own nodes, stock FlexAttention, or tokens in raster order between calls; for comparison).
 
     Returns:
         The backend; its ``report()`` says what became of every attention call.

@@ -3,6 +3,7 @@
 Shape letters: S tokens in raster order, P padded tokens in tile order, D channels.
 Tile order is: tiles of the first extra tokens, video tiles (t-major, then h, then w), tiles of the last extra
 tokens. Within a tile the valid tokens come first (raster order of the tile's part of the grid), padding after.
+"Raster order" means the order of the model's tokens, which is tile order already where ``order="tiles"``.
 """
 
 from __future__ import annotations
@@ -148,33 +149,40 @@ def _index(
     )
 
 
+@functools.lru_cache(128)
+@torch.inference_mode(False)
+def _in_order(tiles: int, slots: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_index` where tokens are in tile order."""
+    index = torch.arange(tiles * slots, dtype=torch.int32, device=device)
+    return index, index, torch.full((tiles,), slots, dtype=torch.int32, device=device)
+
+
 @torch.library.custom_op("flexsparse::tile_index", mutates_args=())
 def tile_index(
-    grid: Sequence[int], tile: Sequence[int], first: int, last: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Index tensors of a layout: slot -> token ([P], -1 for padding), token -> slot ([S]), valid tokens a tile.
+    grid: Sequence[int], tile: Sequence[int], first: int, last: int, which: str, device: torch.device
+) -> Tensor:
+    """One index tensor of a layout: ``"token"`` of a slot, ``"slot"`` of a token, ``"count"`` of a tile (`TileLayout.index`).
 
-    An op, so that a compiled graph holds the lookup and not the arithmetic, with static and symbolic sizes alike.
+    An op, so that a compiled graph holds the lookup and not the arithmetic, with static and symbolic sizes alike. Of one
+    tensor: torch cannot save some of several outputs where activation checkpointing redoes the others.
     """
     index = _index(tuple(grid), tuple(tile), first, last, device)  # type: ignore[arg-type]
-    return cast(
-        tuple[Tensor, Tensor, Tensor], tuple(x.clone() for x in index)
-    )  # the compiler reuses outputs as buffers
+    return index[TABLES.index(which)].clone()  # the compiler reuses outputs as buffers
+
+
+TABLES = ("token", "slot", "count")
 
 
 @tile_index.register_fake
-def _(grid: Sequence[int], tile: Sequence[int], first: int, last: int, device: torch.device) -> Any:
+def _(grid: Sequence[int], tile: Sequence[int], first: int, last: int, which: str, device: torch.device) -> Tensor:
     slots = slots_of(tile)
     tiles = ceil_div(first, slots) + ceil_div(last, slots)
     video = 1
     for extent, side in zip(grid, tile):
         video = video * ceil_div(extent, side)
     tokens = first + grid[0] * grid[1] * grid[2] + last
-
-    def empty(n: int) -> Tensor:
-        return torch.empty(n, dtype=torch.int32, device=device)
-
-    return empty((tiles + video) * slots), empty(tokens), empty(tiles + video)
+    sizes = {"token": (tiles + video) * slots, "slot": tokens, "count": tiles + video}
+    return torch.empty(sizes[which], dtype=torch.int32, device=device)
 
 
 class _Reorder(torch.autograd.Function):
@@ -220,9 +228,13 @@ class TileLayout:
         text_last: extra tokens after the video tokens.
         slots: the most slots a tile may take with ``tile="auto"``; afterwards, and for an explicit tile, the
             slots of one tile: ``t*h*w`` rounded up to a power of two, at least 16.
+        order: in which order tokens come and go: ``"raster"``, or ``"tiles"`` where a model keeps them in tile order
+            (`to_tiles` of the same layout in raster order brings them there). Then tiles must all be full, and `to_tiles`
+            and `to_raster` change nothing.
 
     Raises:
-        ValueError: a grid or tile that is no triple of positive ints, a negative number of extra tokens.
+        ValueError: a grid or tile that is no triple of positive ints, a negative number of extra tokens, tile order where
+            tiles are not all full.
     """
 
     grid: tuple[int, int, int]
@@ -230,6 +242,7 @@ class TileLayout:
     text_first: int = 0
     text_last: int = 0
     slots: int = AUTO_SLOTS
+    order: str = "raster"
 
     def __post_init__(self) -> None:
         grid = _axes("grid", self.grid)
@@ -246,6 +259,13 @@ class TileLayout:
         object.__setattr__(self, "slots", slots_of(tile))
         for name in ("text_first", "text_last"):
             object.__setattr__(self, name, _extra(name, getattr(self, name)))
+        if self.order not in ("raster", "tiles"):
+            raise ValueError(f"order is {self.order!r}: give 'raster' or 'tiles'")
+        if self.order == "tiles" and not self.whole:
+            raise ValueError(
+                f"order is 'tiles', but tiles of {tile} do not fill grid {grid} with text_first={self.text_first} and "
+                f"text_last={self.text_last}: give sizes that they divide, with {self.slots} tokens a tile, or order='raster'"
+            )
 
     @property
     def tiles(self) -> tuple[int, int, int]:
@@ -318,14 +338,18 @@ class TileLayout:
         if given is not None:
             return cast(tuple[Tensor, Tensor, Tensor], given)
         device = torch.device(device)
+        if self.order == "tiles" and is_tracing():
+            return _in_order.__wrapped__(self.total_tiles, self.slots, device)  # what is cached must not be fake
         if is_tracing() or self.symbolic:
-            return torch.ops.flexsparse.tile_index(
-                list(self.grid), list(self.sides), self.text_first, self.text_last, device
-            )
+            sizes = (list(self.grid), list(self.sides), self.text_first, self.text_last)
+            token, slot, count = (torch.ops.flexsparse.tile_index(*sizes, which, device) for which in TABLES)
+            return token, slot, count
         return self.tables(device)
 
     def tables(self, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
         """The tensors of `index`, made once for a layout and device; not while tracing, and not to be written to."""
+        if self.order == "tiles":
+            return _in_order(self.total_tiles, self.slots, torch.device(device))
         return _index(self.grid, self.sides, self.text_first, self.text_last, torch.device(device))
 
     def with_tables(self, tables: Sequence[Tensor] | None) -> TileLayout:
@@ -359,6 +383,8 @@ class TileLayout:
             ValueError: dimension -2 is not ``seq_len``.
         """
         self._check(x, self.seq_len, "raster")
+        if self.order == "tiles":
+            return x
         slot_to_token, token_to_slot, _ = self.index(x.device)
         pad = self.symbolic or self.padded_len != self.seq_len
         return _Reorder.apply(x, slot_to_token, token_to_slot, pad, False)
@@ -370,6 +396,8 @@ class TileLayout:
             ValueError: dimension -2 is not ``padded_len``.
         """
         self._check(x, self.padded_len, "tile")
+        if self.order == "tiles":
+            return x
         slot_to_token, token_to_slot, _ = self.index(x.device)
         pad = self.symbolic or self.padded_len != self.seq_len
         return _Reorder.apply(x, token_to_slot, slot_to_token, False, pad)

@@ -33,6 +33,7 @@ OWN_OPTIONS = (
     "inner",
     "fuse_selection",
     "lower_flex",
+    "keep_tiles",
     "expect",
 )
 

@@ -1,5 +1,6 @@
 """Tile layouts: permutations, counts, automatic tiles, closed forms against loops."""
 
+import dataclasses
 import itertools
 import math
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from strategies import layouts
 from torch import Tensor
 
+import flexsparse as fs
 from flexsparse import TileLayout
 from flexsparse.layout import auto_tile, slots_of, tile_index
 
@@ -133,10 +135,47 @@ def test_the_reordering_is_differentiable_twice() -> None:
     assert torch.autograd.gradgradcheck(lambda x: layout.to_tiles(x).square(), x)
 
 
+@pytest.mark.parametrize("which", ("token", "slot", "count"))
 @pytest.mark.parametrize("extra", ((0, 0), (5, 0), (17, 33)))
-def test_tile_index_keeps_its_promises_to_the_compiler(extra: tuple[int, int]) -> None:
-    arguments = ((3, 4, 5), (2, 2, 2), *extra, torch.device("cpu"))
-    torch.library.opcheck(tile_index, arguments)
+def test_tile_index_keeps_its_promises_to_the_compiler(extra: tuple[int, int], which: str) -> None:
+    torch.library.opcheck(tile_index, ((3, 4, 5), (2, 2, 2), *extra, which, torch.device("cpu")))
+
+
+def test_tokens_in_tile_order_stay_where_they_are() -> None:
+    raster = TileLayout(grid=(4, 4, 6), tile=(2, 2, 3), slots=16, text_last=16)
+    layout = dataclasses.replace(TileLayout(grid=(4, 4, 6), tile=(2, 4, 2), text_last=16), order="tiles")
+    x = torch.randn(2, layout.seq_len, 3)
+    assert layout.to_tiles(x) is x and layout.to_raster(x) is x
+    slot_to_token, token_to_slot, counts = layout.index()
+    assert torch.equal(slot_to_token, torch.arange(layout.padded_len, dtype=torch.int32))
+    assert torch.equal(token_to_slot, slot_to_token)
+    assert torch.equal(counts, dataclasses.replace(layout, order="raster").tile_counts)
+    assert layout != dataclasses.replace(layout, order="raster")
+    with pytest.raises(ValueError, match=r"x has shape"):
+        layout.to_tiles(x[:, 1:])
+    with pytest.raises(ValueError, match=r"order is 'tiles', but tiles of \(2, 2, 3\) do not fill grid \(4, 4, 6\)"):
+        dataclasses.replace(raster, order="tiles")  # 12 tokens in 16 slots
+    with pytest.raises(ValueError, match="order is 'rows'"):
+        TileLayout(grid=(4, 4, 4), order="rows")
+
+
+@pytest.mark.parametrize(
+    "builder", (fs.VSA(top_k=2), fs.BSA(keep_queries=0.5, kv_density=0.5), fs.FrameCausal(chunk=2))
+)
+@pytest.mark.parametrize("backend", ("reference", "gather"))
+def test_attention_in_tile_order_is_attention_in_raster_order(builder: fs.masks.MaskBuilder, backend: str) -> None:
+    layout = TileLayout(grid=(4, 4, 6), tile=(2, 4, 2), text_last=16)
+    tiles = dataclasses.replace(layout, order="tiles")
+    q, k, v, gate = (torch.randn(1, 2, layout.seq_len, 8) for _ in range(4))
+    gates = {"gate": gate} if builder.has_coarse else {}
+    expected, aux = fs.sparse_attention(q, k, v, layout, builder, backend=backend, return_aux=True, **gates)
+    gates = {name: layout.to_tiles(x) for name, x in gates.items()}
+    out, own = fs.sparse_attention(
+        *map(layout.to_tiles, (q, k, v)), tiles, builder, backend=backend, return_aux=True, **gates
+    )
+    torch.testing.assert_close(layout.to_raster(out), expected)
+    torch.testing.assert_close(layout.to_raster(own.lse[..., None])[..., 0], aux.lse)
+    assert torch.equal(own.selection.bits, aux.selection.bits)
 
 
 def test_a_compiled_reordering_is_the_eager_one(fresh_dynamo: None) -> None:

@@ -52,7 +52,7 @@ def graph(monkeypatch: pytest.MonkeyPatch) -> GraphModule:
         gate = torch.empty(1, LAYOUT.seq_len, HEADS * D, device="cuda", dtype=torch.bfloat16)
         tables = tuple(torch.empty(shape, dtype=torch.int32, device="cuda") for shape in shapes)
     parts = CallParts(fs.VSA(top_k=2), (), lambda grid: fs.TileLayout(grid=grid))
-    parts.tables = lambda grid, device: tables  # type: ignore[assignment]
+    parts.tables = lambda grid, device, order: tables  # type: ignore[assignment]
     calls = Graph()
     inputs = [calls.placeholder(name) for name in ("q", "k", "v", "gate")]
     for node, example in zip(inputs, (q, k, v, gate)):
