@@ -15,6 +15,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
 
+from flexsparse.compile_passes import epilogue
+from flexsparse.compile_passes.epilogue import find_epilogue
 from flexsparse.compile_passes.graphs import finish, graph_modules, is_attribute
 from flexsparse.ops.tile_attention import templates_refuse
 from flexsparse.selection import tile_mask_mod
@@ -43,7 +45,8 @@ class LowerFlex(CustomGraphPass):
         o, lse    = tile_attention(q, k, v, None, None, bits, counts, ..., scale, True)
         dq, dk, dv, _, _ = tile_attention_backward(do, dlse, q, k, v, o, lse, None, None, bits, counts, ..., scale)
 
-    FlexAttention's log-sum-exp is in base 2, the templates' natural. A node with a score_mod, with lists or a mask of
+    Where the gated coarse output is added to ``o`` at once (`epilogue`), ``tile_attention(q, k, v, coarse, gate, ...)`` does
+    that too. FlexAttention's log-sum-exp is in base 2, the templates' natural. A node with a score_mod, with lists or a mask of
     another origin, or of a size, dtype or layout that the templates do not do stays stock FlexAttention.
 
     Args:
@@ -51,19 +54,20 @@ class LowerFlex(CustomGraphPass):
 
     Attributes:
         matches: (forward, backward) nodes replaced so far.
+        combined: forward nodes that took in the gated coarse output.
         lowered: names of the calls that were replaced.
         refused: why others were not, by name.
     """
 
     def __init__(self, supports: Callable[[str, torch.dtype, int, int, int], str | None] | None = None) -> None:
         self.supports = supports or templates_support
-        self.matches = (0, 0)
+        self.matches, self.combined = (0, 0), 0
         self.lowered: set[str] = set()
         self.refused: dict[str, str] = {}
 
     def uuid(self) -> str:
         """Hash of this pass's source and parameters, for caches of compiled graphs."""
-        source = inspect.getsource(sys.modules[__name__]) + inspect.getsource(tile_mask_mod)
+        source = "".join(map(inspect.getsource, (sys.modules[__name__], epilogue, tile_mask_mod)))
         return hashlib.sha256(f"{source}{inspect.getsource(self.supports)}".encode()).hexdigest()
 
     def __call__(self, graph: Graph) -> None:
@@ -78,7 +82,7 @@ class LowerFlex(CustomGraphPass):
                 try:
                     lists = self._tile_lists(gm, node)
                     if node.target is FORWARD:
-                        _lower_forward(gm.graph, node, lists)
+                        self.combined += _combine(gm.graph, _lower_forward(gm.graph, node, lists))
                         self.matches = (forward + 1, backward)
                     else:
                         _lower_backward(gm.graph, node, lists)
@@ -198,7 +202,8 @@ def _call(graph: Graph, like: Node, target: Any, *args: Any) -> Node:
     return node
 
 
-def _lower_forward(graph: Graph, node: Node, lists: Node) -> None:
+def _lower_forward(graph: Graph, node: Node, lists: Node) -> Node:
+    """Returns the new node's output."""
     q, k, v = node.args[:3]
     scale = node.args[5]
     results = {_index(user): user for user in node.users}
@@ -218,6 +223,28 @@ def _lower_forward(graph: Graph, node: Node, lists: Node) -> None:
     for user in list(node.users):
         graph.erase_node(user)
     graph.erase_node(node)
+    return out
+
+
+def _combine(graph: Graph, out: Node) -> bool:
+    """Give an op's coarse output and gate to it, where its output ``out`` is added to their product at once."""
+    node = out.args[0]
+    assert isinstance(node, Node)
+    rows = node.args[8]
+    found = find_epilogue(out, rows) if isinstance(rows, int) else None
+    if found is None:
+        return False
+    total, coarse, gate = found
+    before = set()
+    for earlier in graph.nodes:
+        if earlier is node:
+            break
+        before.add(earlier)
+    if coarse not in before or gate not in before:
+        return False
+    node.args = (*node.args[:3], coarse, gate, *node.args[5:])
+    total.replace_all_uses_with(out)
+    return True
 
 
 def _lower_backward(graph: Graph, node: Node, lists: Node) -> None:

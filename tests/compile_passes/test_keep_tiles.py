@@ -188,16 +188,71 @@ STEPS: dict[str, Step] = {
     "by rank": lambda x: x.sort(1).values,
     "first token": lambda x: x + x[:, :1],
     "as a grid": lambda x: x.unflatten(1, GRID).flip(2).flatten(1, 3),
+    "attention by hand": lambda x: (0.1 * x @ x.transpose(1, 2) + torch.linspace(0, 3, S)).softmax(-1) @ x,
     "turned": lambda x: x.mT.contiguous().mT * 2,
     "gated": lambda x: x * torch.sigmoid(x.mean(-1, keepdim=True)),
     "heads apart": lambda x: torch.cat([each * (i + 1) for i, each in enumerate(x.chunk(4, -1))], -1) * 0.3,
 }
 
 
+# what has to be left: half of the tokens written, or memory written to that is read in two orders
+WRITTEN = {"half written", "added in place"}
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_between_two_attentions(name: str, seen: Seen) -> None:
     torch.manual_seed(0)
     check_same(Model((plain, STEPS[name]), (STEPS[name], plain), (plain, plain)))
+    assert seen.runs[0][0].matches == (0 if name in WRITTEN else 3)
+
+
+class Twice(nn.Module):
+    """Attention to tokens before and after they are changed in place."""
+
+    def __init__(self, change: Step) -> None:
+        super().__init__()
+        self.embed, self.first, self.second = nn.Conv3d(3, C, 1), Block(plain, plain), Block(plain, plain)
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x).flatten(2).transpose(1, 2).cumsum(1)
+        out = self.first(tokens)
+        self.change(tokens.view(-1, C), out.cumsum(1).view(-1, C))
+        return out + self.second(tokens)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x, y: x.mul_(y.sigmoid()), lambda x, y: x.__setitem__(slice(0, 3), y[:3]), torch.Tensor.copy_]
+)
+def test_what_is_written_to_between_attentions_is_not_read_in_two_orders(change: Step, seen: Seen) -> None:
+    torch.manual_seed(0)
+    model, x, found = Twice(change), torch.randn(1, 3, *GRID), []
+    for keep in (True, False):  # without gradients, which in-place writes take away
+        backend = fs.backend(fs.VSA(top_k=3), tile=(2, 4, 2), grid=GRID, inner="aot_eager", keep_tiles=keep)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            found.append(torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(x))
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+    assert set(seen.runs[0][0].refused.values()) & {
+        f"the graph writes in place to {name}, whose order would change" for name in ("cumsum", "tokens")
+    }
+
+
+def test_a_square_whose_tokens_are_rows_and_columns_is_left(seen: Seen) -> None:
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.qkv = nn.Conv3d(3, S, 1), nn.Linear(S, 3 * S)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.embed(x).flatten(2).transpose(1, 2).sigmoid()
+            q, k, v = map(heads, self.qkv(tokens + 0.5 * tokens.transpose(1, 2)).chunk(3, -1))
+            return SDPA(q, k, v).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(0)
+    check_same(Square())
+    (reason,) = seen.runs[0][0].refused.values()
+    assert "has tokens in two dimensions" in reason
 
 
 @pytest.mark.slow
