@@ -14,11 +14,12 @@ from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flexsparse.compile_passes import epilogue
 from flexsparse.compile_passes.epilogue import find_epilogue
 from flexsparse.compile_passes.graphs import finish, graph_modules, is_attribute
-from flexsparse.ops.tile_attention import templates_refuse
+from flexsparse.ops.tile_attention import result_like, templates_refuse
 from flexsparse.selection import tile_mask_mod
 
 FORWARD = torch.ops.higher_order.flex_attention
@@ -123,8 +124,8 @@ class LowerFlex(CustomGraphPass):
         if reason is not None:
             raise NotLowered(reason)
         results = node.meta["val"][:1] if node.target is FORWARD else node.meta["val"][:3]
-        if not all(result.is_contiguous() for result in results):
-            raise NotLowered("its result is not contiguous in memory")
+        if not all(_lies_as(result, x.meta["val"]) for result, x in zip(results, node.args)):
+            raise NotLowered("its result lies in memory otherwise than the templates'")
         return lists
 
 
@@ -142,6 +143,14 @@ def _stock_is_faster(node: Node, query: Any) -> bool:
     needed = any(_index(user) == 1 and user.users for user in node.users)
     static = not any(isinstance(size, torch.SymInt) for size in query.shape)
     return query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16) and static and not needed
+
+
+def _lies_as(result: Tensor, x: Tensor) -> bool:
+    """Whether a result has the strides that ``tile_attention`` gives one for the input x; those of size 1 do not count."""
+    with x.fake_mode:  # type: ignore[attr-defined]
+        told = result_like(x)
+    strides = zip(result.shape, result.stride(), told.stride())
+    return all((isinstance(n, int) and n == 1) or statically_known_true(a == b) for n, a, b in strides)
 
 
 def _source(node: Any) -> Node | None:

@@ -1,4 +1,4 @@
-"""What the attention kernels share: walking a list of tiles, masked loads, block sizes, and the mask of their twins.
+"""What the attention kernels share: walking a list of tiles, masked loads, strides, block sizes, and the mask of their twins.
 
 Shape letters: B batch, H query heads, G KV heads, N query tiles, M KV video tiles, U all KV tiles, R query rows,
 T all KV slots (U * slots), D head dim.
@@ -6,7 +6,8 @@ T all KV slots (U * slots), D head dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,12 +18,21 @@ from torch import Tensor
 from flexsparse.compile_passes.templates.launch import Compilation
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+ROW_ARRAYS = ("q", "k", "v", "gate", "out", "grad_out", "dq", "dk", "dv", "dgate")
+"""Arrays of rows ``[B, heads, rows, D]``, of any strides but in a row. NAME comes with NAME_b and NAME_h, its strides over
+samples and heads, and the constant NAME_ROW, its stride over rows: a model has few, whatever the sizes, and offsets
+that are no constants would cost registers. `strides` makes them."""
+NUMBERS = (
+    *("H", "N", "M", "U", "R", "G", "first_rows", "first_tiles", "kv_first", "capacity", "count_stride"),
+    *(f"{name}_{axis}" for name in ROW_ARRAYS for axis in "bh"),
+)
+"""The kernels' integers; none recompiles anything."""
 _KINDS = {
     "*fp32": ("lse", "lse_log2", "delta", "grad_lse", "coarse", "dcoarse"),
     "*i32": ("lists", "counts", "kv_counts", "columns", "indices"),
     "*i64": ("offsets",),
     "fp32": ("scale", "scale_log2"),
-    "i32": ("H", "N", "M", "U", "R", "G", "first_rows", "kv_first", "capacity", "count_stride"),
+    "i32": NUMBERS,
 }
 ARGUMENT_TYPES = {name: kind for kind, names in _KINDS.items() for name in names}
 """Triton type of the kernels' arguments by name; all others are arrays of the inputs' type."""
@@ -51,15 +61,27 @@ def query_tile(row, bh, lists, counts, N, M, first_rows, capacity, QUERY_ROWS: t
 
 
 @triton.jit
-def load_rows(array, start, valid, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows ``start`` to ``start + ROWS`` of a contiguous ``[*, D]`` array as ``[ROWS, BLOCK_D]``.
+def load_rows(
+    array,
+    head,
+    start,
+    valid,
+    ROWS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Rows ``start`` to ``start + ROWS`` of a head as ``[ROWS, BLOCK_D]``; `strides` says what STRIDE and ALIGN are.
 
-    0 past D and, if MASKED, where not valid. The start moves the pointer: what is left are offsets that no loop changes,
-    so that they cost fewer registers.
+    ``head`` is where the head starts, in units of ALIGN. 0 past D and, if MASKED, where not valid. Head and start move the
+    pointer: what is left are offsets that no loop changes, so that they cost fewer registers, and so does a head of 32 bits.
     """
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
-    at = (array + start * D) + (row[:, None] * D + column[None, :])
+    first = array + (head + start * (STRIDE // ALIGN)).to(tl.int64) * ALIGN
+    at = first + (row[:, None] * STRIDE + column[None, :])
     if MASKED:
         if D == BLOCK_D:
             return tl.load(at, mask=valid[:, None], other=0.0)
@@ -70,16 +92,57 @@ def load_rows(array, start, valid, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D:
 
 
 @triton.jit
-def store_rows(array, start, values, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_rows(
+    array,
+    head,
+    start,
+    values,
+    ROWS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """The opposite of `load_rows`, rounded to the array's type."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
-    at = (array + start * D) + (row[:, None] * D + column[None, :])
+    first = array + (head + start * (STRIDE // ALIGN)).to(tl.int64) * ALIGN
+    at = first + (row[:, None] * STRIDE + column[None, :])
     values = values.to(array.dtype.element_ty)
     if D == BLOCK_D:
         tl.store(at, values)
     else:
         tl.store(at, values, mask=(column < D)[None, :])
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """``x [..., D]``, copied only where the values of a row do not lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides(**arrays: Tensor | None) -> dict[str, int]:
+    """The kernels' arguments that say where rows are, by name (`ROW_ARRAYS`); zeros for an absent array.
+
+    Strides over samples and heads are in units of ALIGN, the largest power of two up to 16 that divides all strides.
+
+    Raises:
+        ValueError: an array spans 2^31 units, or 256 of its rows 2^31 values.
+    """
+    shown = {name: x for name, x in arrays.items() if x is not None}
+    # the stride over one sample or one head may be any number, which would spoil ALIGN
+    steps = {name: [n if x.shape[i] > 1 else 0 for i, n in enumerate(x.stride()[:3])] for name, x in shown.items()}
+    align = math.gcd(16, *(n for of_array in steps.values() for n in of_array))
+    for name, x in shown.items():
+        span = sum((size - 1) * n for size, n in zip(x.shape, steps[name]))
+        if span >= align << 31 or steps[name][2] >= 1 << 23:
+            raise ValueError(
+                f"{name} spans more memory than the kernel counts, with strides {x.stride()}: make it contiguous"
+            )
+    found = {"ALIGN": align}
+    for name in arrays:
+        b, h, row = steps.get(name, (0, 0, 0))
+        found |= {f"{name}_b": b // align, f"{name}_h": h // align, f"{name}_ROW": row}
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +164,21 @@ class Blocks:
     def meta(self) -> dict[str, int]:
         """As the kernels' keyword arguments."""
         return {"ROWS": self.rows, "KEYS": self.keys, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CappedBlocks(Blocks):
+    """Blocks of a kernel for which ptxas would take so few registers too many that a program less fits an SM.
+
+    Attributes:
+        registers: most registers of a thread.
+    """
+
+    registers: int
+
+    def meta(self) -> dict[str, int]:
+        """As the kernels' keyword arguments."""
+        return super().meta() | {"maxnreg": self.registers}
 
 
 def padded_dim(D: int) -> int:
@@ -138,6 +216,7 @@ class Shape:
         query_rows: rows of a query tile.
         slots: slots of a KV tile.
         group: query heads of a KV head.
+        heads: query heads whose rows lie side by side, as a model's linear maps leave them; 1 for a head after the other.
         full: no partial tiles, no extra tokens, no coarse output; else all of them.
         auto: whether ``backend="auto"`` can choose it.
     """
@@ -147,6 +226,7 @@ class Shape:
     query_rows: int = 64
     slots: int = 64
     group: int = 1
+    heads: int = 24
     full: bool = False
     auto: bool = True
 
@@ -172,6 +252,9 @@ def shapes(long_tail: bool) -> list[Shape]:
             {"query_rows": 256, "slots": 256},
             {"slots": 16, "query_rows": 16},
             {"slots": 32, "query_rows": 32},
+            {"heads": 1},
+            {"heads": 1, "full": True},
+            {"heads": 1, "query_rows": 128, "slots": 128},
             {"group": 2},
             {"group": 2, "query_rows": 128, "slots": 128},
             {"D": 32},
@@ -185,7 +268,18 @@ def shapes(long_tail: bool) -> list[Shape]:
     return found
 
 
-def compilation(kernel: Any, shape: Shape, size: Blocks, **constants: Any) -> Compilation:
+@dataclass(frozen=True, kw_only=True)
+class AttentionCompilation(Compilation):
+    """A compilation with further launch options.
+
+    Attributes:
+        options: as Triton names them.
+    """
+
+    options: dict[str, int] = field(default_factory=dict)
+
+
+def compilation(kernel: Any, shape: Shape, size: Blocks, **constants: Any) -> AttentionCompilation:
     """One attention kernel for one shape.
 
     Args:
@@ -198,17 +292,20 @@ def compilation(kernel: Any, shape: Shape, size: Blocks, **constants: Any) -> Co
     constants |= {"GROUP": shape.group, "D": shape.D, "BLOCK_D": padded_dim(shape.D), "EXTRA": partly}
     constants |= {"QUERY_ROWS": shape.query_rows, "SLOTS": shape.slots, "PARTIAL": partly}
     constants |= {"ROWS": size.rows, "KEYS": size.keys}
+    rows = [name for name in kernel.arg_names if name.endswith("_ROW")]
+    constants |= dict.fromkeys(rows, shape.heads * shape.D) | {"ALIGN": math.gcd(16, shape.D)}
     array = "*" + TYPES[shape.dtype]
     signature = {n: "constexpr" if n in constants else ARGUMENT_TYPES.get(n, array) for n in kernel.arg_names}
     config = {"dtype": TYPES[shape.dtype], "D": shape.D, "query_rows": shape.query_rows, "slots": shape.slots}
-    return Compilation(
+    return AttentionCompilation(
         kernel=kernel,
-        config=config | {"group": shape.group, "full": shape.full},
+        config=config | {"group": shape.group, "heads": shape.heads, "full": shape.full},
         signature=signature,
         constants={name: constants[name] for name, kind in signature.items() if kind == "constexpr"},
         aligned=tuple(name for name, kind in signature.items() if kind.startswith("*")),
         num_warps=size.num_warps,
         num_stages=size.num_stages,
+        options={name: value for name, value in size.meta().items() if name == "maxnreg"},
         auto=shape.auto,
     )
 

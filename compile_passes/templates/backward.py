@@ -14,11 +14,14 @@ from torch import Tensor
 
 from flexsparse.compile_passes.templates.attention_common import (
     Blocks,
+    CappedBlocks,
     compilation,
+    dense_rows,
     flags,
     padded_dim,
     seen_slots,
     shapes,
+    strides,
     unaccelerated_blocks,
 )
 from flexsparse.compile_passes.templates.backward_kernels import _delta, _dkdv, _dq
@@ -33,7 +36,8 @@ def row_blocks(dtype: torch.dtype, D: int, query_rows: int, slots: int) -> Block
     if D > 128:
         return Blocks(rows=min(query_rows, 64), keys=min(slots, 32), num_warps=4, num_stages=2)
     rows = min(query_rows, 128)
-    return Blocks(rows=rows, keys=min(slots, 64), num_warps=8 if rows == 128 else 4, num_stages=3)
+    size = Blocks(rows=rows, keys=min(slots, 64), num_warps=8 if rows == 128 else 4, num_stages=3)
+    return CappedBlocks(**vars(size), registers=168) if rows == 32 and D == 128 else size
 
 
 def column_blocks(dtype: torch.dtype, D: int, query_rows: int, slots: int, group: int, partial: bool) -> Blocks:
@@ -46,7 +50,8 @@ def column_blocks(dtype: torch.dtype, D: int, query_rows: int, slots: int, group
     crowded = D > 64 and (group > 1 or padded_dim(D) > D)  # a second loop or more masks: 64 rows would spill
     stages = 2 if D > 64 and partial and keys < 128 else 3
     rows = min(query_rows, 32 if crowded else 64)
-    return Blocks(rows=rows, keys=keys, num_warps=8 if keys == 128 else 4, num_stages=stages)
+    size = Blocks(rows=rows, keys=keys, num_warps=8 if keys == 128 else 4, num_stages=stages)
+    return CappedBlocks(**vars(size), registers=168) if D == rows == keys == 64 and not partial else size
 
 
 def backward(
@@ -75,7 +80,7 @@ def backward(
     """Gradients of `forward`; deterministic.
 
     Args:
-        grad_out: as q.
+        grad_out: as q. It, q, k, v, out and gate are copied only where their last stride is not 1.
         grad_lse: float32 ``[B, H, R]``, or None.
         q: ``[B, H, R, D]``, and so on as `forward` took them.
         k: ``[B, G, U * slots, D]``.
@@ -97,11 +102,13 @@ def backward(
         partial: False promises that every KV tile is full.
 
     Returns:
-        Gradients of q, k, v (in their dtypes), coarse (float32) and gate (its dtype); None for the last two without them.
+        Gradients of q, k, v and gate (in their dtypes and memory formats) and, before gate's, of coarse (float32); None for
+        the last two without them.
     """
     B, H, R, D = q.shape
     G, N, U = k.shape[1], counts.shape[2], k.shape[2] // slots
-    grad_out, q, k, v, lse = (x.contiguous() for x in (grad_out, q, k, v, lse))
+    grad_out, q, k, v, out = (dense_rows(x) for x in (grad_out, q, k, v, out))
+    gate, lse = None if gate is None else dense_rows(gate), lse.contiguous()
     bits, counts, kv_counts = bits.contiguous(), counts.contiguous(), kv_counts.contiguous()
     constants = {"GROUP": H // G, **flags(q, k, bits, query_rows, kv_video, slots, partial)}
     sizes = (H, N, kv_video, U, R, first_rows, kv_first, capacity)
@@ -112,23 +119,23 @@ def backward(
     exact = q.dtype != torch.float32 or gated
     lse_log2, delta = torch.empty_like(lse), torch.empty_like(lse)
     dcoarse = torch.empty_like(coarse, memory_format=torch.contiguous_format) if coarse is not None else None
-    dgate = torch.empty_like(gate, memory_format=torch.contiguous_format) if gate is not None else None
+    dgate = torch.empty_like(gate) if gate is not None else None
     lists = ascending(bits, counts, kv_video, capacity)
     launch(
         _delta,
-        (R // query_rows, B * H),
+        (R // query_rows, H, B),
         grad_out,
         None if grad_lse is None else grad_lse.contiguous(),
         q,
         k,
         v,
-        out.contiguous(),
+        out,
         lse,
         lists,
         counts,
         kv_counts,
         None if coarse is None else coarse.contiguous(),
-        None if gate is None else gate.contiguous(),
+        gate,
         lse_log2,
         delta,
         dcoarse,
@@ -138,19 +145,22 @@ def backward(
         COARSE=gated,
         EXACT=exact,
         LSE_GRADIENT=grad_lse is not None,
+        **strides(grad_out=grad_out, q=q, k=k, v=v, out=out, gate=gate, dgate=dgate),
         **constants,
         **size.meta(),
     )
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     scales = (scale, scale * LOG2E)
     rows = (q, k, v, lse_log2, delta)
-    grid = (R // size.rows, B * H)
-    launch(_dq, grid, grad_out, *rows, lists, counts, kv_counts, dq, *scales, *sizes, **constants, **size.meta())
+    grid = (R // size.rows, H, B)
+    operands = {"grad_out": grad_out, "q": q, "k": k, "v": v}
+    meta = strides(**operands, dq=dq) | constants | size.meta()
+    launch(_dq, grid, grad_out, *rows, lists, counts, kv_counts, dq, *scales, *sizes, **meta)
     del lists  # before the lists of the other direction take their memory
     size = column_blocks(q.dtype, D, query_rows, slots, H // G, partial)
     launch(
         _dkdv,
-        (U * slots // size.keys, B * G),
+        (U * slots // size.keys, G, B),
         grad_out,
         *rows,
         *transpose(bits, counts, kv_video, capacity),
@@ -158,7 +168,8 @@ def backward(
         dk,
         dv,
         *scales,
-        *(N, kv_video, U, R, first_rows, kv_first, G),
+        *(N, kv_video, U, R, first_rows // query_rows, kv_first, G),
+        **strides(**operands, dk=dk, dv=dv),
         **constants,
         **size.meta(),
     )
@@ -210,7 +221,7 @@ def backward_reference(
 
 def compilations(long_tail: bool) -> list[Compilation]:
     """What to compile offline."""
-    found = []
+    found: list[Compilation] = []
     for shape in shapes(long_tail):
         sizes = (shape.dtype, shape.D, shape.query_rows, shape.slots)
         exact = shape.dtype != torch.float32 or not shape.full

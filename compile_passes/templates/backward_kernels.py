@@ -9,12 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flexsparse.compile_passes.templates.attention_common import load_rows, nth_tile, query_tile, store_rows
+from flexsparse.compile_passes.templates.attention_common import (
+    NUMBERS,
+    load_rows,
+    nth_tile,
+    query_tile,
+    store_rows,
+)
 
-SIZES = ["H", "N", "M", "U", "R", "first_rows", "kv_first", "capacity"]
 
-
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=NUMBERS)
 def _delta(
     grad_out,
     grad_lse,
@@ -41,6 +45,28 @@ def _delta(
     first_rows,
     kv_first,
     capacity,
+    grad_out_b,
+    grad_out_h,
+    q_b,
+    q_h,
+    k_b,
+    k_h,
+    v_b,
+    v_h,
+    out_b,
+    out_h,
+    gate_b,
+    gate_h,
+    dgate_b,
+    dgate_h,
+    grad_out_ROW: tl.constexpr,
+    q_ROW: tl.constexpr,
+    k_ROW: tl.constexpr,
+    v_ROW: tl.constexpr,
+    out_ROW: tl.constexpr,
+    gate_ROW: tl.constexpr,
+    dgate_ROW: tl.constexpr,
+    ALIGN: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -57,27 +83,33 @@ def _delta(
     """Of one query tile: delta, the log-sum-exp as the other kernels take it, gradients of coarse output and gate."""
     PIECES: tl.constexpr = SLOTS // KEYS
     first = tl.program_id(0) * QUERY_ROWS
-    bh = tl.program_id(1).to(tl.int64)
+    b, h = tl.program_id(2), tl.program_id(1)
+    bh = b.to(tl.int64) * H + h
     tile, video, tiles, listed, absent = query_tile(first, bh, lists, counts, N, M, first_rows, capacity, QUERY_ROWS)
     column = tl.arange(0, BLOCK_D)
     row = tl.arange(0, ROWS)
     slot = tl.arange(0, KEYS)
+    grad_out_head = b * grad_out_b + h * grad_out_h
     if EXACT:
-        k += bh // GROUP * U * SLOTS * D
-        v += bh // GROUP * U * SLOTS * D
-        tokens = kv_counts + bh // H * U
+        q_head = b * q_b + h * q_h
+        k_head = b * k_b + h // GROUP * k_h
+        v_head = b * v_b + h // GROUP * v_h
+        tokens = kv_counts + b.to(tl.int64) * U
+    else:
+        out_head = b * out_b + h * out_h
     if COARSE:
         coarse_row = tl.load(coarse + (bh * N + tile) * D + column, mask=video & (column < D), other=0.0)
         coarse_sum = tl.zeros([BLOCK_D], tl.float32)
     for piece in range(QUERY_ROWS // ROWS):
-        start = bh * R + first + piece * ROWS
-        g_block = load_rows(grad_out, start, None, ROWS, D, BLOCK_D, False)
-        natural = tl.load(lse + start + row)
+        start = first + piece * ROWS
+        at = bh * R + start
+        g_block = load_rows(grad_out, grad_out_head, start, None, ROWS, grad_out_ROW, ALIGN, D, BLOCK_D, False)
+        natural = tl.load(lse + at + row)
         # where a row saw nothing, all its weights shall be 0: -inf would make NaN of its masked logits
         lse_block = tl.where(natural == float("-inf"), float("inf"), natural * 1.4426950408889634)
-        tl.store(lse_log2 + start + row, lse_block)
+        tl.store(lse_log2 + at + row, lse_block)
         if EXACT:
-            q_block = load_rows(q, start, None, ROWS, D, BLOCK_D, False)
+            q_block = load_rows(q, q_head, start, None, ROWS, q_ROW, ALIGN, D, BLOCK_D, False)
             total = tl.zeros([ROWS], tl.float32)
             result = tl.zeros([ROWS], tl.float32)
             for step in tl.range(0, (U - absent) * PIECES):
@@ -86,8 +118,8 @@ def _delta(
                 valid = slot < SLOTS
                 if PARTIAL:
                     valid = key + slot < tl.load(tokens + index)
-                k_block = load_rows(k, index * SLOTS + key, valid, KEYS, D, BLOCK_D, PARTIAL)
-                v_block = load_rows(v, index * SLOTS + key, valid, KEYS, D, BLOCK_D, PARTIAL)
+                k_block = load_rows(k, k_head, index * SLOTS + key, valid, KEYS, k_ROW, ALIGN, D, BLOCK_D, PARTIAL)
+                v_block = load_rows(v, v_head, index * SLOTS + key, valid, KEYS, v_ROW, ALIGN, D, BLOCK_D, PARTIAL)
                 logits = tl.dot(q_block, tl.trans(k_block), input_precision="ieee") * scale_log2
                 if PARTIAL:
                     logits = tl.where(valid[None, :], logits, float("-inf"))
@@ -97,21 +129,23 @@ def _delta(
                 result += tl.sum(weights * d_weights, 1)
             result /= tl.where(total == 0.0, 1.0, total)  # 1 but for the log-sum-exp's rounding, which it divides away
         else:
-            out_block = load_rows(out, start, None, ROWS, D, BLOCK_D, False)
+            out_block = load_rows(out, out_head, start, None, ROWS, out_ROW, ALIGN, D, BLOCK_D, False)
             result = tl.sum(g_block.to(tl.float32) * out_block.to(tl.float32), 1)
         if LSE_GRADIENT:
-            result -= tl.load(grad_lse + start + row)
-        tl.store(delta + start + row, result)
+            result -= tl.load(grad_lse + at + row)
+        tl.store(delta + at + row, result)
         if COARSE:
             g_block = g_block.to(tl.float32)
-            gates = load_rows(gate, start, None, ROWS, D, BLOCK_D, False).to(tl.float32)
-            store_rows(dgate, start, g_block * coarse_row[None, :], ROWS, D, BLOCK_D)
-            coarse_sum += tl.sum(gates * g_block, 0)
+            gate_head, dgate_head = b * gate_b + h * gate_h, b * dgate_b + h * dgate_h
+            gates = load_rows(gate, gate_head, start, None, ROWS, gate_ROW, ALIGN, D, BLOCK_D, False)
+            dgates = g_block * coarse_row[None, :]
+            store_rows(dgate, dgate_head, start, dgates, ROWS, dgate_ROW, ALIGN, D, BLOCK_D)
+            coarse_sum += tl.sum(gates.to(tl.float32) * g_block, 0)
     if COARSE:
         tl.store(dcoarse + (bh * N + tile) * D + column, coarse_sum, mask=video & (column < D))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=NUMBERS)
 def _dq(
     grad_out,
     q,
@@ -133,6 +167,22 @@ def _dq(
     first_rows,
     kv_first,
     capacity,
+    grad_out_b,
+    grad_out_h,
+    q_b,
+    q_h,
+    k_b,
+    k_h,
+    v_b,
+    v_h,
+    dq_b,
+    dq_h,
+    grad_out_ROW: tl.constexpr,
+    q_ROW: tl.constexpr,
+    k_ROW: tl.constexpr,
+    v_ROW: tl.constexpr,
+    dq_ROW: tl.constexpr,
+    ALIGN: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -148,19 +198,21 @@ def _dq(
     block = tl.program_id(0)
     if EXTRA:  # as in the forward: the longest first
         block = (block + (first_rows + N * QUERY_ROWS) // ROWS) % tl.num_programs(0)
-    bh = tl.program_id(1).to(tl.int64)
+    b, h = tl.program_id(2), tl.program_id(1)
+    bh = b.to(tl.int64) * H + h
     _, _, tiles, listed, absent = query_tile(block * ROWS, bh, lists, counts, N, M, first_rows, capacity, QUERY_ROWS)
-    k += bh // GROUP * U * SLOTS * D
-    v += bh // GROUP * U * SLOTS * D
-    tokens = kv_counts + bh // H * U
+    k_head = b * k_b + h // GROUP * k_h
+    v_head = b * v_b + h // GROUP * v_h
+    tokens = kv_counts + b.to(tl.int64) * U
 
-    start = bh * R + block * ROWS
+    start = block * ROWS
     row = tl.arange(0, ROWS)
     slot = tl.arange(0, KEYS)
-    q_block = load_rows(q, start, None, ROWS, D, BLOCK_D, False)
-    g_block = load_rows(grad_out, start, None, ROWS, D, BLOCK_D, False)
-    lse_block = tl.load(lse_log2 + start + row)
-    delta_block = tl.load(delta + start + row)
+    q_block = load_rows(q, b * q_b + h * q_h, start, None, ROWS, q_ROW, ALIGN, D, BLOCK_D, False)
+    grad_out_head = b * grad_out_b + h * grad_out_h
+    g_block = load_rows(grad_out, grad_out_head, start, None, ROWS, grad_out_ROW, ALIGN, D, BLOCK_D, False)
+    lse_block = tl.load(lse_log2 + bh * R + start + row)
+    delta_block = tl.load(delta + bh * R + start + row)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for step in tl.range(0, (U - absent) * PIECES):
         index = nth_tile(step // PIECES, tiles, kv_first, listed, absent, EXTRA)
@@ -168,8 +220,8 @@ def _dq(
         valid = slot < SLOTS
         if PARTIAL:
             valid = key + slot < tl.load(tokens + index)
-        k_block = load_rows(k, index * SLOTS + key, valid, KEYS, D, BLOCK_D, PARTIAL)
-        v_block = load_rows(v, index * SLOTS + key, valid, KEYS, D, BLOCK_D, PARTIAL)
+        k_block = load_rows(k, k_head, index * SLOTS + key, valid, KEYS, k_ROW, ALIGN, D, BLOCK_D, PARTIAL)
+        v_block = load_rows(v, v_head, index * SLOTS + key, valid, KEYS, v_ROW, ALIGN, D, BLOCK_D, PARTIAL)
         logits = tl.dot(q_block, tl.trans(k_block), input_precision="ieee") * scale_log2
         if PARTIAL:
             logits = tl.where(valid[None, :], logits, float("-inf"))
@@ -177,10 +229,10 @@ def _dq(
         d_weights = tl.dot(g_block, tl.trans(v_block), input_precision="ieee")
         d_logits = weights * (d_weights - delta_block[:, None])
         acc = tl.dot(d_logits.to(k_block.dtype), k_block, acc, input_precision="ieee")
-    store_rows(dq, start, acc * scale, ROWS, D, BLOCK_D)
+    store_rows(dq, b * dq_b + h * dq_h, start, acc * scale, ROWS, dq_ROW, ALIGN, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=NUMBERS)
 def _dkdv(
     grad_out,
     q,
@@ -200,9 +252,28 @@ def _dkdv(
     M,
     U,
     R,
-    first_rows,
+    first_tiles,
     kv_first,
     G,
+    grad_out_b,
+    grad_out_h,
+    q_b,
+    q_h,
+    k_b,
+    k_h,
+    v_b,
+    v_h,
+    dk_b,
+    dk_h,
+    dv_b,
+    dv_h,
+    grad_out_ROW: tl.constexpr,
+    q_ROW: tl.constexpr,
+    k_ROW: tl.constexpr,
+    v_ROW: tl.constexpr,
+    dk_ROW: tl.constexpr,
+    dv_ROW: tl.constexpr,
+    ALIGN: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -218,40 +289,43 @@ def _dkdv(
     block = tl.program_id(0)
     if EXTRA:  # the last extra tiles come first: every row sees them, so that they take longest
         block = (block + (kv_first + M) * (SLOTS // KEYS)) % tl.num_programs(0)
-    bg = tl.program_id(1).to(tl.int64)
+    b, g = tl.program_id(2), tl.program_id(1)
+    bg = b.to(tl.int64) * G + g
     u = block // (SLOTS // KEYS)
     m = u - kv_first
     video = (m >= 0) & (m < M)
     slot = tl.arange(0, KEYS)
     row = tl.arange(0, ROWS)
-    key = bg * U * SLOTS + block * KEYS
+    key = block * KEYS
     valid = slot < SLOTS
     if PARTIAL:
-        valid = block % (SLOTS // KEYS) * KEYS + slot < tl.load(kv_counts + bg // G * U + u)
-    k_block = load_rows(k, key, valid, KEYS, D, BLOCK_D, PARTIAL)
-    v_block = load_rows(v, key, valid, KEYS, D, BLOCK_D, PARTIAL)
+        valid = block % (SLOTS // KEYS) * KEYS + slot < tl.load(kv_counts + b.to(tl.int64) * U + u)
+    k_block = load_rows(k, b * k_b + g * k_h, key, valid, KEYS, k_ROW, ALIGN, D, BLOCK_D, PARTIAL)
+    v_block = load_rows(v, b * v_b + g * v_h, key, valid, KEYS, v_ROW, ALIGN, D, BLOCK_D, PARTIAL)
     dk_block = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv_block = tl.zeros([KEYS, BLOCK_D], tl.float32)
     for member in range(GROUP):
         bh = bg * GROUP + member
+        q_head = b * q_b + (g * GROUP + member) * q_h
+        grad_out_head = b * grad_out_b + (g * GROUP + member) * grad_out_h
         listed = tl.load(columns + bh * M + m, mask=video, other=0)
         absent = tl.where(video, N - listed, 0)
         tiles = indices + tl.load(offsets + bh * M + m, mask=video, other=0)
         for step in tl.range(0, (R // QUERY_ROWS - absent) * PIECES):
-            index = nth_tile(step // PIECES, tiles, first_rows // QUERY_ROWS, listed, absent, EXTRA)
-            start = bh * R + index * QUERY_ROWS + step % PIECES * ROWS
-            q_block = load_rows(q, start, None, ROWS, D, BLOCK_D, False)
-            g_block = load_rows(grad_out, start, None, ROWS, D, BLOCK_D, False)
-            lse_block = tl.load(lse_log2 + start + row)
+            index = nth_tile(step // PIECES, tiles, first_tiles, listed, absent, EXTRA)
+            start = index * QUERY_ROWS + step % PIECES * ROWS
+            q_block = load_rows(q, q_head, start, None, ROWS, q_ROW, ALIGN, D, BLOCK_D, False)
+            g_block = load_rows(grad_out, grad_out_head, start, None, ROWS, grad_out_ROW, ALIGN, D, BLOCK_D, False)
+            lse_block = tl.load(lse_log2 + bh * R + start + row)
             logits = tl.dot(k_block, tl.trans(q_block), input_precision="ieee") * scale_log2  # [KEYS, ROWS]
             weights = tl.exp2(logits - lse_block[None, :])
             dv_block = tl.dot(weights.to(g_block.dtype), g_block, dv_block, input_precision="ieee")
             d_weights = tl.dot(v_block, tl.trans(g_block), input_precision="ieee")
-            delta_block = tl.load(delta + start + row)
+            delta_block = tl.load(delta + bh * R + start + row)
             d_logits = weights * (d_weights - delta_block[None, :])
             dk_block = tl.dot(d_logits.to(q_block.dtype), q_block, dk_block, input_precision="ieee")
     if PARTIAL:  # slots past the count made results of their own, which go nowhere else
         dk_block = tl.where(valid[:, None], dk_block, 0.0)
         dv_block = tl.where(valid[:, None], dv_block, 0.0)
-    store_rows(dk, key, dk_block * scale, KEYS, D, BLOCK_D)
-    store_rows(dv, key, dv_block, KEYS, D, BLOCK_D)
+    store_rows(dk, b * dk_b + g * dk_h, key, dk_block * scale, KEYS, dk_ROW, ALIGN, D, BLOCK_D)
+    store_rows(dv, b * dv_b + g * dv_h, key, dv_block, KEYS, dv_ROW, ALIGN, D, BLOCK_D)

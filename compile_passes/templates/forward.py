@@ -16,8 +16,10 @@ from torch import Tensor
 
 from flexsparse.compile_passes.templates import tuned
 from flexsparse.compile_passes.templates.attention_common import (
+    NUMBERS,
     Shape,
     compilation,
+    dense_rows,
     flags,
     load_rows,
     nth_tile,
@@ -25,12 +27,13 @@ from flexsparse.compile_passes.templates.attention_common import (
     seen_slots,
     shapes,
     store_rows,
+    strides,
 )
 from flexsparse.compile_passes.templates.launch import LOG2E, Compilation, launch
 from flexsparse.compile_passes.templates.lists import ascending
 
 
-@triton.jit(do_not_specialize=["H", "N", "M", "U", "R", "first_rows", "kv_first", "capacity", "count_stride"])
+@triton.jit(do_not_specialize=NUMBERS)
 def _forward(
     q,
     k,
@@ -52,6 +55,22 @@ def _forward(
     kv_first,
     capacity,
     count_stride,
+    q_b,
+    q_h,
+    k_b,
+    k_h,
+    v_b,
+    v_h,
+    gate_b,
+    gate_h,
+    out_b,
+    out_h,
+    q_ROW: tl.constexpr,
+    k_ROW: tl.constexpr,
+    v_ROW: tl.constexpr,
+    gate_ROW: tl.constexpr,
+    out_ROW: tl.constexpr,
+    ALIGN: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -68,17 +87,18 @@ def _forward(
     block = tl.program_id(0)
     if EXTRA:  # the last extra rows come first: they see every tile, so that they take longest
         block = (block + (first_rows + N * QUERY_ROWS) // ROWS) % tl.num_programs(0)
-    bh = tl.program_id(1).to(tl.int64)
+    b, h = tl.program_id(2), tl.program_id(1)
+    bh = b.to(tl.int64) * H + h
     tile, video, tiles, listed, absent = query_tile(
         block * ROWS, bh, lists, counts, N, M, first_rows, capacity, QUERY_ROWS
     )
-    k += bh // GROUP * U * SLOTS * D
-    v += bh // GROUP * U * SLOTS * D
-    tokens = kv_counts + bh // H * count_stride
+    k_head = b * k_b + h // GROUP * k_h
+    v_head = b * v_b + h // GROUP * v_h
+    tokens = kv_counts + b.to(tl.int64) * count_stride
 
-    start = bh * R + block * ROWS
+    start = block * ROWS
     slot = tl.arange(0, KEYS)
-    q_block = load_rows(q, start, None, ROWS, D, BLOCK_D, False)
+    q_block = load_rows(q, b * q_b + h * q_h, start, None, ROWS, q_ROW, ALIGN, D, BLOCK_D, False)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -88,8 +108,8 @@ def _forward(
         valid = slot < SLOTS
         if PARTIAL:
             valid = piece + slot < tl.load(tokens + index)
-        k_block = load_rows(k, index * SLOTS + piece, valid, KEYS, D, BLOCK_D, PARTIAL)
-        v_block = load_rows(v, index * SLOTS + piece, valid, KEYS, D, BLOCK_D, PARTIAL)
+        k_block = load_rows(k, k_head, index * SLOTS + piece, valid, KEYS, k_ROW, ALIGN, D, BLOCK_D, PARTIAL)
+        v_block = load_rows(v, v_head, index * SLOTS + piece, valid, KEYS, v_ROW, ALIGN, D, BLOCK_D, PARTIAL)
         logits = tl.dot(q_block, tl.trans(k_block), input_precision="ieee") * scale_log2
         if PARTIAL:
             logits = tl.where(valid[None, :], logits, float("-inf"))
@@ -108,11 +128,11 @@ def _forward(
     if COARSE and video:
         column = tl.arange(0, BLOCK_D)
         coarse_row = tl.load(coarse + (bh * N + tile) * D + column, mask=column < D, other=0.0)
-        gates = load_rows(gate, start, None, ROWS, D, BLOCK_D, False)
+        gates = load_rows(gate, b * gate_b + h * gate_h, start, None, ROWS, gate_ROW, ALIGN, D, BLOCK_D, False)
         acc += gates.to(tl.float32) * coarse_row[None, :]
-    store_rows(out, start, acc, ROWS, D, BLOCK_D)
+    store_rows(out, b * out_b + h * out_h, start, acc, ROWS, out_ROW, ALIGN, D, BLOCK_D)
     natural = (top + tl.log2(tl.where(blank, 1.0, total))) * 0.6931471805599453
-    tl.store(lse + start + tl.arange(0, ROWS), tl.where(blank, float("-inf"), natural))
+    tl.store(lse + bh * R + start + tl.arange(0, ROWS), tl.where(blank, float("-inf"), natural))
 
 
 def _choose(q: Tensor, query_rows: int, slots: int, scale: float) -> tuned.Choice:
@@ -154,7 +174,8 @@ def forward(
     """Block-sparse attention over tiles, with the gated coarse output added to it.
 
     Args:
-        q: ``[B, H, R, D]``: ``first_rows`` extra rows, ``N * query_rows`` video rows, the other extra rows.
+        q: ``[B, H, R, D]``: ``first_rows`` extra rows, ``N * query_rows`` video rows, the other extra rows. Like k, v and
+            gate it is copied only where its last stride is not 1.
         k: ``[B, G, U * slots, D]``: ``kv_first`` extra tiles, ``kv_video`` video tiles, the other extra tiles.
         v: as k.
         bits: int32 ``[B, H, N, W]``, the video tiles that each query tile keeps.
@@ -172,7 +193,7 @@ def forward(
         partial: False promises that every KV tile is full.
 
     Returns:
-        Output as q, and the fine stage's log-sum-exp (natural), float32 ``[B, H, R]``.
+        Output in q's memory format (`torch.empty_like`), and the fine stage's log-sum-exp (natural), float32 ``[B, H, R]``.
 
     Raises:
         ValueError: a kernel is forced (`tuned.using`) that does not do the case.
@@ -202,13 +223,14 @@ def forward(
             partial=partial,
         )
     N, U = counts.shape[2], k.shape[2] // slots
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    gate = None if gate is None else dense_rows(gate)
     out = torch.empty_like(q)
     lse = torch.empty((B, H, R), dtype=torch.float32, device=q.device)
     size = choice.blocks
     launch(
         _forward,
-        (R // size.rows, B * H),
+        (R // size.rows, H, B),
         q,
         k,
         v,
@@ -216,7 +238,7 @@ def forward(
         counts.contiguous(),
         kv_counts,
         None if coarse is None else coarse.contiguous(),
-        None if gate is None else gate.contiguous(),
+        gate,
         out,
         lse,
         scale * LOG2E,
@@ -231,6 +253,7 @@ def forward(
         kv_counts.stride(0),  # 0 where all samples share one row: a copy would be another launch
         GROUP=H // k.shape[1],
         COARSE=coarse is not None,
+        **strides(q=q, k=k, v=v, gate=gate, out=out),
         **flags(q, k, bits, query_rows, kv_video, slots, partial),
         **size.meta(),
     )
@@ -268,7 +291,7 @@ def forward_reference(
 
 def compilations(long_tail: bool) -> list[Compilation]:
     """What to compile offline."""
-    found = []
+    found: list[Compilation] = []
     # fp16 compiles as bf16 does, and the larger of two tiles or without partial tiles to less than what is left
     alike = (
         Shape(dtype=torch.float16),

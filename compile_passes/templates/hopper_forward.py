@@ -7,7 +7,6 @@ D head dim.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +15,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flexsparse.compile_passes.templates import hopper_kernels
-from flexsparse.compile_passes.templates.attention_common import TYPES, Blocks, Shape, compilation, flags
+from flexsparse.compile_passes.templates.attention_common import (
+    TYPES,
+    AttentionCompilation,
+    Blocks,
+    Shape,
+    compilation,
+    dense_rows,
+    flags,
+)
 from flexsparse.compile_passes.templates.launch import LOG2E, Compilation, launch
 from flexsparse.compile_passes.templates.lists import ascending
 
@@ -61,10 +68,15 @@ def launch_options(D: int, size: Blocks) -> dict[str, int]:
     return {"num_warps": size.num_warps, **limit}
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """Contiguous, from an address that the copy engine takes."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+def _copyable(x: Tensor) -> Tensor:
+    """``x [B, heads, rows, D]``, or a copy of it where its address or a stride is none that the copy engine takes.
+
+    It takes multiples of 16 bytes. What it does with a stride of 0 (an expanded batch) is not documented: that is copied.
+    """
+    x = dense_rows(x)
+    strides = [n * x.element_size() for size, n in zip(x.shape[:3], x.stride()) if size > 1]
+    fits = x.data_ptr() % 16 == 0 and all(n > 0 and n % 16 == 0 for n in strides)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 @functools.cache
@@ -73,9 +85,19 @@ def _layout(box: tuple[int, ...]) -> Any:
     return gl.NVMMASharedLayout.get_default_for(list(box), gl.bfloat16)
 
 
-def _boxes(x: Tensor, *box: int) -> TensorDescriptor:
-    """Copies of boxes ``[rows, D]`` of all rows, or ``[1, keys, D]`` of tiles of some slots."""
-    return TensorDescriptor.from_tensor(x, list(box), _layout(box))
+def _box(rows: int, D: int, tiled: bool) -> tuple[int, ...]:
+    """What one copy brings: rows of ``[B, H, R, D]``, or of ``[B, G, U, slots, D]``."""
+    return (1,) * (3 if tiled else 2) + (rows, D)
+
+
+def _boxes(x: Tensor, rows: int, slots: int | None = None) -> TensorDescriptor:
+    """Copies of ``rows`` rows of one head, or of one head's tile of so many slots."""
+    if slots is not None:
+        x = x.unflatten(2, (-1, slots))
+    box = _box(rows, x.shape[-1], slots is not None)
+    # the stride over one sample, head or tile may be any number: no box takes that step
+    strides = [n if size > 1 else x.shape[-1] for size, n in zip(x.shape, x.stride())]
+    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], list(box), _layout(box))
 
 
 def forward(
@@ -111,21 +133,21 @@ def forward(
     if refusal is not None:
         raise ValueError(f"the Hopper forward {refusal}: use the plain Triton kernel")
     N, U = counts.shape[2], k.shape[2] // slots
-    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((B, H, R), dtype=torch.float32)
+    out, lse = torch.empty_like(dense_rows(q)), q.new_empty((B, H, R), dtype=torch.float32)
     if not q.numel():
         return out, lse
-    keys, values = (_boxes(_aligned(x).view(-1, slots, D), 1, size.keys, D) for x in (k, v))
-    gates = None if gate is None or coarse is None else _boxes(_aligned(gate).view(-1, D), size.rows, D)
+    keys, values = (_boxes(_copyable(x), size.keys, slots) for x in (k, v))
+    gates = None if gate is None or coarse is None else _boxes(_copyable(gate), size.rows)
     constants = flags(q, k, bits, query_rows, kv_video, slots, partial)
     del constants["BLOCK_D"]  # here D is never padded
     launch(
         hopper_kernels.hopper_forward,
-        (R // size.rows, B * H),
-        _boxes(_aligned(q).view(-1, D), size.rows, D),
+        (R // size.rows, H, B),
+        _boxes(_copyable(q), size.rows),
         keys,
         values,
         gates,
-        _boxes(out.view(-1, D), size.rows, D),
+        _boxes(out, size.rows),
         ascending(bits, counts, kv_video, capacity),
         counts.contiguous(),
         kv_counts,
@@ -152,17 +174,6 @@ def forward(
     return out, lse
 
 
-@dataclass(frozen=True, kw_only=True)
-class HopperCompilation(Compilation):
-    """A compilation with further launch options.
-
-    Attributes:
-        options: as Triton names them.
-    """
-
-    options: dict[str, int] = field(default_factory=dict)
-
-
 def compilations(long_tail: bool) -> list[Compilation]:
     """What to compile offline. All of it may become a choice, and is held to the same rules as what already is."""
     whole, rest = Shape(full=True), Shape()
@@ -177,17 +188,18 @@ def compilations(long_tail: bool) -> list[Compilation]:
     return [_compilation(shape, sizes(shape.D, shape.query_rows, shape.slots)[i]) for shape, i in found]
 
 
-def _compilation(shape: Shape, size: Blocks) -> HopperCompilation:
+def _compilation(shape: Shape, size: Blocks) -> AttentionCompilation:
     absent: dict[str, Any] = {"gates": None, "coarse": None} if shape.full else {}
     base = compilation(
         hopper_kernels.hopper_forward, shape, size, STAGES=size.num_stages, COARSE=not shape.full, **absent
     )
 
-    def boxes(*box: int) -> str:
+    def boxes(rows: int, tiled: bool) -> str:
+        box = _box(rows, shape.D, tiled)
         return f"tensordesc<{TYPES[shape.dtype]}{list(box)},{_layout(box)!r}>"
 
-    kinds = dict.fromkeys(("queries", "gates", "outs"), boxes(size.rows, shape.D))
-    kinds |= dict.fromkeys(("keys", "values"), boxes(1, size.keys, shape.D))
+    kinds = dict.fromkeys(("queries", "gates", "outs"), boxes(size.rows, False))
+    kinds |= dict.fromkeys(("keys", "values"), boxes(size.keys, True))
     signature = {name: kinds.get(name, kind) if kind != "constexpr" else kind for name, kind in base.signature.items()}
     blocks = {"rows": size.rows, "keys": size.keys, "stages": size.num_stages}
     changed = {
@@ -196,4 +208,4 @@ def _compilation(shape: Shape, size: Blocks) -> HopperCompilation:
         "aligned": tuple(name for name, kind in signature.items() if kind.startswith("*")),
         "options": {name: value for name, value in launch_options(shape.D, size).items() if name != "num_warps"},
     }
-    return HopperCompilation(**(vars(base) | changed))
+    return AttentionCompilation(**(vars(base) | changed))

@@ -37,23 +37,23 @@ def _nth_tile(i, tiles, first, listed, absent, end, EXTRA: gl.constexpr):
 
 
 @gluon.jit
-def _copy(array, tile, slot, barrier, buffer):
-    """Start to copy slots of one tile of a ``[tiles, slots, D]`` array; those outside of the tile arrive as zeros."""
+def _copy(array, b, g, tile, slot, barrier, buffer):
+    """Start to copy slots of one tile of a ``[B, G, U, slots, D]`` array; those outside of the tile arrive as zeros."""
     mbarrier.expect(barrier, array.block_type.nbytes)
-    tma.async_copy_global_to_shared(array, [tile, slot, 0], barrier, buffer)
+    tma.async_copy_global_to_shared(array, [b, g, tile, slot, 0], barrier, buffer)
 
 
 @gluon.jit
 def _multiply_keys(queries, keys, zeros):
     """Start ``queries @ keys.T``: ``[ROWS, KEYS]``."""
-    transposed = keys.reshape([keys.shape[1], keys.shape[2]]).permute((1, 0))
+    transposed = keys.reshape([keys.shape[3], keys.shape[4]]).permute((1, 0))
     return warpgroup_mma(queries, transposed, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _multiply_values(weights, values, acc):
     """Start ``acc + weights @ values``: ``[ROWS, D]``."""
-    return warpgroup_mma(weights, values.reshape([values.shape[1], values.shape[2]]), acc, is_async=True)
+    return warpgroup_mma(weights, values.reshape([values.shape[3], values.shape[4]]), acc, is_async=True)
 
 
 @gluon.jit
@@ -125,22 +125,24 @@ def hopper_forward(
     block = gl.program_id(0)
     if EXTRA:  # the last extra rows come first: they see every tile, so that they take longest
         block = (block + (first_rows + N * QUERY_ROWS) // ROWS) % gl.num_programs(0)
-    bh = gl.program_id(1)
+    h, b = gl.program_id(1), gl.program_id(2)
+    g = h // GROUP
+    bh = b.to(gl.int64) * H + h
     row = block * ROWS
     tile = (row - first_rows) // QUERY_ROWS
     video = (row >= first_rows) & (tile < N)
-    at = bh.to(gl.int64) * N + tile
+    at = bh * N + tile
     listed = gl.load(counts + at, mask=video, other=0)
     absent = gl.where(video, M - listed, 0)
     end = U - absent
     steps = end * PIECES
     tiles = lists + at * capacity
-    tokens = kv_counts + (bh // H).to(gl.int64) * count_stride
-    head = bh // GROUP * U
+    tokens = kv_counts + b.to(gl.int64) * count_stride
 
-    q_buffer = gl.allocate_shared_memory(DTYPE, [ROWS, D], queries.layout)
-    k_buffers = gl.allocate_shared_memory(DTYPE, [STAGES, 1, KEYS, D], keys.layout)
-    v_buffers = gl.allocate_shared_memory(DTYPE, [2, 1, KEYS, D], values.layout)
+    q_box = gl.allocate_shared_memory(DTYPE, [1, 1, ROWS, D], queries.layout)
+    q_buffer = q_box.reshape([ROWS, D])
+    k_buffers = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, 1, KEYS, D], keys.layout)
+    v_buffers = gl.allocate_shared_memory(DTYPE, [2, 1, 1, 1, KEYS, D], values.layout)
     q_ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -152,7 +154,7 @@ def hopper_forward(
     fence_async_shared()
 
     mbarrier.expect(q_ready, queries.block_type.nbytes)
-    tma.async_copy_global_to_shared(queries, [bh * R + row, 0], q_ready, q_buffer)
+    tma.async_copy_global_to_shared(queries, [b, h, row, 0], q_ready, q_box)
     # the tiles of this step and the next two, and how many valid tokens those of this and the next have; a row without
     # tiles takes a step on any tile, and its result is dropped
     now = _nth_tile(0, tiles, kv_first, listed, absent, end, EXTRA)
@@ -163,10 +165,10 @@ def hopper_forward(
     if PARTIAL:
         shift_now += gl.load(tokens + now, mask=steps > 0, other=0) - SLOTS
         shift_soon += gl.load(tokens + soon, mask=steps > 1, other=0) - SLOTS
-    _copy(keys, head + now, shift_now, k_ready.index(0), k_buffers.index(0))
-    _copy(values, head + now, shift_now, v_ready.index(0), v_buffers.index(0))
+    _copy(keys, b, g, now, shift_now, k_ready.index(0), k_buffers.index(0))
+    _copy(values, b, g, now, shift_now, v_ready.index(0), v_buffers.index(0))
     if STAGES == 2 and steps > 1:
-        _copy(keys, head + soon, shift_soon, k_ready.index(1), k_buffers.index(1))
+        _copy(keys, b, g, soon, shift_soon, k_ready.index(1), k_buffers.index(1))
 
     zeros = gl.zeros([ROWS, KEYS], gl.float32, LOGITS)
     acc = gl.zeros([ROWS, D], gl.float32, OUTPUT)
@@ -176,7 +178,7 @@ def hopper_forward(
     product = _multiply_keys(q_buffer, k_buffers.index(0), zeros)
     logits = warpgroup_mma_wait(0, deps=[product])
     if STAGES == 1 and steps > 1:
-        _copy(keys, head + soon, shift_soon, k_ready.index(0), k_buffers.index(0))
+        _copy(keys, b, g, soon, shift_soon, k_ready.index(0), k_buffers.index(0))
     weights, top, decay = _weigh(logits, top, -shift_now, scale_log2, PARTIAL)
     total = gl.sum(weights, 1)
     operand = gl.convert_layout(weights.to(DTYPE), WEIGHTS)
@@ -195,15 +197,15 @@ def hopper_forward(
             shift_soon += gl.load(tokens + soon, mask=j + 1 < steps, other=0) - SLOTS
         half = j % 2
         product = _multiply_keys(q_buffer, k_buffers.index(j % STAGES), zeros)
-        _copy(values, head + now, shift_now, v_ready.index(half), v_buffers.index(half))
+        _copy(values, b, g, now, shift_now, v_ready.index(half), v_buffers.index(half))
         if STAGES == 2 and j + 1 < steps:
-            _copy(keys, head + soon, shift_soon, k_ready.index(1 - half), k_buffers.index(1 - half))
+            _copy(keys, b, g, soon, shift_soon, k_ready.index(1 - half), k_buffers.index(1 - half))
         mbarrier.wait(v_ready.index(1 - half), (j - 1) // 2 % 2)
         acc = acc * decay[:, None]
         update = _multiply_values(operand, v_buffers.index(1 - half), acc)
         logits = warpgroup_mma_wait(1, deps=[product])
         if STAGES == 1 and j + 1 < steps:
-            _copy(keys, head + soon, shift_soon, k_ready.index(0), k_buffers.index(0))
+            _copy(keys, b, g, soon, shift_soon, k_ready.index(0), k_buffers.index(0))
         weights, top, factor = _weigh(logits, top, -shift_now, scale_log2, PARTIAL)
         total = total * factor + gl.sum(weights, 1)
         mbarrier.wait(k_ready.index((j + 1) % STAGES), (j + 1) // STAGES % 2, pred=j + 1 < steps)
@@ -213,7 +215,7 @@ def hopper_forward(
 
     if COARSE:  # the queries' buffer takes their gates
         mbarrier.expect(q_ready, gates.block_type.nbytes, pred=video)
-        tma.async_copy_global_to_shared(gates, [bh * R + row, 0], q_ready, q_buffer, pred=video)
+        tma.async_copy_global_to_shared(gates, [b, h, row, 0], q_ready, q_box, pred=video)
     last = gl.maximum(steps, 1) - 1
     mbarrier.wait(v_ready.index(last % 2), last // 2 % 2)
     acc = acc * decay[:, None]
@@ -223,7 +225,7 @@ def hopper_forward(
     blank = (total == 0.0) | (steps == 0)
     total = gl.where(blank, 1.0, total)
     natural = gl.where(blank, MINUS_INFINITY, (top + gl.log2(total)) * 0.6931471805599453)
-    gl.store(lse + bh.to(gl.int64) * R + row + gl.arange(0, ROWS, LOGIT_ROWS), natural)
+    gl.store(lse + bh * R + row + gl.arange(0, ROWS, LOGIT_ROWS), natural)
     acc = acc * gl.convert_layout(1.0 / total, OUTPUT_ROWS)[:, None]
     acc = gl.where(gl.convert_layout(blank, OUTPUT_ROWS)[:, None], 0.0, acc)
     if COARSE and video:
@@ -232,5 +234,5 @@ def hopper_forward(
         acc += q_buffer.load(OUTPUT).to(gl.float32) * gl.load(coarse + at * D + column)[None, :]
     q_buffer.store(acc.to(DTYPE))
     fence_async_shared()
-    tma.async_copy_shared_to_global(outs, [bh * R + row, 0], q_buffer)
+    tma.async_copy_shared_to_global(outs, [b, h, row, 0], q_box)
     tma.store_wait(0)

@@ -85,8 +85,9 @@ def attend(
             must be explicit operands.
         call: name of the call, for passes to report.
     """
-    rows = pack_queries(q, q_tiles, selection).contiguous()
-    k, v = k.contiguous(), v.contiguous()  # on CPU, views of other ranks do not lower
+    rows = pack_queries(q, q_tiles, selection)
+    if not rows.is_cuda:  # there, views of other ranks do not lower
+        rows, k, v = rows.contiguous(), k.contiguous(), v.contiguous()
     lists = block_lists(selection, call)
     gqa = q.shape[1] != k.shape[1]
     out: Tensor

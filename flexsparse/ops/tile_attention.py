@@ -77,6 +77,7 @@ def tile_attention(
 
     Returns:
         Output as q, and log-sum-exp (natural) of the fine stage ``[B, H, R]`` in at least float32, or ``[B, H, 0]``.
+        The output, like each gradient of the backward, is contiguous, but on CUDA has the memory format of its input.
     """
     sizes = (query_rows, first_rows, kv_first, kv_video, slots)
     high = torch.promote_types(q.dtype, torch.float32)
@@ -140,11 +141,16 @@ def _keywords(
 tile_attention.register_kernel("cuda", run_forward)
 
 
+def result_like(x: Tensor) -> Tensor:
+    """What the kernels make in the shape of an input: the templates keep its memory format if they need not copy it."""
+    return torch.empty_like(x) if x.is_cuda and x.stride(-1) == 1 else x.new_empty(x.shape)
+
+
 @tile_attention.register_fake
 def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
     rows = q.shape[2] if args[-1] or q.is_cuda else 0
-    return q.new_empty(q.shape), q.new_empty((*q.shape[:2], rows), dtype=dtype)
+    return result_like(q), q.new_empty((*q.shape[:2], rows), dtype=dtype)
 
 
 @torch.library.custom_op("flexsparse::tile_attention_backward", mutates_args=(), device_types="cpu")
@@ -215,8 +221,8 @@ tile_attention_backward.register_kernel("cuda", run_backward)
 def _(grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
     coarse, gate = args[2:4]
     d_coarse = q.new_empty(0) if coarse is None else coarse.new_empty(coarse.shape)
-    d_gate = q.new_empty(0) if gate is None else gate.new_empty(gate.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_coarse, d_gate
+    d_gate = q.new_empty(0) if gate is None else result_like(gate)
+    return result_like(q), result_like(k), result_like(v), d_coarse, d_gate
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -27,6 +27,7 @@ from flexsparse.ops.coarse_select import _on_cuda
 
 GRID = (4, 8, 9)  # with partial tiles
 LAYOUT = fs.TileLayout(grid=GRID)
+WHOLE = fs.TileLayout(grid=(4, 8, 8))
 D, HEADS = 32, 2
 aten = torch.ops.aten
 VIEWS = {
@@ -37,19 +38,27 @@ VIEWS = {
 FUSED = {
     *(aten.index_select.default, aten.mul.Tensor, aten.add.Tensor, aten.clamp_min.default, aten.lt.Scalar),
     *(aten.masked_fill.Scalar, aten._to_copy.default, aten.floor_divide.default, aten.div.Tensor_mode),
+    aten.clone.default,  # to where the model reads, by the kernel that makes what is cloned
 }
 
 
-@pytest.fixture
-def graph(monkeypatch: pytest.MonkeyPatch) -> GraphModule:
-    """One gated VSA call in inference as Inductor gets it, on (fake) CUDA."""
+def permuted(out: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """FlexAttention's own `_permute_strides` copies, which a CPU build of torch cannot do with fake CUDA tensors."""
+    order = sorted(range(out.dim()), key=lambda dim: -strides[dim])
+    return out.new_empty([out.shape[dim] for dim in order]).permute([order.index(dim) for dim in range(out.dim())])
+
+
+def attention_graph(monkeypatch: pytest.MonkeyPatch, order: str) -> tuple[GraphModule, LowerFlex]:
+    """One gated VSA call in inference as Inductor gets it, on (fake) CUDA; heads lie inside of tokens, as in a model."""
     module = sys.modules["torch._higher_order_ops.flex_attention"]  # its name in the package is the operator
-    monkeypatch.setattr(module, "_permute_strides", lambda out, strides: out)
+    monkeypatch.setattr(module, "_permute_strides", permuted)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    shapes = [x.shape for x in LAYOUT.tables("cpu")]
+    layout = LAYOUT if order == "raster" else WHOLE
+    shapes = [x.shape for x in layout.tables("cpu")]
     with mode:
-        q, k, v = (torch.empty(1, HEADS, LAYOUT.seq_len, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-        gate = torch.empty(1, LAYOUT.seq_len, HEADS * D, device="cuda", dtype=torch.bfloat16)
+        cuda: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+        q, k, v = (torch.empty(1, layout.seq_len, HEADS, D, **cuda).transpose(1, 2) for _ in range(3))
+        gate = torch.empty(1, layout.seq_len, HEADS * D, **cuda)
         tables = tuple(torch.empty(shape, dtype=torch.int32, device="cuda") for shape in shapes)
     parts = CallParts(fs.VSA(top_k=2), (), lambda grid: fs.TileLayout(grid=grid))
     parts.tables = lambda grid, device, order: tables  # type: ignore[assignment]
@@ -57,8 +66,9 @@ def graph(monkeypatch: pytest.MonkeyPatch) -> GraphModule:
     inputs = [calls.placeholder(name) for name in ("q", "k", "v", "gate")]
     for node, example in zip(inputs, (q, k, v, gate)):
         node.meta["example_value"] = example
-    how = {"scale": None, "backend": "flex", "name": "call"}
-    calls.output(calls.call_function(parts.attend, (*inputs, GRID, ()), how))
+    how = {"scale": None, "backend": "flex", "name": "call", "order": order}
+    attend = calls.call_function(parts.attend, (*inputs, layout.grid, ()), how)
+    calls.output(calls.call_method("flatten", (calls.call_method("transpose", (attend, 1, 2)), 2)))
     gm = GraphModule({}, calls)
     with torch._guards.tracing(torch._guards.TracingContext(mode)):
         UnfoldAttention(parts.attend, parts)(gm)
@@ -70,7 +80,13 @@ def graph(monkeypatch: pytest.MonkeyPatch) -> GraphModule:
         lower = LowerFlex()
         lower(traced.graph)
     assert (fuse.matches, lower.matches, lower.refused) == (1, (1, 0), {})
-    return traced
+    return traced, lower
+
+
+@pytest.fixture
+def graph(monkeypatch: pytest.MonkeyPatch) -> GraphModule:
+    """The call in raster order."""
+    return attention_graph(monkeypatch, "raster")[0]
 
 
 def launches() -> dict[str, int]:
@@ -115,3 +131,18 @@ def test_an_attention_launches_six_kernels_and_four_to_its_selection(graph: Grap
         fused > 0 and total + 1 <= 6
     )  # the rest is one kernel: the way back to raster order, the gate, the coarse output
     assert sum(n.target is torch.ops.flexsparse.tile_attention.default for n in graph.graph.nodes) == 1
+
+
+def test_in_tile_order_four_kernels_are_all_and_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op reads q, k, v and the gate where they lie, adds the gated coarse output, and writes where the model reads."""
+    graph, lower = attention_graph(monkeypatch, "tiles")
+    assert lower.combined == 1
+    nodes = [n for n in graph.graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload)]
+    names = [n.target._schema.name.partition("::")[2] for n in nodes if n.target not in VIEWS]
+    assert names == ["coarse_select", "tile_attention"]
+    cost = launches()
+    assert sum(cost[name] for name in names) == 4
+    (attention,) = (n for n in nodes if n.target is torch.ops.flexsparse.tile_attention.default)
+    lies = (WHOLE.seq_len * HEADS * D, D, HEADS * D, 1)
+    assert all(x.meta["val"].stride() == lies for x in (*attention.args[:3], attention.args[4]))
+    assert attention.meta["val"][0].stride() == lies

@@ -310,8 +310,8 @@ MUTATIONS = (
     Mutation(
         "template's dq without the scale",
         "compile_passes/templates/backward_kernels.py",
-        "store_rows(dq, start, acc * scale,",
-        "store_rows(dq, start, acc,",
+        "start, acc * scale,",
+        "start, acc,",
         ("templates/test_backward.py",),
     ),
     Mutation(

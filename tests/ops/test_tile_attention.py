@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from strategies import Case, cases
 from tolerance import assert_as_good, assert_lse, rms
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import flexsparse as fs
 from flexsparse.backends import gather
 from flexsparse.ops import gathered
-from flexsparse.ops.tile_attention import HEAD_DIMS, ROWS, templates_refuse
+from flexsparse.ops.tile_attention import HEAD_DIMS, ROWS, run_backward, run_forward, templates_refuse
 from flexsparse.packing import pack_queries, unpack_lse, unpack_rows
 from flexsparse.selection import TileSelection, pack_bits
 
@@ -307,3 +308,46 @@ def test_results_are_contiguous_whatever_the_strides_of_the_inputs(seed: int) ->
         results.append([out.detach(), lse.detach(), *torch.autograd.grad(out, inputs, grad)])
     for mine, other in zip(*results):
         torch.testing.assert_close(mine, other, atol=0, rtol=0)
+
+
+def fused(x: Tensor) -> Tensor:
+    """One of three tensors that a linear map leaves in each row."""
+    return torch.stack([x.transpose(1, 2)] * 3, 2)[:, :, 1].transpose(1, 2)
+
+
+MEMORY = {
+    "contiguous": lambda x: x,
+    "heads inside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "fused": fused,
+    "expanded": lambda x: x[:1].transpose(1, 2).contiguous().transpose(1, 2).expand(x.shape),
+    "tokens first": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    "rows apart": lambda x: x.mT.contiguous().mT,
+}
+
+
+@pytest.mark.parametrize("gated", (False, True), ids=("", "gated"))
+@pytest.mark.parametrize("kv", ("contiguous", "fused"))
+@pytest.mark.parametrize("rows", MEMORY)
+def test_strides_on_cuda_are_those_that_a_compiler_is_told(rows: str, kv: str, gated: bool) -> None:
+    """The templates' results in Triton's interpreter against the ops' fake ones for a GPU."""
+    case = Case(PLAIN, PLAIN, B=2, H=4, G=2, D=16, dtype=torch.float32, scale=1.0, seed=3)
+    q, k, v = (PLAIN.to_tiles(x) for x in case.qkv())
+    coarse, gate = coarse_and_gate(case)
+    q, k, v = MEMORY[rows](q), MEMORY[kv](k), MEMORY[rows](v)
+    extra = (coarse, MEMORY[rows](PLAIN.to_tiles(gate))) if gated else (None, None)
+    grad = MEMORY[kv](torch.ones(q.shape))
+    operands = case.selection(0.5).operands()
+    out, lse = run_forward(q, k, v, *extra, *operands, 0.3, True)
+    grads = run_backward(grad, None, q, k, v, out, lse, *extra, *operands, 0.3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def fake(x: Any) -> Any:
+            return (
+                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") if isinstance(x, Tensor) else x
+            )
+
+        told = op(*map(fake, (q, k, v, *extra, *operands)), 0.3, True)
+        backward = torch.ops.flexsparse.tile_attention_backward
+        told += backward(*map(fake, (grad, None, q, k, v, out, lse, *extra, *operands)), 0.3)
+    for name, real, other in zip(("out", "lse", *NAMES[1:]), (out, lse, *grads), told, strict=True):
+        assert (real.shape, real.stride(), real.dtype) == (other.shape, other.stride(), other.dtype), name

@@ -7,7 +7,7 @@ T all KV slots, D head dim.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,6 +109,36 @@ def build(case: Case) -> Problem:
     counts = keep.sum(-1, dtype=torch.int32)
     grad_lse = torch.randn(B, H, R) * case.magnitude
     return Problem(case, q, k, v, pack_bits(keep), counts, kv_counts, coarse, gate, keep, grad_out, grad_lse)
+
+
+MEMORY = ("heads inside", "one of a fused three", "odd rows", "tokens first")
+
+
+def in_memory(x: Tensor, how: str) -> Tensor:
+    """``x [B, heads, rows, D]`` in other memory, whose other values are NaN.
+
+    Args:
+        x: any tensor of that shape.
+        how: one of `MEMORY`: ``[B, rows, heads, D]`` as a linear map leaves it; that with two other tensors in each row and
+            another row before and after; rows one value longer than D; ``[rows, B, heads, D]``.
+    """
+    B, heads, rows, D = x.shape
+    if how == "heads inside":
+        found = x.new_empty(B, rows, heads, D).transpose(1, 2)
+    elif how == "one of a fused three":
+        found = x.new_full((B, rows + 2, 3, heads, D), math.nan)[:, 1:-1, 1].transpose(1, 2)
+    elif how == "odd rows":
+        found = x.new_full((B, heads, rows, D + 1), math.nan)[..., :D]
+    else:
+        found = x.new_empty(rows, B, heads, D).permute(1, 2, 0, 3)
+    return found.copy_(x)
+
+
+def moved(problem: Problem, how: str) -> Problem:
+    """The problem with all arrays of rows in other memory."""
+    names = ("q", "k", "v", "gate", "grad_out")
+    arrays = {name: getattr(problem, name) for name in names if getattr(problem, name) is not None}
+    return replace(problem, **{name: in_memory(x, how) for name, x in arrays.items()})
 
 
 def mask(problem: Problem) -> Tensor:

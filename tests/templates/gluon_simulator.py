@@ -11,6 +11,7 @@ asynchronous units may not see (no fence); memory out of bounds; work in flight 
 
 from __future__ import annotations
 
+import itertools
 import math
 import types
 from collections.abc import Callable, Iterator
@@ -105,7 +106,10 @@ class Descriptor:
 
     def __init__(self, given: TensorDescriptor) -> None:
         self.given, self.layout, self.dtype = given, given.layout, given.base.dtype
+        self.array = given.base.as_strided(given.shape, given.strides)
         demand(max(given.block_shape) <= LARGEST_BOX, f"a box of {given.block_shape}")
+        steps = [n * given.base.element_size() for n in given.strides[:-1]]
+        demand(all(n > 0 and n % 16 == 0 for n in steps), f"strides of {steps} bytes")
         self.block_type = types.SimpleNamespace(nbytes=math.prod(given.block_shape) * given.base.element_size())
 
     def box(self, coordinates: list[Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
@@ -122,7 +126,7 @@ class Descriptor:
 class Machine:
     """One program: shared memory, barriers, and what is in flight."""
 
-    def __init__(self, program: tuple[int, int], grid: tuple[int, int], num_warps: int) -> None:
+    def __init__(self, program: tuple[int, ...], grid: tuple[int, ...], num_warps: int) -> None:
         self.program, self.grid, self.num_warps = program, grid, num_warps
         self.barriers: dict[tuple[int, int], Barrier] = {}
         self.products: list[Product] = []
@@ -183,7 +187,7 @@ class Machine:
         demand(not any(buffer.overlaps(x) for x in self.unfenced), "a copy overwrites a store without a fence")
         data = torch.zeros(buffer.shape, dtype=buffer.data.dtype)  # what is out of range arrives as zero
         outside, inside = array.box(coordinates)
-        data[inside] = array.given.base[outside]
+        data[inside] = array.array[outside]
         buffer.data.fill_(math.nan)
         self.barrier(at).copies.append((buffer, data))
 
@@ -212,7 +216,7 @@ class Machine:
         while len(self.stores) > pending:
             array, coordinates, buffer = self.stores.pop(0)
             outside, inside = array.box(coordinates)
-            array.given.base[outside] = buffer.data[inside]
+            array.array[outside] = buffer.data[inside]
 
     # products
     def multiply(self, a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Any:
@@ -273,7 +277,7 @@ def _language(machine: Machine) -> types.SimpleNamespace:
 
 
 def simulate(
-    kernel: Any, grid: tuple[int, int], *args: Any, num_warps: int = 4, maxnreg: int = 255, **meta: Any
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, maxnreg: int = 255, **meta: Any
 ) -> None:
     """Run every program of a launch, in order; arrays and descriptors are on the CPU.
 
@@ -293,11 +297,10 @@ def simulate(
         return Value(torch.tensor(x, dtype=torch.float32 if isinstance(x, float) else torch.int32))
 
     given = dict(zip(kernel.arg_names, [operand(x) for x in args])) | meta
-    for y in range(grid[1]):
-        for x in range(grid[0]):
-            machine = Machine((x, y), grid, num_warps)
-            _python(kernel, machine)(**given)
-            machine.finish()
+    for program in itertools.product(*(range(n) for n in grid)):
+        machine = Machine(program, grid, num_warps)
+        _python(kernel, machine)(**given)
+        machine.finish()
 
 
 def _python(kernel: Any, machine: Machine) -> Callable[..., Any]:

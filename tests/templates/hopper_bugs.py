@@ -22,7 +22,7 @@ class Bug(NamedTuple):
 WRONG = "out has|lse is"
 COPY_KEYS = """\
         if STAGES == 1 and j + 1 < steps:
-            _copy(keys, head + soon, shift_soon, k_ready.index(0), k_buffers.index(0))
+            _copy(keys, b, g, soon, shift_soon, k_ready.index(0), k_buffers.index(0))
 """
 WAIT_LOGITS = """\
         logits = warpgroup_mma_wait(1, deps=[product])
@@ -50,8 +50,8 @@ BUGS = (
     ),
     Bug(
         "values overwritten",
-        "_copy(values, head + now, shift_now, v_ready.index(half), v_buffers.index(half))",
-        "_copy(values, head + now, shift_now, v_ready.index(half), v_buffers.index(1 - half))",
+        "_copy(values, b, g, now, shift_now, v_ready.index(half), v_buffers.index(half))",
+        "_copy(values, b, g, now, shift_now, v_ready.index(half), v_buffers.index(1 - half))",
         "a copy writes|a copy over",
     ),
     Bug("keys overwritten", "if STAGES == 1 and j + 1 < steps:", "if STAGES == 1:", "in flight at the end"),
@@ -110,8 +110,13 @@ BUGS = (
         "gl.load(tokens + soon, mask=j + 1 < steps, other=0) * 0",
         "out has",
     ),
-    Bug("counts of another sample", "(bh // H).to(gl.int64) * count_stride", "(bh // H).to(gl.int64) * 0", "out has"),
-    Bug("heads of another group", "head = bh // GROUP * U", "head = bh * U", "out has"),
+    Bug("counts of another sample", "b.to(gl.int64) * count_stride", "b.to(gl.int64) * 0", "out has"),
+    Bug("heads of another group", "g = h // GROUP", "g = h", "out has"),
+    Bug("tiles of the first sample", "[b, g, tile, slot, 0]", "[b * 0, g, tile, slot, 0]", "out has"),
+    Bug("queries of the first sample", "queries, [b, h, row, 0]", "queries, [b * 0, h, row, 0]", WRONG),
+    Bug("gates of the first head", "gates, [b, h, row, 0]", "gates, [b, h * 0, row, 0]", "out has"),
+    Bug("output where the first head's is", "outs, [b, h, row, 0]", "outs, [b, h * 0, row, 0]", "out has"),
+    Bug("log-sum-exp of the first sample", "lse + bh * R", "lse + bh * R * 0", "lse is"),
     Bug("output not rescaled", "acc = acc * decay[:, None]\n        update", "update", "out has"),
     Bug("sum not rescaled", "total = total * factor +", "total = total +", WRONG),
     Bug("coarse row of the head's first tile", "coarse + at * D", "coarse + (at - tile) * D", "out has"),
