@@ -148,10 +148,10 @@ def find_region(gm: GraphModule, calls: list[Node]) -> Region:
     _downwards(region, gm, tokens)
     read = set()
     for node in region.inside:
-        for x, dim in region.needs(node).items():
-            if dim is not None:
-                read.add(x)
-            elif x in region.inside:
+        needs = region.needs(node)
+        read |= {x for x, dim in needs.items() if dim is not None}
+        for x in node.all_input_nodes:  # where it is not known to be read like the rest, it is read in its own order
+            if x in region.inside and needs.get(x) is None and not reads_form_only(node, x):
                 region.sinks.setdefault(x, []).append(node)
         for user in node.users:
             if user not in region.inside and not reads_form_only(user, node):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -99,8 +100,10 @@ def written_by(node: Node) -> list[Node]:
     schema = getattr(node.target, "_schema", None)
     if schema is not None and schema.is_mutable:
         return tensors_of(node)
-    in_place = name.endswith("_") and not name.endswith("__")
-    in_place |= module == "_operator" and (name == "setitem" or (name.startswith("i") and hasattr(operator, name[1:])))
+    if module == "_operator":
+        in_place = name == "setitem" or (name.startswith("i") and hasattr(operator, name[1:]))
+    else:
+        in_place = name.endswith("_") and (not name.endswith("__") or name.startswith("__i") or name == "__setitem__")
     in_place |= bool(argument(node, _INPLACE.get(name_of(node) or "", 99), "inplace", False))
     first = [n for n in node.args[:1] if isinstance(n, Node)] if in_place else []
     out = node.kwargs.get("out")
@@ -288,7 +291,7 @@ def _joined(node: Node, dim: int) -> Wants | None:
 def index_dims(index: Any, shape: tuple[Any, ...]) -> list[int | None] | None:
     """For each dimension of ``x[index]`` the one of x that it takes whole; None for others. None: no basic index."""
     items = list(index) if isinstance(index, tuple) else [index]
-    if any(not isinstance(item, int | slice) and item is not None and item is not Ellipsis for item in items):
+    if any(isinstance(item, bool) or not isinstance(item, int | slice | type(None) | EllipsisType) for item in items):
         return None
     taken = sum(isinstance(item, int | slice) for item in items)
     if Ellipsis not in items:

@@ -189,6 +189,9 @@ STEPS: dict[str, Step] = {
     "first token": lambda x: x + x[:, :1],
     "as a grid": lambda x: x.unflatten(1, GRID).flip(2).flatten(1, 3),
     "attention by hand": lambda x: (0.1 * x @ x.transpose(1, 2) + torch.linspace(0, 3, S)).softmax(-1) @ x,
+    "attention by hand, biased by its keys": lambda x: (
+        (0.1 * x @ x.transpose(1, 2) + x.mean(-1)[:, None, :]).softmax(-1) @ x.cumsum(1)
+    ),
     "turned": lambda x: x.mT.contiguous().mT * 2,
     "gated": lambda x: x * torch.sigmoid(x.mean(-1, keepdim=True)),
     "heads apart": lambda x: torch.cat([each * (i + 1) for i, each in enumerate(x.chunk(4, -1))], -1) * 0.3,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -209,3 +210,18 @@ def test_an_index_says_which_dimensions_it_takes_whole() -> None:
     assert index_dims((slice(1, None), slice(None, 3, 1), slice(None, None, 2)), shape) == [None, 1, None, 3]
     assert index_dims(slice(0, 1), shape) == [None, 1, 2, 3]
     assert index_dims(torch.tensor([0]), shape) is None
+    assert index_dims((slice(None), True), shape) is None  # a dimension more
+
+
+def test_writes_are_known_by_their_names() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    for name in ("add_", "__iadd__", "__setitem__", "copy_"):
+        assert written_by(graph.call_method(name, (x, 1))) == [x]
+    for target in (operator.iadd, operator.setitem, operator.imul):
+        assert written_by(graph.call_function(target, (x, 1, 2))) == [x]
+    assert written_by(graph.call_function(torch.add, (1, 2), {"out": x})) == [x]
+    assert written_by(graph.call_function(F.silu, (x, True))) == [x]
+    for node in (graph.call_method("__add__", (x, 1)), graph.call_function(operator.and_, (x, 1))):
+        assert written_by(node) == []
+    assert written_by(graph.call_function(F.silu, (x, False))) == [] == written_by(graph.call_method("add", (x, 1)))
