@@ -124,9 +124,10 @@ class CallParts:
 
         def flexsparse_reorder(x: Tensor, dim: int, grid: Grid, tables: Tables, back: bool) -> Tensor:
             layout = ordered(grid, tables, "raster")
-            x = x.movedim(dim, -2) if x.dim() > 1 else x[:, None]
-            x = layout.to_raster(x) if back else layout.to_tiles(x)
-            return x.movedim(-2, dim).contiguous() if x.dim() > 1 else x[:, 0]
+            move = layout.to_raster if back else layout.to_tiles
+            if x.dim() == 1:
+                return move(x[:, None])[:, 0].contiguous()
+            return move(x.movedim(dim, -2)).movedim(-2, dim).contiguous()
 
         def flexsparse_tiles(q: Tensor, k: Tensor, v: Tensor, grid: Grid, tables: Tables, order: str) -> Tiles:
             return tiles_of(q, k, v, ordered(grid, tables, order), None, None)

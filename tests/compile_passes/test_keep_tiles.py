@@ -192,6 +192,7 @@ STEPS: dict[str, Step] = {
     "attention by hand, biased by its keys": lambda x: (
         (0.1 * x @ x.transpose(1, 2) + x.mean(-1)[:, None, :]).softmax(-1) @ x.cumsum(1)
     ),
+    "a number for each token": lambda x: (x.transpose(1, 2) * torch.linspace(0.5, 1.5, S)).transpose(1, 2),
     "turned": lambda x: x.mT.contiguous().mT * 2,
     "gated": lambda x: x * torch.sigmoid(x.mean(-1, keepdim=True)),
     "heads apart": lambda x: torch.cat([each * (i + 1) for i, each in enumerate(x.chunk(4, -1))], -1) * 0.3,
