@@ -105,11 +105,11 @@ def results(model: nn.Module, builder: Any, keep_tiles: bool, **options: Any) ->
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True)]
 
 
-def check_same(model: nn.Module, builder: Any | None = None, **options: Any) -> None:
+def check_same(model: nn.Module, builder: Any | None = None, within: float = 1e-5, **options: Any) -> None:
     builder = builder or fs.VSA(top_k=3)
     kept = results(model, builder, True, **options)
     for mine, other in zip(kept, results(model, builder, False, **options)):
-        torch.testing.assert_close(mine, other, atol=1e-5 * max(1.0, float(other.abs().max())), rtol=1e-4)
+        torch.testing.assert_close(mine, other, atol=within * max(1.0, float(other.abs().max())), rtol=10 * within)
 
 
 def test_tokens_are_reordered_at_the_ends_only(seen: Seen) -> None:
@@ -261,7 +261,7 @@ def test_a_square_whose_tokens_are_rows_and_columns_is_left(seen: Seen) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.tuples(*[st.sampled_from(sorted(STEPS))] * 2), min_size=1, max_size=4),
     st.sampled_from(sorted(STEPS)),
@@ -269,9 +269,14 @@ def test_a_square_whose_tokens_are_rows_and_columns_is_left(seen: Seen) -> None:
     st.booleans(),
 )
 def test_any_model(steps: list[tuple[str, str]], last: str, builder: str, checkpointed: bool) -> None:
+    """In float64: some of these models magnify roundings."""
     torch.manual_seed(0)
     pairs = [(lambda x, a=a: plain(STEPS[a](x)), lambda x, b=b: STEPS[b](x)) for a, b in steps]
-    check_same(Model(*pairs, last=STEPS[last], checkpointed=checkpointed), BUILDERS[builder])
+    torch.set_default_dtype(torch.float64)
+    try:
+        check_same(Model(*pairs, last=STEPS[last], checkpointed=checkpointed), BUILDERS[builder], within=1e-9)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_model_whose_tokens_do_not_fill_tiles_is_left(seen: Seen) -> None:
