@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import flexsparse as fs
 from bench.header import header
+from bench.marks import replaced
 from bench.table import x_by
 from bench.timing import interleaved
 
@@ -201,9 +202,7 @@ def table(result: dict[str, Any]) -> str:
 
 def publish(result: dict[str, Any]) -> None:
     """Put the table between the marks of `bench/README.md`."""
-    page = PAGE.read_text()
-    start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
-    PAGE.write_text(f"{page[:start]}\n{table(result)}\n{page[end:]}")
+    PAGE.write_text(replaced(PAGE.read_text(), table(result), BEGIN, END))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.header import ROOT
+from bench.marks import replaced
 from bench.suite import plots
 from bench.suite.measures import File
 from bench.suite.rows import Row, load, median, worst_error
@@ -201,18 +202,6 @@ def page(files: Sequence[File], figures: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def replaced(text: str, block: str) -> str:
-    """A README with what stands between its two marks replaced.
-
-    Raises:
-        ValueError: the marks are not there exactly once, in order.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the README must hold {BEGIN} and, after it, {END}, once each")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Write, or with ``--check`` compare; exit code 1 where something is out of date or cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
@@ -225,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         files = read(options.results)
         readme = options.readme.read_text()
-        block = replaced(readme, readme_block(files, lines(files)))
+        block = replaced(readme, readme_block(files, lines(files)), BEGIN, END)
     except (OSError, ValueError, KeyError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

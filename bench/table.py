@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.marks import replaced
 from bench.rows import RESULTS
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -192,18 +193,6 @@ def markdown(result: Result) -> str:
     return "\n\n".join(parts)
 
 
-def replaced(text: str, block: str) -> str:
-    """A README with the block between its marks replaced.
-
-    Raises:
-        ValueError: the marks are not there exactly once, in order.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the README must hold {BEGIN} and, after it, {END}, once each")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
-
-
 def show(result: Result) -> None:
     """Print the tables for people: with rich where it is installed, else as Markdown."""
     try:
@@ -232,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         block = markdown(load(options.results))
         old = options.readme.read_text()
-        new = replaced(old, block)
+        new = replaced(old, block, BEGIN, END)
     except (OSError, ValueError) as error:
         print(f"{options.results.name}, {options.readme.name}: {error}", file=sys.stderr)
         return 1

@@ -61,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     tuned = tuning.table()
     try:
+        if RESULTS not in options.file.resolve().parents:
+            raise ValueError(
+                f"{options.file} is not below {RESULTS}: keep the result file there, as the table names it"
+            )
         source = options.file.resolve().relative_to(RESULTS).as_posix()
         header, rows = load(options.file)
         if tuned is None:
