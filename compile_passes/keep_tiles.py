@@ -97,6 +97,8 @@ class KeepTiles:
             raise NotKept("its sizes are symbolic")
         if any(other != grid for other in others):
             raise NotKept("its graph has calls on several grids")
+        if any(grid[3:]):
+            raise NotKept("text tokens are among them")
         if not self.parts.whole(grid):
             raise NotKept("its tiles are not all full")
         region = find_region(gm, calls)

@@ -22,13 +22,13 @@ def _not_rewritten() -> RuntimeError:
 
 
 @torch.library.custom_op("flexsparse::mark_grid", mutates_args=())
-def mark_grid(x: Tensor, T: int, H: int, W: int) -> Tensor:
-    """Return ``x``; says that the graph's video tokens form the grid (T, H, W)."""
+def mark_grid(x: Tensor, T: int, H: int, W: int, first: int, last: int) -> Tensor:
+    """Return ``x``; says that the graph's video tokens form the grid (T, H, W), with so many text tokens before and after."""
     raise _not_rewritten()
 
 
 @mark_grid.register_fake
-def _(x: Tensor, T: int, H: int, W: int) -> Tensor:
+def _(x: Tensor, T: int, H: int, W: int, first: int, last: int) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -48,7 +48,7 @@ def _first_only(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _setup_grid(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.others = 3
+    ctx.others = 5
 
 
 def _setup_gate(ctx: Any, inputs: Any, output: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import operator
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -14,8 +13,9 @@ import torch
 from torch._dynamo.source import ConstantSource
 from torch.fx import Graph, GraphModule, Node
 
-from flexsparse.compile_passes import marks, multi_head, sdpa_call
+from flexsparse.compile_passes import marks, multi_head, origins, sdpa_call
 from flexsparse.compile_passes.graphs import finish, graph_modules, remove, replace, value_of
+from flexsparse.compile_passes.origins import from_different_tensors, key_mask
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
 
 # higher-order operators whose sub-graph takes the operands that follow it, one placeholder each
@@ -26,10 +26,10 @@ WALKED = (
     "wrap_with_autocast",
     "invoke_subgraph",
 )
-LINEAR = {torch._C._nn.linear, operator.matmul, torch.matmul, torch.addmm, torch.bmm, torch.mm}
 
 Attend = Callable[..., Any]
-Seen = Callable[[str, Any, Any, "tuple[int, int, int] | None", "str | None"], dict[str, Any]]
+Geometry = tuple[int, int, int, int, int]
+Seen = Callable[[str, Any, Any, "Geometry | None", "str | None"], "dict[str, Any] | str"]
 
 
 class RewriteError(RuntimeError):
@@ -41,24 +41,23 @@ class RewriteSDPA:
 
     Before::
 
-        x1 = mark_grid(x, T, H, W)
+        x1 = mark_grid(x, T, H, W, first, last)
         h1 = mark_gate(h, gate)                                # only where gates are used
-        o  = scaled_dot_product_attention(q, k, v, scale=s)    # S_q = S_kv = T*H*W + extra tokens
+        o  = scaled_dot_product_attention(q, k, v, scale=s)    # S_q = S_kv = first + T*H*W + last
 
     After::
 
-        o = attend(q, k, v, gate, (T, H, W), schedules, scale=s)
+        o = attend(q, k, v, gate, (T, H, W, first, last), schedules, mask, scale=s)
 
     Everything else is left as it was: cross-attention (its queries and keys come from different tensors, whatever their
-    lengths), token refiners, calls with a mask, causal ones, dropout. Nested graphs (activation checkpointing) are
-    walked; grid, gate and schedules become operands of them.
+    lengths), token refiners, calls whose mask may hide video tokens, causal ones, dropout. Nested graphs (activation
+    checkpointing) are walked; grid, gate and schedules become operands of them.
 
     Args:
         attend: the callable put into the graph; torch traces through it.
         seen: told of every call: ``seen(name, q, k, grid, reason)`` with example values, reason None for a call to
-            rewrite; returns keyword arguments of ``attend`` (the backend's choice).
-        grid: the grid, where it is given and not marked in the graph.
-        extra: extra tokens besides the grid's.
+            rewrite; returns keyword arguments of ``attend`` (the backend's choice), or why the call stays dense after all.
+        grid: the geometry (T, H, W, first, last), where it is given and not marked in the graph.
         min_tokens: fewest tokens of a call worth it.
         schedules: 0-d tensors that the builder reads; they enter the graph as buffers.
         gates: whether every sparse call must have a gate.
@@ -74,22 +73,21 @@ class RewriteSDPA:
         attend: Attend,
         seen: Seen,
         *,
-        grid: tuple[int, int, int] | None = None,
-        extra: int = 0,
+        grid: Geometry | None = None,
         min_tokens: int = 0,
         schedules: Sequence[torch.Tensor] = (),
         gates: bool = False,
     ) -> None:
-        self.attend, self.seen, self.grid, self.extra = attend, seen, grid, extra
+        self.attend, self.seen, self.grid = attend, seen, grid
         self.min_tokens, self.schedules, self.gates = min_tokens, tuple(schedules), gates
         self.matches = self.calls = 0
         self.marked = False
 
     def uuid(self) -> str:
         """Hash of this pass's source and parameters, for caches of compiled graphs."""
-        modules = (sys.modules[__name__], marks, multi_head, sdpa_call)
+        modules = (sys.modules[__name__], marks, multi_head, origins, sdpa_call)
         source = "".join(inspect.getsource(module) for module in modules)
-        parameters = (self.grid, self.extra, self.min_tokens, len(self.schedules), self.gates)
+        parameters = (self.grid, self.min_tokens, len(self.schedules), self.gates)
         return hashlib.sha256(f"{source}{parameters}{self.attend!r}".encode()).hexdigest()
 
     def __call__(self, gm: GraphModule) -> GraphModule:
@@ -186,22 +184,21 @@ class RewriteSDPA:
         self.calls += 1
         self.seen(call_name(node), q, k, None, reason)
 
-    def _take(self, node: Node, q: Any, k: Any, environment: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The gate of a call that becomes sparse, and the backend's choice."""
+    def _take(self, node: Node, q: Any, k: Any, environment: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """The gate of a call that becomes sparse, and the backend's choice; None where it stays dense."""
+        self.calls += 1
+        name = call_name(node)
+        choice = self.seen(name, q, k, tuple(value_of(size) for size in environment["grid"]), None)  # type: ignore[arg-type]
+        if isinstance(choice, str):
+            return None
         gate = environment.pop("gate", None)
         if self.gates and gate is None:
             raise RewriteError(
-                f"gates are on, but {call_name(node)} became sparse without one: its module was not recognised as "
+                f"gates are on, but {name} became sparse without one: its module was not recognised as "
                 "self-attention; give wrap(..., gates=[names]) with the names of the attention modules"
             )
-        self.calls += 1
         self.matches += 1
-        T, H, W = (value_of(size) for size in environment["grid"])
-        return gate, self.seen(call_name(node), q, k, (T, H, W), None)
-
-    def _tokens(self, environment: dict[str, Any]) -> Any:
-        T, H, W = (value_of(size) for size in environment["grid"])
-        return T * H * W + self.extra
+        return gate, choice
 
     def _call(self, graph: Graph, node: Node, environment: dict[str, Any]) -> None:
         call = SDPACall.of(node.args, node.kwargs)
@@ -209,14 +206,21 @@ class RewriteSDPA:
         if "grid" not in environment:
             self._leave(node, q, k, "the graph does not say the grid")
             return
-        reason = call.stays_dense(q, k, v, self._tokens(environment), self.min_tokens)
-        if reason is None and _from_different_tensors(call.query, call.key):
+        T, H, W, first, last = (value_of(size) for size in environment["grid"])
+        mask = key_mask(call.attn_mask)
+        reason = call.stays_dense(
+            q, k, v, first + T * H * W + last, self.min_tokens, None if mask is None else value_of(mask), first + last
+        )
+        if reason is None and from_different_tensors(call.query, call.key):
             reason = "queries and keys come from different tensors (cross-attention)"
         if reason is not None:
             self._leave(node, q, k, reason)
             return
-        gate, choice = self._take(node, q, k, environment)
-        rest = (gate, environment["grid"], environment.get("schedules", ()))
+        taken = self._take(node, q, k, environment)
+        if taken is None:
+            return
+        gate, choice = taken
+        rest = (gate, environment["grid"], environment.get("schedules", ()), mask)
         arguments = (call.query, call.key, call.value, *rest)
         with graph.inserting_before(node):
             new = graph.call_function(self.attend, arguments, {"scale": call.scale, **choice})
@@ -234,16 +238,20 @@ class RewriteSDPA:
             self._leave(node, query, value_of(call["key"]), reason)
             return
         q = multi_head.heads_of(query, call["num_heads"])
-        reason = SDPACall(q, q, q).stays_dense(q, q, q, self._tokens(environment), self.min_tokens)
+        T, H, W, first, last = (value_of(size) for size in environment["grid"])
+        reason = SDPACall(q, q, q).stays_dense(q, q, q, first + T * H * W + last, self.min_tokens)
         if reason is not None:
             self._leave(node, q, q, reason)
             return
-        gate, choice = self._take(node, q, q, environment)
+        taken = self._take(node, q, q, environment)
+        if taken is None:
+            return
+        gate, choice = taken
         attend = self.attend
 
         def flexsparse_multi_head(*args: Any, flexsparse: Any, **kwargs: Any) -> Any:
             def sdpa(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
-                return attend(q, k, v, *flexsparse, scale=None, **choice)
+                return attend(q, k, v, *flexsparse, None, scale=None, **choice)
 
             return multi_head.multi_head_with(sdpa)(*args, **kwargs)
 
@@ -265,53 +273,6 @@ def _has_attention(gm: GraphModule) -> bool:
 def _graph_position(node: Node) -> int:
     """Where the sub-graph stands among the operator's arguments; its operands follow."""
     return next(i for i, a in enumerate(node.args) if isinstance(a, Node) and a.op == "get_attr")
-
-
-def _sources(node: Any, limit: int = 2000) -> set[Node]:
-    """Inputs of the nearest linear maps above a node."""
-    found: set[Node] = set()
-    stack: list[Any] = [node]
-    visited: set[Node] = set()
-    while stack and len(visited) < limit:
-        current = stack.pop()
-        if not isinstance(current, Node) or current in visited:
-            continue
-        visited.add(current)
-        if current.target in LINEAR or (current.op == "call_method" and current.target == "matmul"):
-            first = current.args[0] if current.args else current.kwargs.get("input")
-            if isinstance(first, Node):
-                found.add(_through_views(first))
-        else:
-            stack.extend(current.all_input_nodes)
-    return found
-
-
-def _through_views(node: Node) -> Node:
-    """The tensor behind casts, reshapes and marks, so that two readings of one tensor compare equal."""
-    same = {
-        "to",
-        "type_as",
-        "float",
-        "contiguous",
-        "view",
-        "reshape",
-        "flatten",
-        "transpose",
-        "permute",
-        "clone",
-    }
-    while True:
-        if (node.op == "call_method" and node.target in same and isinstance(node.args[0], Node)) or (
-            node.op == "call_function" and marks.is_mark(node.target, marks.GATE) and isinstance(node.args[0], Node)
-        ):
-            node = node.args[0]
-        else:
-            return node
-
-
-def _from_different_tensors(q: Any, k: Any) -> bool:
-    q_sources, k_sources = _sources(q), _sources(k)
-    return bool(q_sources and k_sources) and not (q_sources & k_sources)
 
 
 def call_name(node: Node) -> str:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from flexsparse.ops.text_lengths import mask_shape
 
 SDPA = torch._C._nn.scaled_dot_product_attention
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -30,7 +33,16 @@ class SDPACall:
         """From positional and keyword arguments."""
         return cls(**dict(zip(_NAMES, args)), **kwargs)
 
-    def stays_dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: int, least: int) -> str | None:
+    def stays_dense(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        tokens: int,
+        least: int,
+        mask: torch.Tensor | None = None,
+        extra: int = 0,
+    ) -> str | None:
         """Why the call is left alone; None where it is attention of the video's tokens among themselves.
 
         Args:
@@ -39,13 +51,25 @@ class SDPACall:
             v: the value.
             tokens: tokens of the layout, extra ones included; may be symbolic.
             least: fewest tokens worth it.
+            mask: the key mask that stands for the call's mask, or a fake of it.
+            extra: extra tokens among them: a mask may hide those.
         """
         if q.dim() != 4:
             return f"q has {q.dim()} dimensions, not [B, H, S, D]"
+        if free_unbacked_symbols(q.shape[2]) or free_unbacked_symbols(k.shape[2]):
+            return (
+                "how many tokens it has depends on data (each sample by itself, without its padding): use compile=False"
+            )
         if q.shape[2] != tokens or k.shape[2] != tokens:
             return f"{_size(q.shape[2])} x {_size(k.shape[2])} tokens are not the layout's {_size(tokens)}"
-        if self.attn_mask is not None:
-            return "it has an attention mask"
+        if self.attn_mask is not None and mask is None:
+            return "it has an attention mask, and not the same for every query"
+        if mask is not None:
+            if not extra:
+                return "it has an attention mask, and no text tokens that it could hide"
+            reason = mask_shape(mask, tokens)
+            if reason is not None:
+                return reason
         if self.is_causal:
             return "it is causal"
         if self.dropout_p:

@@ -26,8 +26,9 @@ class Parts(Protocol):
 
     Attributes:
         tables: ``(grid, device, order)`` to the index tensors of a grid that is known in numbers.
-        tiles: ``(q, k, v, grid, tables, order)`` to q, k and v in tile order.
-        plan: ``(q, k, tiles, grid, tables, order, ratios, gated, scale)`` to a list of tensors and sizes: the coarse stage.
+        tiles: ``(q, k, v, mask, grid, tables, order)`` to q, k and v in tile order.
+        plan: ``(q, k, tiles, grid, tables, order, ratios, mask, gated, scale, builder)`` to a list of tensors and sizes: the
+            coarse stage.
         fine: ``(q, tiles, planned, gate, grid, tables, **choice)`` to the output: the fine stage and the combination.
     """
 
@@ -42,13 +43,13 @@ class UnfoldAttention:
 
     Before::
 
-        o = attend(q, k, v, gate, (T, H, W), schedules, scale=s, backend=b)   # order="tiles" after KeepTiles
+        o = attend(q, k, v, gate, grid, schedules, mask, scale=s, backend=b)   # order="tiles" after KeepTiles
 
     After::
 
-        tiles = parts.tiles(q, k, v, (T, H, W), tables)     # tables: buffers where T, H, W are numbers, else None
+        tiles = parts.tiles(q, k, v, mask, grid, tables)     # tables: buffers where the grid is known in numbers, else None
         ...                                     # aten nodes of parts.plan: pool, scores, select, softmax, coarse output
-        o = parts.fine(q, tiles, planned, gate, (T, H, W), tables, scale=s, backend=b)
+        o = parts.fine(q, tiles, planned, gate, grid, tables, scale=s, backend=b)
 
     The coarse stage is traced before autograd and before composite functions fall apart: a softmax is one node. Calls
     inside of other functions (torch's own multi-head attention) stay as they are.
@@ -101,7 +102,7 @@ class UnfoldAttention:
             finish(gm)
 
     def _unfold(self, gm: GraphModule, node: Node, regions: list[Autocast], nested: bool) -> None:
-        q, k, v, gate, grid, ratios = node.args
+        q, k, v, gate, grid, ratios, mask = node.args
         choice = dict(node.kwargs)
         order = choice.setdefault("order", "raster")
         examples = [value_of(x) for x in (q, k, v)]
@@ -117,15 +118,17 @@ class UnfoldAttention:
         with fake, torch.autocast(device.type, enabled=False):
             # detached: what autograd saved here would count among the tensors that a checkpointed region saves
             examples = [x.detach().to(dtype) for x in examples]
-            tile_examples = self.parts.tiles(*examples, sizes, table_examples, order)
+            mask_example = None if mask is None else value_of(mask)
+            tile_examples = self.parts.tiles(*examples, mask_example, sizes, table_examples, order)
         numbers = [as_fake(fake, value_of(ratio)) for ratio in ratios]
 
-        def coarse_stage(q: Any, k: Any, tiles: Any, grid: Any, tables: Any, ratios: Any) -> list[Any]:
-            return self.parts.plan(q, k, tiles, grid, tables, order, ratios, gate is not None, choice["scale"])
+        def coarse_stage(q: Any, k: Any, tiles: Any, grid: Any, tables: Any, ratios: Any, mask: Any) -> list[Any]:
+            rest = (gate is not None, choice["scale"], choice["builder"])
+            return self.parts.plan(q, k, tiles, grid, tables, order, ratios, mask, *rest)
 
         with fake, _taking_tensors(fake):
             traced = make_fx(coarse_stage, pre_dispatch=True, _allow_non_fake_inputs=True)(
-                *examples[:2], tile_examples, sizes, table_examples, numbers
+                *examples[:2], tile_examples, sizes, table_examples, numbers, mask_example
             )
         _drop_dead(traced.graph)
         graph = gm.graph
@@ -134,14 +137,14 @@ class UnfoldAttention:
                 q, k, v = (graph.call_method("to", (x, dtype)) for x in (q, k, v))
                 for x, example in zip((q, k, v), examples):
                     x.meta = dict(node.meta, example_value=example)
-            tiles = graph.call_function(self.parts.tiles, (q, k, v, grid, tables, order))
+            tiles = graph.call_function(self.parts.tiles, (q, k, v, mask, grid, tables, order))
             tiles.meta = dict(node.meta, example_value=tile_examples)
             parts = []
             for index, example in enumerate(tile_examples):
                 part = graph.call_function(operator.getitem, (tiles, index))
                 part.meta = dict(node.meta, example_value=example)
                 parts.append(part)
-            operands = [q, k, *parts, *grid, *((None,) if tables is None else tables), *ratios]
+            operands = [q, k, *parts, *grid, *((None,) if tables is None else tables), *ratios, mask]
             planned = _inline(gm, traced, operands, {**node.meta, CALL: choice.get("name")})
             new = graph.call_function(self.parts.fine, (q, tuple(parts), planned, gate, grid, tables), choice)
         new.meta = dict(node.meta)

@@ -1,9 +1,10 @@
 """Trainable block-sparse attention for video diffusion transformers, integrated with torch.compile."""
 
-from flexsparse import masks, nn
+from flexsparse import distributed, masks, nn
 from flexsparse.attention import AttentionAux, sparse_attention
 from flexsparse.compiler import backend
-from flexsparse.gates import gate_parameters, load_gates, save_gates
+from flexsparse.gate_files import load_gates, save_gates
+from flexsparse.gates import gate_parameters
 from flexsparse.layout import TileLayout
 from flexsparse.masks import (
     BSA,
@@ -19,6 +20,7 @@ from flexsparse.masks import (
 )
 from flexsparse.schedule import SparsitySchedule
 from flexsparse.selection import KeptQueries, TileSelection
+from flexsparse.steps import DenseSteps
 from flexsparse.wrap import report, unwrap, wrap
 
 __version__ = "0.1.0"
@@ -28,6 +30,7 @@ __all__ = [
     "VSA",
     "AttentionAux",
     "Dense",
+    "DenseSteps",
     "FrameCausal",
     "Intersection",
     "KeptQueries",
@@ -40,6 +43,7 @@ __all__ = [
     "TopP",
     "Union",
     "backend",
+    "distributed",
     "gate_parameters",
     "load_gates",
     "masks",

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.attention import Tiles, attend, fine, plan, tiles_of
+from flexsparse.attention import Tiles, fine, plan, tiles_of
 from flexsparse.backends import softmax_scale
-from flexsparse.grids import Grid
+from flexsparse.grids import Geometry
 from flexsparse.layout import TileLayout
+from flexsparse.masks.base import MaskBuilder
+from flexsparse.ops import text_lengths  # noqa: F401  # registers the op
 from flexsparse.schedule import SparsitySchedule
 from flexsparse.selection import KeptQueries, TileSelection
 
@@ -25,19 +27,45 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def gate_heads(gate: Tensor, q: Tensor) -> Tensor:
-    """A gate ``[B, S, H * D]`` as ``[B, H, S, D]``, in q's dtype.
+def gate_heads(gate: Tensor, q: Tensor, layout: TileLayout) -> Tensor:
+    """A gate ``[B, S, H * D]`` as ``[B, H, S, D]``, in q's dtype. One of the video's tokens only gets zeros for the others.
 
     Raises:
         ValueError: the gate has other sizes than the attention's queries.
     """
     B, H, S, D = q.shape
+    if gate.dim() == 3 and gate.shape[1] != S and gate.shape[1] == layout.num_tokens:
+        gate = torch.nn.functional.pad(gate, (0, 0, layout.text_first, layout.text_last))  # they have no coarse output
     if gate.dim() != 3 or gate.shape[0] != B or gate.shape[1] != S or gate.shape[2] != H * D:
         raise ValueError(
             f"the gate is {tuple(gate.shape)}, the attention's queries are {tuple(q.shape)}: a gate reads the hidden states "
             "of its attention, [B, S, channels], and writes H * D channels; give wrap(..., gates=[names]) to choose modules"
         )
     return gate.unflatten(-1, (H, D)).transpose(1, 2).to(q.dtype)
+
+
+def hide_text(k: Tensor, v: Tensor, mask: Tensor, layout: TileLayout) -> tuple[Tensor, Tensor]:
+    """k and v with the text that a key mask hides zeroed: what lies there may be anything, NaN included."""
+    lengths = torch.ops.flexsparse.text_lengths(mask, layout.text_first, layout.text_last)
+    position = torch.arange(layout.seq_len, device=k.device)
+    after = position - (layout.text_first + layout.num_tokens)
+    hidden = (position < layout.text_first) & (position >= lengths[:, :1]) | (after >= lengths[:, 1:])
+    hidden = hidden[:, None, :, None]
+    return k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+
+
+def text_counts(mask: Tensor, layout: TileLayout) -> Tensor:
+    """Valid tokens of every tile where a key mask hides text: int32 ``[B, tiles]``."""
+    lengths = torch.ops.flexsparse.text_lengths(mask, layout.text_first, layout.text_last)
+    counts = layout.index(mask.device)[2].expand(mask.shape[0], -1)
+
+    def of_text(tiles: int, length: Tensor) -> Tensor:
+        return (length - torch.arange(tiles, device=mask.device) * layout.slots).clamp(0, layout.slots).to(torch.int32)
+
+    video = counts.narrow(-1, layout.tiles_first, layout.num_tiles)
+    return torch.cat(
+        [of_text(layout.tiles_first, lengths[:, :1]), video, of_text(layout.tiles_last, lengths[:, 1:])], -1
+    )
 
 
 def sparse_call(
@@ -51,26 +79,32 @@ def sparse_call(
     backend: str,
     in_graph: bool,
     call: str = "",
+    mask: Tensor | None = None,
+    kv_layout: TileLayout | None = None,
 ) -> Tensor:
     """What replaces a scaled_dot_product_attention call, in a graph or uncompiled."""
+    kv_layout = layout if kv_layout is None else kv_layout
     dtype = autocast_dtype(q.device.type)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     with torch.autocast(q.device.type, enabled=False):
-        if gate is not None:
-            gate = gate_heads(gate, q)
-        return attend(
-            q,
-            k,
-            v,
-            layout,
-            builder,
-            gate=gate,
-            scale=softmax_scale(scale, q.shape[-1]),
-            backend=backend,
-            in_graph=in_graph,
-            call=call,
-        )[0]
+        gate = None if gate is None else gate_heads(gate, q, layout)
+        scale = softmax_scale(scale, q.shape[-1])
+        if mask is not None:
+            k, v = hide_text(k, v, mask, layout)
+        tiles = tiles_of(q, k, v, layout, kv_layout, None)
+        selection, coarse_out = plan(q, k, tiles, layout, builder, kv_layout, scale, None, gate is not None)
+        selection = with_text_counts(selection, mask)
+        return fine(q, tiles, selection, coarse_out, (gate, None), scale, backend, in_graph=in_graph, call=call)[0]
+
+
+def with_text_counts(selection: TileSelection, mask: Tensor | None) -> TileSelection:
+    """A selection whose text tiles hold what a key mask leaves; the video tiles, which it chose from, are the layout's."""
+    return (
+        selection
+        if mask is None
+        else dataclasses.replace(selection, tile_counts=text_counts(mask, selection.kv_layout))
+    )
 
 
 Tables = Sequence[Tensor] | None
@@ -80,30 +114,39 @@ class CallParts:
     """The calls of one graph, for `compile_passes.RewriteSDPA` and `compile_passes.UnfoldAttention`.
 
     Args:
-        builder: a mask builder.
-        schedules: the schedules that it reads.
-        layout_of: the layout of a grid.
+        builders: mask builders; a call says by number which is its own.
+        schedules: the schedules that they read.
+        layouts_of: the layouts of queries and keys (one object where they are the same) of a geometry (T, H, W, text_first,
+            text_last), ``grid`` in what follows.
 
     Attributes:
         tables: index tensors of a grid known in numbers, for a device.
-        whole: whether every tile of a grid is full.
+        whole: whether tokens can stay in tile order: every tile is full, and queries and keys have the same.
         reorder: a tensor with the tokens of one dimension in tile order, or back in raster order.
-        attend: the whole call, ``attend(q, k, v, gate, grid, ratios, *, scale, backend, name, order)``; ``order`` is that
-            of the tokens (`TileLayout`), here and in the parts.
+        attend: the whole call, ``attend(q, k, v, gate, grid, ratios, mask, *, scale, backend, name, builder, order)``; ``mask``
+            is a key mask ``[B, 1, 1, S]`` or None, ``order`` that of the tokens (`TileLayout`), here and in the parts.
         tiles: q, k and v in tile order.
         plan: the coarse stage.
         fine: the fine stage and the combination.
     """
 
     def __init__(
-        self, builder: Any, schedules: Sequence[SparsitySchedule], layout_of: Callable[[Grid], TileLayout]
+        self,
+        builders: Sequence[Any],
+        schedules: Sequence[SparsitySchedule],
+        layouts_of: Callable[[Geometry], tuple[TileLayout, TileLayout]],
     ) -> None:
-        def bound(ratios: Sequence[Tensor]) -> Any:
+        def bound(ratios: Sequence[Tensor], number: int) -> Any:
             tensors = {id(schedule): ratio for schedule, ratio in zip(schedules, ratios)}
-            return builder.bind(tensors) if schedules else builder
+            builder = builders[number]
+            return builder.bind(tensors) if schedules and isinstance(builder, MaskBuilder) else builder
 
-        def ordered(grid: Grid, tables: Tables, order: str) -> TileLayout:
-            return dataclasses.replace(layout_of(grid), order=order).with_tables(tables)
+        def ordered(grid: Geometry, tables: Tables, order: str) -> tuple[TileLayout, TileLayout]:
+            layout, kv_layout = layouts_of(grid)
+            own = dataclasses.replace(layout, order=order).with_tables(None if tables is None else tables[:3])
+            if kv_layout is layout:
+                return own, own
+            return own, dataclasses.replace(kv_layout, order=order).with_tables(None if tables is None else tables[3:])
 
         # plain functions, because a graph calls them by name
 
@@ -112,67 +155,84 @@ class CallParts:
             k: Tensor,
             v: Tensor,
             gate: Tensor | None,
-            grid: Grid,
+            grid: Geometry,
             ratios: Sequence[Tensor],
+            mask: Tensor | None,
             *,
             scale: float | None,
             backend: str,
             name: str,
+            builder: int,
             order: str = "raster",
         ) -> Tensor:
-            return sparse_call(bound(ratios), q, k, v, gate, ordered(grid, None, order), scale, backend, True, name)
+            layout, kv_layout = ordered(grid, None, order)
+            choice = (scale, backend, True, name, mask, kv_layout)
+            return sparse_call(bound(ratios, builder), q, k, v, gate, layout, *choice)
 
-        def flexsparse_reorder(x: Tensor, dim: int, grid: Grid, tables: Tables, back: bool) -> Tensor:
-            layout = ordered(grid, tables, "raster")
+        def flexsparse_reorder(x: Tensor, dim: int, grid: Geometry, tables: Tables, back: bool) -> Tensor:
+            layout, _ = ordered(grid, tables, "raster")
             move = layout.to_raster if back else layout.to_tiles
             if x.dim() == 1:
                 return move(x[:, None])[:, 0].contiguous()
             return move(x.movedim(dim, -2)).movedim(-2, dim).contiguous()
 
-        def flexsparse_tiles(q: Tensor, k: Tensor, v: Tensor, grid: Grid, tables: Tables, order: str) -> Tiles:
-            return tiles_of(q, k, v, ordered(grid, tables, order), None, None)
+        def flexsparse_tiles(
+            q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grid: Geometry, tables: Tables, order: str
+        ) -> Tiles:
+            layout, kv_layout = ordered(grid, tables, order)
+            if mask is not None:
+                k, v = hide_text(k, v, mask, layout)
+            return tiles_of(q, k, v, layout, kv_layout, None)
 
         def flexsparse_plan(
             q: Tensor,
             k: Tensor,
             tiles: Tiles,
-            grid: Grid,
+            grid: Geometry,
             tables: Tables,
             order: str,
             ratios: Sequence[Tensor],
+            mask: Tensor | None,
             gated: bool,
             scale: float | None,
+            builder: int,
         ) -> list[Any]:
             with torch.autocast(q.device.type, enabled=False):
                 softmax = softmax_scale(scale, q.shape[-1])
-                layout = ordered(grid, tables, order)
-                return flat(*plan(q, k, tiles, layout, bound(ratios), None, softmax, None, gated))
+                layout, kv_layout = ordered(grid, tables, order)
+                chooser = bound(ratios, builder)
+                selection, coarse_out = plan(q, k, tiles, layout, chooser, kv_layout, softmax, None, gated)
+                return flat(with_text_counts(selection, mask), coarse_out)
 
         def flexsparse_fine(
             q: Tensor,
             tiles: Tiles,
             planned: Sequence[Any],
             gate: Tensor | None,
-            grid: Grid,
+            grid: Geometry,
             tables: Tables,
             *,
             scale: float | None,
             backend: str,
             name: str,
+            builder: int,
             order: str,
         ) -> Tensor:
             with torch.autocast(q.device.type, enabled=False):
-                selection, coarse_out = unflat(planned, ordered(grid, tables, order))
-                gate = None if gate is None else gate_heads(gate, q)
+                layout, kv_layout = ordered(grid, tables, order)
+                selection, coarse_out = unflat(planned, layout, kv_layout)
+                gate = None if gate is None else gate_heads(gate, q, layout)
                 softmax = softmax_scale(scale, q.shape[-1])
                 gates = (gate, None)
                 return fine(q, tiles, selection, coarse_out, gates, softmax, backend, in_graph=True, call=name)[0]
 
-        def tables(grid: Grid, device: torch.device, order: str) -> tuple[Tensor, Tensor, Tensor]:
-            return ordered(grid, None, order).tables(device)
+        def tables(grid: Geometry, device: torch.device, order: str) -> tuple[Tensor, ...]:
+            layout, kv_layout = ordered(grid, None, order)
+            return (*layout.tables(device), *(() if kv_layout is layout else kv_layout.tables(device)))
 
-        def whole(grid: Grid) -> bool:
-            return layout_of(grid).whole
+        def whole(grid: Geometry) -> bool:
+            layout, kv_layout = layouts_of(grid)
+            return kv_layout is layout and layout.whole
 
         self.attend, self.tables, self.whole, self.reorder = flexsparse_attend, tables, whole, flexsparse_reorder
         self.tiles, self.plan, self.fine = flexsparse_tiles, flexsparse_plan, flexsparse_fine
@@ -185,7 +245,7 @@ def flat(selection: TileSelection, coarse_out: Tensor | None) -> list[Any]:
     return [selection.bits, selection.counts, selection.capacity, selection.tile_counts, coarse_out, *queries]
 
 
-def unflat(planned: Sequence[Any], layout: TileLayout) -> tuple[TileSelection, Tensor | None]:
+def unflat(planned: Sequence[Any], layout: TileLayout, kv_layout: TileLayout) -> tuple[TileSelection, Tensor | None]:
     """Inverse of `flat`."""
     bits, counts, capacity, tile_counts, coarse_out, *kept = planned
     queries = None if kept[0] is None else KeptQueries(*kept)
@@ -193,7 +253,7 @@ def unflat(planned: Sequence[Any], layout: TileLayout) -> tuple[TileSelection, T
         bits=bits,
         counts=counts,
         layout=layout,
-        kv_layout=layout,
+        kv_layout=kv_layout,
         capacity=capacity,
         queries=queries,
         tile_counts=tile_counts,

@@ -17,10 +17,13 @@ from flexsparse.backends import choose
 from flexsparse.calls import CallParts, autocast_dtype
 from flexsparse.compile_passes import FuseSelection, KeepTiles, LowerFlex, RewriteError, RewriteSDPA, UnfoldAttention
 from flexsparse.compile_passes.fusion_guard import compile_eagerly, compile_guarded
-from flexsparse.grids import Grid
+from flexsparse.grids import Geometry
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import MaskBuilder, StaticBuilder
 from flexsparse.reporting import Call, Report
+from flexsparse.rules import BuilderRules
+
+DENSE = "dense_layers, or the builder's rules, leave it dense"
 
 
 class Backend:
@@ -31,9 +34,10 @@ class Backend:
 
     def __init__(
         self,
-        builder: MaskBuilder,
+        builder: Any,
         *,
         tile: Sequence[int] | str = (4, 4, 4),
+        query_tile: Sequence[int] | str | None = None,
         grid: Sequence[int] | None = None,
         expect: int | None = None,
         fuse_selection: bool = True,
@@ -47,45 +51,58 @@ class Backend:
         gates: bool = False,
         wrapped: bool = False,
     ) -> None:
-        if not callable(getattr(builder, "select", None)):
-            raise TypeError(f"builder is {builder!r}: give a mask builder, such as flexsparse.VSA(sparsity=0.9)")
-        if gates and not getattr(builder, "has_coarse", False):
-            raise ValueError(
-                f"gates are on, but {type(builder).__name__} has no coarse output: use VSA or TopP, or no gates"
-            )
+        self.rules = BuilderRules.of(builder)
+        for one in self.rules.builders:
+            if gates and not getattr(one, "has_coarse", False):
+                raise ValueError(
+                    f"gates are on, but {type(one).__name__} has no coarse output: use VSA or TopP, or no gates"
+                )
         if inner not in ("inductor", "aot_eager"):
             raise ValueError(
                 f"inner is {inner!r}: give 'inductor', or 'aot_eager' to leave out Inductor when debugging"
             )
         if expect is not None and expect < 0:
             raise ValueError(f"expect is {expect}: give how many sparse calls a graph has, at least 0, or None")
-        self.builder, self.tile = builder, tile if isinstance(tile, str) else tuple(tile)
-        self.grid: Grid | None = None if grid is None else tuple(grid)  # type: ignore[assignment]
-        self.text_first, self.text_last = text_first, text_last
-        self.layout_of(self.grid or (1, 1, 1))  # raises for a tile, grid or text length that makes no sense
+        self.tile = tile if isinstance(tile, str) else tuple(tile)
+        self.query_tile = query_tile if query_tile is None or isinstance(query_tile, str) else tuple(query_tile)
+        self.geometry: Geometry | None = None if grid is None else (*grid, text_first, text_last)  # type: ignore[assignment]
+        self.ragged = False
+        self.parallel: Any = None  # set by `distributed.ulysses`: all-to-alls around the calls of one rank's tokens
+        self.layouts_of(
+            self.geometry or (1, 1, 1, text_first, text_last)
+        )  # raises for a tile, grid or text length that makes no sense
         self.expect, self.min_tokens, self.attention, self.gates = expect, min_tokens, attention, gates
         self.fuse_selection, self.lower_flex, self.keep_tiles = fuse_selection, lower_flex, keep_tiles
         self.inner, self.wrapped = inner, wrapped
         self.calls = Report()
 
-    def layout_of(self, grid: Grid) -> TileLayout:
-        """The layout of a grid, with this backend's tile and extra tokens."""
-        return TileLayout(grid=grid, tile=self.tile, text_first=self.text_first, text_last=self.text_last)  # type: ignore[arg-type]
+    def layouts_of(self, geometry: Geometry) -> tuple[TileLayout, TileLayout]:
+        """The layouts of queries and keys; one object where their tiles are the same."""
+        *grid, first, last = geometry
+        layout = TileLayout(grid=grid, tile=self.tile, text_first=first, text_last=last)  # type: ignore[arg-type]
+        if self.query_tile is None or self.query_tile == self.tile:
+            return layout, layout
+        own = TileLayout(grid=grid, tile=self.query_tile, text_first=first, text_last=last)  # type: ignore[arg-type]
+        return own, layout
+
+    def layout_of(self, geometry: Geometry) -> TileLayout:
+        """The layout of the queries."""
+        return self.layouts_of(geometry)[0]
 
     def report(self) -> Report:
         """Every attention call met so far; prints as a table."""
         return self.calls
 
-    def check(self, grid: Grid) -> None:
-        """Raise a `ValueError` where the builder cannot work on a grid."""
-        layout = self.layout_of(grid)
-        if isinstance(self.builder, MaskBuilder):
-            self.builder.check(layout, layout)
+    def check(self, geometry: Geometry) -> None:
+        """Raise a `ValueError` where a builder cannot work on a grid."""
+        for builder in self.rules.builders:
+            if isinstance(builder, MaskBuilder):
+                builder.check(*self.layouts_of(geometry))
 
-    def choose_backend(self, q: Tensor, grid: Grid, *, compiled: bool, gradients: bool) -> tuple[str, str]:
+    def choose_backend(self, q: Tensor, geometry: Geometry, *, compiled: bool, gradients: bool) -> tuple[str, str]:
         """The attention backend of a call, and why."""
         dtype = autocast_dtype(q.device.type) or q.dtype
-        layout = self.layout_of(grid)
+        layout = self.layout_of(geometry)
         case = case_of(q, layout, dtype=dtype, gradients=gradients, lse=False, compiled=compiled)
         return choose(self.attention, case, templates=self.lower_flex or not compiled)
 
@@ -95,7 +112,14 @@ class Backend:
         return "flex" if self.lower_flex and flexible else chosen
 
     def describe(
-        self, name: str, q: Tensor, k: Tensor, grid: Grid | None, reason: str | None, chosen: tuple[str, str]
+        self,
+        name: str,
+        q: Tensor,
+        k: Tensor,
+        geometry: Geometry | None,
+        reason: str | None,
+        chosen: tuple[str, str],
+        builder: Any = None,
     ) -> Call:
         """The report's row for a call; ``reason`` is why it stayed dense, ``chosen`` the backend and why."""
         sizes = (*q.shape[:3], k.shape[2], q.shape[3]) if q.dim() == 4 and k.dim() == 4 else tuple(q.shape)
@@ -103,10 +127,10 @@ class Backend:
         if reason is not None:
             return Call(name=name, sparse=False, reason=reason, backend="sdpa", shape=shape, density=1.0)
         density = math.nan
-        if grid is not None and isinstance(self.builder, MaskBuilder):
-            T, H, W = (size if isinstance(size, int) else int(size.node.hint) for size in grid)
-            layout = self.layout_of((T, H, W))
-            density = self.builder.nominal_density(layout, layout)
+        if geometry is not None and isinstance(builder, MaskBuilder):
+            numbers = tuple(size if isinstance(size, int) else int(size.node.hint) for size in geometry)
+            layouts = self.layouts_of(numbers)  # type: ignore[arg-type]
+            density = _with_text(builder.nominal_density(*layouts), layouts[0])
         return Call(name=name, sparse=True, reason=chosen[1], backend=chosen[0], shape=shape, density=density)
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
@@ -120,39 +144,64 @@ class Backend:
         Raises:
             RewriteError: no call could be made sparse, or not as many as expected; torch wraps it into its own error.
         """
-        return self.compile(gm, example_inputs, "", options)
+        return self.compile(gm, example_inputs, options)
+
+    def compile_dense(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any]) -> Any:
+        """Compile a graph as it is, by the inner compiler."""
+        if self.inner == "aot_eager":
+            return compile_eagerly(gm, list(example_inputs), None)
+        return compile_guarded(gm, list(example_inputs), _inductor_options(options), None)
 
     def compile(
-        self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], region: str, options: Mapping[str, Any]
+        self,
+        gm: torch.fx.GraphModule,
+        example_inputs: Sequence[Any],
+        options: Mapping[str, Any],
+        region: str = "",
+        within: str = "",
     ) -> Any:
-        """As calling the backend, for a region that several modules run (its name ends in ``::``)."""
-        builder = self.builder
-        schedules = builder.schedules() if isinstance(builder, MaskBuilder) else ()
+        """As calling the backend, for a region that several modules run.
+
+        Args:
+            gm: the graph.
+            example_inputs: its inputs.
+            options: of torch.compile.
+            region: what stands before the names of its calls in the report; it ends in ``::``.
+            within: the path of a module that runs it: what its builders are looked up by.
+        """
+        schedules = self.rules.schedules
         met = Report()
 
-        def seen(name: str, q: Tensor, k: Tensor, grid: Grid | None, reason: str | None) -> dict[str, Any]:
-            chosen, runs = ("sdpa", ""), "sdpa"
-            if reason is None and grid is not None:
+        def seen(
+            name: str, q: Tensor, k: Tensor, geometry: Geometry | None, reason: str | None
+        ) -> dict[str, Any] | str:
+            chosen, runs, builder = ("sdpa", ""), "sdpa", None
+            if reason is None and geometry is not None:
+                builder = self.rules.index(f"{within}.{name}" if within else name)
+                reason = DENSE if builder is None else None
+            if reason is None and geometry is not None:
                 gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-                chosen = self.choose_backend(q, grid, compiled=True, gradients=gradients)
+                chosen = self.choose_backend(q, geometry, compiled=True, gradients=gradients)
                 runs = self.in_graph(chosen[0], q)
             name = met.unused(region + name)
-            met.record(self.describe(name, q, k, grid, reason, chosen))
-            return {"backend": runs, "name": name} if reason is None else {}
+            used = None if builder is None else self.rules.builders[builder]
+            met.record(self.describe(name, q, k, geometry, reason, chosen, used))
+            return {"backend": runs, "name": name, "builder": builder} if reason is None else reason
 
-        parts = CallParts(builder, schedules, self.layout_of)
+        parts = CallParts(self.rules.builders, schedules, self.layouts_of)
         rewrite = RewriteSDPA(
             parts.attend,
             seen,
-            grid=self.grid,
-            extra=self.text_first + self.text_last,
+            grid=self.geometry,
             min_tokens=self.min_tokens,
             schedules=[schedule.tensor for schedule in schedules],
             gates=self.gates,
         )
+        if self.parallel is not None:
+            self.parallel.rewrite(gm, self)
         rewrite(gm)
-        self._verify(rewrite, met)
-        if self.keep_tiles and isinstance(builder, MaskBuilder):  # another's builder reads tokens in raster order
+        self._verify(rewrite, met, is_region=bool(region))
+        if self.keep_tiles and all(isinstance(b, MaskBuilder) for b in self.rules.builders):  # others read raster order
             keep = KeepTiles(parts.attend, parts)
             keep(gm)
             met.annotate(notes=_said_of_order(keep))
@@ -172,7 +221,7 @@ class Backend:
         return compiled
 
     def _why_not_fused(self, fuse: FuseSelection, met: Report) -> dict[str, str]:
-        if isinstance(self.builder, StaticBuilder):
+        if all(isinstance(builder, StaticBuilder) for builder in self.rules.builders):
             return {}  # static tiles have no coarse stage
         notes = {name: f"not fused: {why}" for name, why in fuse.refused.items()}
         hidden = {call.name for call in met.all() if call.sparse} - fuse.fused - notes.keys()
@@ -190,7 +239,7 @@ class Backend:
         )
         met.rename_backend("triton", "flex", refused)
 
-    def _verify(self, rewrite: RewriteSDPA, met: Report) -> None:
+    def _verify(self, rewrite: RewriteSDPA, met: Report, is_region: bool) -> None:
         if self.expect is not None:
             if rewrite.matches != self.expect:
                 raise RewriteError(
@@ -203,8 +252,13 @@ class Backend:
                 "not known; they would stay dense. Use wrap(..., compile='regional') or compile=False, or mend the break "
                 f"(fullgraph=True shows it). Seen:\n{met}"
             )
-        if rewrite.matches == 0 and not self.calls.sparse_calls and (rewrite.calls or _is_whole_call()):
-            raise RewriteError(no_match("the compiled model", self.layout_of(self.grid) if self.grid else None, met))
+        if rewrite.matches or self.calls.sparse_calls or is_region:
+            return  # not every region has attention over video; the model's forward sees whether any had
+        as_asked = rewrite.calls and all(call.reason == DENSE for call in met.all())
+        if not as_asked and (rewrite.calls or _is_whole_call()):
+            raise RewriteError(
+                no_match("the compiled model", self.layout_of(self.geometry) if self.geometry else None, met)
+            )
 
 
 def no_match(model: str, layout: TileLayout | None, seen: Report) -> str:
@@ -213,8 +267,14 @@ def no_match(model: str, layout: TileLayout | None, seen: Report) -> str:
     calls = str(seen) if seen.calls else "no scaled_dot_product_attention call at all"
     return (
         f"flexsparse found no attention in {model} to make sparse: it looks for scaled_dot_product_attention of the video's "
-        f"tokens among themselves{expected} without a mask. Check grid=, text_first= and text_last=. Seen:\n{calls}"
+        f"tokens among themselves{expected} without a mask over them. Check grid=, text_first= and text_last=. Seen:\n{calls}"
     )
+
+
+def _with_text(density: float, layout: TileLayout) -> float:
+    """A density among video tokens, over all tokens: the extra ones attend to everything and are attended to."""
+    video, every = layout.num_tokens, layout.seq_len
+    return (density * video**2 + every**2 - video**2) / every**2
 
 
 def _is_whole_call() -> bool:
@@ -255,11 +315,12 @@ def backend(
     >>> model = torch.compile(model, backend=fs.backend(fs.VSA(sparsity=0.9), grid=(21, 30, 52)), fullgraph=True)
 
     Args:
-        builder: a mask builder.
+        builder: a mask builder, or a dict of name patterns to builders (None: dense); the first that matches holds.
         tile: tokens of one tile along (t, h, w), or ``"auto"``.
         grid: the latent token grid (T, H, W). A graph of a wrapped model says its own, any other needs this.
         expect: how many sparse calls every graph must have; None for at least one.
-        options: ``text_first``, ``text_last`` (extra tokens in every call), ``min_tokens`` (shorter calls stay dense),
+        options: ``text_first``, ``text_last`` (extra tokens in every call), ``query_tile`` (queries in other tiles than keys:
+            BSA's (4, 4, 8), of which half are kept, fill 64 rows), ``min_tokens`` (shorter calls stay dense),
             ``attention`` (``"auto"`` or a backend's name), ``inner`` (``"inductor"``, or ``"aot_eager"`` to leave out
             code generation when debugging), ``fuse_selection``, ``lower_flex`` and ``keep_tiles`` (off, the graph keeps the
             coarse stage's own nodes, stock FlexAttention, or tokens in raster order between calls; for comparison).

@@ -1,4 +1,4 @@
-"""How a model's latent token grid is read from its input.
+"""How a model's latent token grid, and the text tokens that join it, are read from its input.
 
 An attention call sees tokens only; that 1,560 of them are 30 x 52 and not 52 x 30 is known at the model's input.
 """
@@ -7,43 +7,111 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+from flexsparse.models import Known, known
+
 Grid = tuple[int, int, int]
-GridFunction = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], Grid]
+Geometry = tuple[int, int, int, int, int]
+"""(T, H, W, text_first, text_last): a video's grid, and how many extra tokens come before and after it."""
+GridFunction = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], Sequence[int]]
+
+LENGTH_AXIS = 1
+"""Where text ``[B, L, ...]`` has its tokens."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a model's forward."""
+
+    name: str
+    position: int
+
+    def of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Its value in a call; None where it is not given."""
+        if self.name in kwargs:
+            return kwargs[self.name]
+        return args[self.position] if len(args) > self.position else None
+
+
+@dataclass(frozen=True)
+class Text:
+    """Reads how many text tokens join the video's. Sizes may be symbolic.
+
+    Attributes:
+        arguments: those that are ``[B, L, ...]``.
+        first: whether the tokens come before the video's.
+        fixed: (text_first, text_last) where they are given.
+    """
+
+    arguments: tuple[Argument, ...] = ()
+    first: bool = False
+    fixed: tuple[int, int] | None = None
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+        """(text_first, text_last) of a call."""
+        if self.fixed is not None:
+            return self.fixed
+        length = 0
+        for argument in self.arguments:
+            value = argument.of(args, kwargs)
+            length = length + (value.shape[LENGTH_AXIS] if isinstance(value, Tensor) else 0)
+        return (length, 0) if self.first else (0, length)
 
 
 @dataclass(frozen=True)
 class VideoInput:
-    """Reads the grid off a ``[B, C, T, H, W]`` argument and the patch size. Sizes may be symbolic.
+    """Reads the grid off a 5-D argument and the patch size. Sizes may be symbolic.
 
     Attributes:
-        argument: name of the argument.
-        position: its position.
+        video: the argument.
         patch: latent pixels of a token along (t, h, w).
+        axes: of the argument, "B C T H W" or another order.
     """
 
-    argument: str
-    position: int
+    video: Argument
     patch: Grid
+    axes: str = "B C T H W"
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grid:
-        video = kwargs[self.argument] if self.argument in kwargs else args[self.position]
-        _, _, T, H, W = video.shape
-        return T // self.patch[0], H // self.patch[1], W // self.patch[2]
+        sizes = dict(zip(self.axes.split(), self.video.of(args, kwargs).shape))
+        return sizes["T"] // self.patch[0], sizes["H"] // self.patch[1], sizes["W"] // self.patch[2]
 
     def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Raise a `ValueError` where the argument is no 5-D tensor."""
-        video = kwargs.get(self.argument, args[self.position] if len(args) > self.position else None)
+        video = self.video.of(args, kwargs)
         if not isinstance(video, Tensor) or video.dim() != 5:
             got = tuple(video.shape) if isinstance(video, Tensor) else type(video).__name__
             raise ValueError(
-                f"{self.argument} is {got}: the grid is read from a video [B, C, T, H, W]; give wrap(..., grid=(T, H, W)) "
-                "or grid=function(module, args, kwargs) for another kind of input"
+                f"{self.video.name} is {got}: the grid is read from a video [{self.axes.replace(' ', ', ')}]; give "
+                "wrap(..., grid=(T, H, W)) or grid=function(module, args, kwargs) for another kind of input"
             )
+
+
+@dataclass(frozen=True)
+class SizeArguments:
+    """Reads the grid off arguments that say it, where the input is a sequence of tokens.
+
+    Attributes:
+        sizes: the arguments for T, H and W, in tokens.
+    """
+
+    sizes: tuple[Argument, ...]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grid:
+        return cast(Grid, tuple(size.of(args, kwargs) for size in self.sizes))
+
+    def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raise a `ValueError` where a size is not given."""
+        for size in self.sizes:
+            if size.of(args, kwargs) is None:
+                raise ValueError(
+                    f"{size.name} is not given, and the grid is read from it: call the model with "
+                    f"{', '.join(s.name for s in self.sizes)}, or give wrap(..., grid=(T, H, W))"
+                )
 
 
 @dataclass(frozen=True)
@@ -54,6 +122,41 @@ class FixedGrid:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grid:
         return self.grid
+
+
+@dataclass(frozen=True)
+class GeometryReader:
+    """What reads a call's geometry.
+
+    Attributes:
+        grid: reads the grid; a user's function may return the text's lengths after it.
+        text: reads the text's lengths.
+        ragged: whether calls may have fewer text tokens than the input (`models.Known`).
+    """
+
+    grid: GridFunction
+    text: Text = field(default_factory=Text)
+    ragged: bool = False
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Geometry:
+        sizes = tuple(self.grid(module, args, kwargs))
+        if len(sizes) == 5:
+            return sizes
+        if len(sizes) != 3:
+            raise ValueError(
+                f"the grid function returned {sizes}: return (T, H, W), or (T, H, W, text_first, text_last)"
+            )
+        return (*sizes, *self.text(args, kwargs))
+
+    def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raise a `ValueError` where the call's input does not say its grid."""
+        if isinstance(self.grid, VideoInput | SizeArguments):
+            self.grid.check(args, kwargs)
+
+    @property
+    def from_input(self) -> bool:
+        """Whether the grid is read from the model's input, by a rule of ours."""
+        return isinstance(self.grid, VideoInput | SizeArguments)
 
 
 def _patch_size(model: nn.Module) -> Grid | None:
@@ -72,28 +175,49 @@ def _patch_size(model: nn.Module) -> Grid | None:
     return None
 
 
-def grid_reader(model: nn.Module, grid: Sequence[int] | GridFunction | None) -> GridFunction:
-    """What reads the grid at every call: the given grid or function, or the model's video input.
+def _arguments(model: nn.Module) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
 
-    Raises:
-        ValueError: a grid that is no triple of positive ints; no grid given, and no way found to read one.
-    """
-    if callable(grid):
-        return grid
-    if grid is not None:
-        if len(grid) != 3 or any(not isinstance(g, int) or g < 1 for g in grid):
-            raise ValueError(f"grid is {tuple(grid)}: give three ints (T, H, W) of at least 1")
-        return FixedGrid(cast(Grid, tuple(grid)))
+
+def _from_input(model: nn.Module, names: list[str], about: Known) -> GridFunction:
+    if about.sizes:
+        return SizeArguments(tuple(Argument(name, names.index(name)) for name in about.sizes))
     patch = _patch_size(model)
-    names = [
-        p.name
-        for p in inspect.signature(model.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
     if patch is None or not names:
         raise ValueError(
             f"grid is None, and {type(model).__name__} has no patch_size (configuration or attribute) and no patch "
             "convolution to read it from: give grid=(T, H, W), or grid=function(module, args, kwargs)"
         )
     position = names.index("hidden_states") if "hidden_states" in names else 0
-    return VideoInput(names[position], position, patch)
+    return VideoInput(Argument(names[position], position), patch, about.axes)
+
+
+def geometry_reader(
+    model: nn.Module, grid: Sequence[int] | GridFunction | None, text: tuple[int, int] | None = None
+) -> GeometryReader:
+    """What reads the geometry at every call: the given grid or function, or the model's input.
+
+    Args:
+        model: its class is looked up in `models.KNOWN`.
+        grid: None, (T, H, W), or a function to (T, H, W) or (T, H, W, text_first, text_last).
+        text: (text_first, text_last) where the user gave them; None to read them as the table says.
+
+    Raises:
+        ValueError: a grid that is no triple of positive ints; no grid given, and no way found to read one.
+    """
+    about, names = known(model), _arguments(model)
+    missing = [name for name in (*about.sizes, *about.text) if name not in names]
+    if missing:  # the table is of another version of the class
+        about = Known()
+    arguments = tuple(Argument(name, names.index(name)) for name in about.text)
+    reader = Text(arguments, about.text_at == "first", text)
+    if callable(grid):
+        found: GridFunction = grid
+    elif grid is not None:
+        if len(grid) != 3 or any(not isinstance(g, int) or g < 1 for g in grid):
+            raise ValueError(f"grid is {tuple(grid)}: give three ints (T, H, W) of at least 1")
+        found = FixedGrid(cast(Grid, tuple(grid)))
+    else:
+        found = _from_input(model, names, about)
+    return GeometryReader(found, reader, about.ragged and text is None)

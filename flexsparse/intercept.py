@@ -20,15 +20,16 @@ from torch.overrides import TorchFunctionMode
 from flexsparse.calls import sparse_call
 from flexsparse.compile_passes import multi_head
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
-from flexsparse.compiler import Backend
-from flexsparse.grids import Grid
+from flexsparse.compiler import DENSE, Backend
+from flexsparse.grids import Geometry
+from flexsparse.ops.text_lengths import key_mask_of, stays_dense
 
 
 class _Local(threading.local):
     """What holds for the thread that runs the model; backward of a CUDA graph runs in a thread of its own."""
 
     def __init__(self) -> None:
-        self.grid: Grid | None = None
+        self.grid: Geometry | None = None
         self.depth = 0
         self.names: list[str] = []
         self.crossing: list[bool] = []
@@ -41,13 +42,13 @@ class Interceptor:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.local = _Local()
-        self.backward_grid: Grid | None = None
+        self.backward_grid: Geometry | None = None
         self.mode = _Mode(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Interceptor:
         return Interceptor(self.backend)
 
-    def current_grid(self) -> Grid:
+    def current_grid(self) -> Geometry:
         """The grid of the forward that is running, or that backward is redoing.
 
         Raises:
@@ -57,15 +58,15 @@ class Interceptor:
             return self.local.grid
         if torch._C._current_graph_task_id() != -1 and self.backward_grid is not None:
             return self.backward_grid
-        if self.backend.grid is not None:
-            return self.backend.grid
+        if self.backend.geometry is not None:
+            return self.backend.geometry
         raise RuntimeError(
             "a part of a wrapped model runs outside of the model's forward, where the grid is not known: call the whole "
             "model, or give wrap(..., grid=(T, H, W))"
         )
 
     @contextmanager
-    def forward(self, grid: Grid) -> Iterator[None]:
+    def forward(self, grid: Geometry) -> Iterator[None]:
         """The model's forward on a grid."""
         before, self.local.grid = self.local.grid, grid
         try:
@@ -121,7 +122,7 @@ class Interceptor:
         try:
             with self.active():
                 out = run()
-            if gate is not None and local.gate is gate:
+            if gate is not None and local.gate is not None:
                 raise RuntimeError(
                     f"the gate of {name} was not used: its attention stayed dense; give wrap(..., gates=[names]) with the "
                     f"attention modules that become sparse. Seen:\n{self.backend.calls}"
@@ -133,18 +134,31 @@ class Interceptor:
             local.gate = outer_gate if gate is not None else local.gate
             local.grid = before
 
+    def attention(self, *args: Any, **kwargs: Any) -> Any:
+        """A scaled_dot_product_attention call of the model, of all tokens or, under sequence parallelism, of a rank's."""
+        if self.backend.parallel is not None:
+            return self.backend.parallel.intercepted(self, self.sdpa, *args, **kwargs)
+        return self.sdpa(*args, **kwargs)
+
     def sdpa(self, *args: Any, **kwargs: Any) -> Any:
         """A scaled_dot_product_attention call: sparse, or dense with the reason in the report."""
         call = SDPACall.of(args, kwargs)
         q, k, v = call.query, call.key, call.value
-        grid = self.current_grid()
         backend = self.backend
-        layout = backend.layout_of(grid)
+        grid = self._geometry_of(q)
+        layout, kv_layout = backend.layouts_of(grid)
         name = self.local.names[-1] if self.local.names else "."
-        reason = call.stays_dense(q, k, v, layout.seq_len, backend.min_tokens)
+        mask = key_mask(call.attn_mask)
+        text = layout.text_first + layout.text_last
+        reason = call.stays_dense(q, k, v, layout.seq_len, backend.min_tokens, mask, text)
         if reason is None and any(self.local.crossing[-1:]):
             reason = "its module was given two sequences of this length (cross-attention)"
-        if reason is not None:
+        if reason is None and mask is not None:
+            reason = stays_dense(mask, layout.text_first, layout.text_last)
+        number = backend.rules.index(name)
+        if reason is None and number is None:
+            reason = DENSE
+        if reason is not None or number is None:
             backend.calls.record(backend.describe(_numbered(backend, name, False), q, k, grid, reason, ("sdpa", "")))
             return SDPA(*args, **kwargs)
         if _redone_without_us():
@@ -160,19 +174,38 @@ class Interceptor:
                     f"gates are on, but {name} became sparse without one: its module was not recognised as self-attention; "
                     "give wrap(..., gates=[names]) with the names of the attention modules"
                 )
-            self.local.gate = None
+            samples = q.shape[0] if backend.ragged else gate.shape[0]  # a ragged model's samples run one by one
+            gate, rest = gate[:samples], gate[samples:]
+            self.local.gate = rest if rest.shape[0] else None
         gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         chosen = backend.choose_backend(q, grid, compiled=False, gradients=gradients)
-        backend.calls.record(backend.describe(_numbered(backend, name, True), q, k, grid, None, chosen))
-        return sparse_call(backend.builder, q, k, v, gate, layout, call.scale, chosen[0], in_graph=False)
+        builder = backend.rules.builders[number]
+        backend.calls.record(backend.describe(_numbered(backend, name, True), q, k, grid, None, chosen, builder))
+        how = (call.scale, chosen[0], False, name, mask, kv_layout)
+        return sparse_call(builder, q, k, v, gate, layout, *how)
 
-    def remember(self, out: Any, grid: Grid) -> Any:
+    def _geometry_of(self, q: Tensor) -> Geometry:
+        """The geometry of a call: the model's, with fewer text tokens where its samples run without their padding."""
+        T, H, W, first, last = self.current_grid()
+        text = q.shape[2] - T * H * W if q.dim() == 4 else -1
+        if self.backend.ragged and 0 <= text < first + last:
+            return (T, H, W, text, 0) if first else (T, H, W, 0, text)
+        return T, H, W, first, last
+
+    def remember(self, out: Any, grid: Geometry) -> Any:
         """Tie the forward's grid to its outputs, so that backward knows it before it redoes a block."""
 
         def tie(x: Any) -> Any:
             return _Remember.apply(x, self, grid) if isinstance(x, Tensor) and x.requires_grad else x
 
         return torch.utils._pytree.tree_map(tie, out) if torch.is_grad_enabled() else out
+
+
+def key_mask(mask: Tensor | None) -> Tensor | None:
+    """What a call's mask says of keys ``[B, 1, 1, S]``; None without one, or where it differs from query to query."""
+    if mask is None or (mask.dim() == 4 and mask.shape[2] == 1):
+        return mask
+    return key_mask_of(mask)
 
 
 def _redone_without_us() -> bool:
@@ -205,13 +238,13 @@ class _Mode(TorchFunctionMode):
     def __init__(self, interceptor: Interceptor) -> None:
         super().__init__()
         self.interceptor = interceptor
-        self.multi_head = multi_head.multi_head_with(interceptor.sdpa)  # a mode does not see calls inside of functions
+        self.multi_head = multi_head.multi_head_with(interceptor.attention)  # a mode does not see calls inside of functions
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is SDPA:
-            return self.interceptor.sdpa(*args, **(kwargs or {}))
+            return self.interceptor.attention(*args, **(kwargs or {}))
         if func is multi_head.MULTI_HEAD:
             return self.multi_head(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -219,7 +252,7 @@ class _Mode(TorchFunctionMode):
 
 class _Remember(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, interceptor: Interceptor, grid: Grid) -> Tensor:
+    def forward(ctx: Any, x: Tensor, interceptor: Interceptor, grid: Geometry) -> Tensor:
         ctx.interceptor, ctx.grid = interceptor, grid
         return x.view_as(x)
 

@@ -1,33 +1,36 @@
-"""Wrapping a model: its self-attention over video tokens becomes sparse, compiled or not.
-
-Every wrapped module gets a ``forward`` of its own (an instance attribute), so that its class and its state dict stay
-what they were, and hooks, checkpointing, regional compilation and ``copy.deepcopy`` go on working.
-"""
+"""Wrapping a model: its self-attention over video tokens becomes sparse, compiled or not."""
 
 from __future__ import annotations
 
-import functools
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import torch
-import torch.fx.experimental._config
-from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
+from torch import nn
 
-from flexsparse.compile_passes import RewriteError, marks
-from flexsparse.compiler import Backend, no_match
-from flexsparse.gates import NAME, add_gates
-from flexsparse.grids import FixedGrid, Grid, GridFunction, VideoInput, grid_reader
-from flexsparse.intercept import Interceptor, two_sequences
+from flexsparse.compiler import Backend
+from flexsparse.gate_files import warn_of_dropped_gates
+from flexsparse.gates import NAME, add_gates, gate_names
+from flexsparse.grids import FixedGrid, GridFunction, geometry_reader
+from flexsparse.models import known
 from flexsparse.reporting import Report
+from flexsparse.rules import BuilderRules, dense_patterns
+from flexsparse.wrapped import (
+    STATE,
+    State,
+    compile_module,
+    compile_region,
+    model_forward,
+    module_forward,
+    override,
+    restore,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
-STATE = "_flexsparse"
 OWN_OPTIONS = (
     "text_first",
     "text_last",
+    "query_tile",
     "min_tokens",
     "attention",
     "inner",
@@ -36,221 +39,6 @@ OWN_OPTIONS = (
     "keep_tiles",
     "expect",
 )
-
-
-class State:
-    """What a wrapped model carries; shared by its modules."""
-
-    def __init__(self, backend: Backend, reader: GridFunction, compile: bool | str, options: dict[str, Any]) -> None:
-        self.backend, self.reader, self.compile, self.options = backend, reader, compile, options
-        self.own_grid: GridFunction | None = None
-        self.interceptor = Interceptor(backend)
-        self.compiled: dict[Any, Callable[..., Any]] = {}
-        self.checked: dict[Grid, int] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> State:
-        new = State(self.backend, self.reader, self.compile, self.options)
-        new.own_grid = self.own_grid
-        memo[id(self)] = new
-        return new
-
-    def grid_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grid:
-        """The call's grid, checked; a given grid that is not the input's raises."""
-        if isinstance(self.reader, VideoInput):
-            self.reader.check(args, kwargs)
-        grid = tuple(int(size) for size in self.reader(module, args, kwargs))
-        if isinstance(self.own_grid, VideoInput):
-            own = self._own(module, args, kwargs)
-            if own is not None and own != grid:
-                raise ValueError(
-                    f"grid is {grid}, but the input's grid is {own}: wrap without grid= to follow the input, or call the "
-                    "model with inputs of that grid"
-                )
-        if grid not in self.checked:
-            self.backend.check(grid)  # type: ignore[arg-type]
-            self.checked[grid] = len(self.checked)  # type: ignore[index]
-        return grid  # type: ignore[return-value]
-
-    def _own(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grid | None:
-        reader = self.own_grid
-        assert isinstance(reader, VideoInput)
-        try:
-            reader.check(args, kwargs)
-        except ValueError:
-            return None  # not a video: the given grid is all there is
-        return tuple(int(size) for size in reader(module, args, kwargs))  # type: ignore[return-value]
-
-    def variant(self, grid: Grid, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Which compiled form serves a grid, and how it is compiled.
-
-        The first grid has static shapes, all others share one form with dynamic shapes: two graphs for any number of
-        resolutions. Left to itself, torch makes one size after the other dynamic, and may redo a checkpointed block with
-        another graph than the forward's. ``tile="auto"`` depends on the numbers, so each grid has a form of its own.
-        """
-        if self.backend.tile == "auto":
-            return grid, {"dynamic": False, **options}
-        first = self.checked.get(grid, 1) == 0
-        return first, options if first or options.get("dynamic") is not None else {**options, "dynamic": True}
-
-    def whole(self, grid: Grid) -> Callable[..., Any]:
-        """The compiled form of the model for a grid."""
-        key, options = self.variant(grid, self.options)
-        if key not in self.compiled:
-            self.compiled[key] = _distinct_sizes(torch.compile(_fresh(_traced_model), backend=self.backend, **options))
-        return self.compiled[key]
-
-    def region(self, module: nn.Module, grid: Grid, options: dict[str, Any]) -> Callable[..., Any]:
-        """The compiled form of a class of modules: one for all of them, so that N blocks compile once."""
-        kind = type(module)
-        key, options = self.variant(grid, options)
-        if (kind, key) not in self.compiled:
-            name = f"{kind.__name__}::"
-
-            def compile_region(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-                return self.backend.compile(gm, inputs, name, kwargs)
-
-            self.compiled[kind, key] = _distinct_sizes(
-                torch.compile(_fresh(_traced_region), backend=compile_region, **options)
-            )
-        return self.compiled[kind, key]
-
-
-def _fresh(function: types.FunctionType | Callable[..., Any]) -> Callable[..., Any]:
-    """A copy with a code object of its own: Dynamo counts recompilations per code object."""
-    assert isinstance(function, types.FunctionType)
-    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-
-
-def _distinct_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Sizes that happen to be equal get symbols of their own: 16 frames and 16 channels would tie the grid to the model."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            return function(*args, **kwargs)
-
-    return call
-
-
-def _original(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run the forward that was there before wrapping: the class's, or an instance's own (offloading hooks set one)."""
-    return module._flexsparse_forward(*args, **kwargs)  # type: ignore[operator]
-
-
-def _mark(
-    args: tuple[Any, ...], kwargs: dict[str, Any], mark: Callable[..., Tensor], *values: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Send the first floating point argument through a mark."""
-    for index, value in enumerate(args):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return (*args[:index], mark(value, *values), *args[index + 1 :]), kwargs
-    for name, value in kwargs.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return args, {**kwargs, name: mark(value, *values)}
-    raise ValueError("a wrapped module was called without a floating point tensor to tell its graph the grid by")
-
-
-def _gate(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The gate of an attention module's input hidden states, ``[B, S, H * D]``; None without a gate."""
-    linear = module._modules.get(NAME)
-    if linear is None:
-        return None
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return linear(value)
-    raise ValueError("a gated attention module was called without hidden states")
-
-
-def _traced_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What is compiled for a whole model: one frame, as a hook would be compiled as a graph of its own."""
-    T, H, W = getattr(module, STATE).reader(module, args, kwargs)
-    args, kwargs = _mark(args, kwargs, marks.GRID, T, H, W)
-    return _original(module, args, kwargs)
-
-
-def _traced_region(module: nn.Module, T: int, H: int, W: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What is compiled for a region; the grid comes as plain ints, which become symbolic when they change."""
-    args, kwargs = _mark(args, kwargs, marks.GRID, T, H, W)
-    return _inner_call(module, args, kwargs)
-
-
-def _inner_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    gate = _gate(module, args, kwargs)
-    if gate is not None:
-        args, kwargs = _mark(args, kwargs, marks.GATE, gate)
-    return _original(module, args, kwargs)
-
-
-def _model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    state: State = getattr(module, STATE)
-    if torch.compiler.is_compiling():
-        return _traced_model(module, args, kwargs)
-    grid = state.grid_of(module, args, kwargs)
-    if state.compile is True:
-        try:
-            out = state.whole(grid)(module, args, kwargs)
-        except BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, RewriteError):
-                raise error.inner_exception from None
-            raise
-    else:
-        with state.interceptor.forward(grid):
-            out = _original(module, args, kwargs)
-        out = state.interceptor.remember(out, grid)
-    if not state.backend.calls.sparse_calls:
-        layout = state.backend.layout_of(grid)
-        raise RewriteError(no_match(type(module).__name__, layout, state.backend.calls))
-    return out
-
-
-def _module_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if torch.compiler.is_compiling():
-        return _inner_call(module, args, kwargs)
-    state: State = getattr(module, STATE)
-    gate = _gate(module, args, kwargs)
-    run = functools.partial(_original, module, args, kwargs)
-    return state.interceptor.call(module.__dict__["_flexsparse_name"], run, two_sequences(args, kwargs), gate)
-
-
-def _compile_module(module: nn.Module, *args: Any, backend: Any = None, **options: Any) -> None:
-    """``module.compile(...)`` of a wrapped model: compiled as a region, by flexsparse's backend."""
-    if args or not (backend is None or backend == "inductor" or isinstance(backend, Backend)):
-        raise ValueError(f"backend is {backend!r}: a wrapped model compiles with flexsparse's own; leave it out")
-    compile_region(module, options)
-
-
-def compile_region(module: nn.Module, options: dict[str, Any]) -> None:
-    """Compile one module of a wrapped model; modules of one class share one compiled form."""
-    state: State = getattr(module, STATE)
-    state.backend.calls.add_region(type(module).__name__, module.__dict__["_flexsparse_name"])
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        grid = state.interceptor.current_grid()
-        compiled = state.region(module, grid, options)
-        with state.interceptor.suspended():
-            try:
-                return compiled(module, *grid, args, kwargs)
-            except BackendCompilerFailed as error:
-                if isinstance(error.inner_exception, RewriteError):
-                    raise error.inner_exception from None
-                raise
-
-    module._compiled_call_impl = call  # type: ignore[assignment]
-
-
-def _override(module: nn.Module, state: State, name: str, forward: Callable[..., Any]) -> None:
-    before = module.forward
-    was_instance = "forward" in module.__dict__
-
-    @functools.wraps(module.forward)
-    def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, args, kwargs)
-
-    module.__dict__[STATE] = state
-    module.__dict__["_flexsparse_name"] = name
-    module.__dict__["_flexsparse_forward"] = before
-    module.__dict__["_flexsparse_restore"] = was_instance
-    module.__dict__["forward"] = types.MethodType(replaced, module)
 
 
 def _repeated(model: nn.Module) -> list[nn.Module]:
@@ -271,6 +59,7 @@ def wrap(
     grid: Sequence[int] | GridFunction | None = None,
     gates: bool | Sequence[str] = False,
     compile: bool | str = True,
+    dense_layers: Sequence[int | str] = (),
     **options: Any,
 ) -> Model:
     """Make a video transformer's self-attention sparse, in place.
@@ -280,16 +69,22 @@ def wrap(
 
     Args:
         model: a module whose attention goes through ``scaled_dot_product_attention``.
-        builder: a mask builder.
+        builder: a mask builder; or a dict of name patterns to builders, of which the first that matches an attention module
+            (or a module that it is in) holds: ``{"blocks.[0-3]": fs.VSA(sparsity=0.5), "*": fs.VSA(sparsity=0.9)}``, None
+            for dense attention.
         tile: tokens of one tile along (t, h, w), or ``"auto"``, which compiles once per grid.
-        grid: None to read it from the model's video input ``[B, C, T, H, W]`` and patch size at every call; a fixed
-            (T, H, W); or ``function(module, args, kwargs) -> (T, H, W)``.
-        gates: add VSA's zero-initialised gate (`to_gate_compress`) to every self-attention, or to the modules whose names
-            match one of the given patterns. Create optimizers after wrapping.
-        compile: True compiles the whole model at its first call; ``"regional"`` its repeated blocks, once for all of them;
-            False intercepts the calls of the uncompiled model.
-        options: ``text_first``, ``text_last``, ``min_tokens``, ``attention`` as for `backend`; everything else
-            goes to torch.compile (``fullgraph``, ``dynamic``, ``mode``, ...).
+        grid: None to read it, and the lengths of text that joins the video in attention, from the model's input at every
+            call (`models.KNOWN`); a fixed (T, H, W); or ``function(module, args, kwargs)`` to (T, H, W) or
+            (T, H, W, text_first, text_last).
+        gates: add VSA's zero-initialised gate (`to_gate_compress`) to every self-attention that becomes sparse, or to the
+            modules whose names match one of the given patterns. Create optimizers after wrapping.
+        compile: True compiles the whole model at its first call, as one graph; ``"regional"`` its repeated blocks, once for
+            all of them; False intercepts the calls of the uncompiled model.
+        dense_layers: blocks that stay dense: numbers, counted through the model's lists of blocks (-1: the last), or name
+            patterns.
+        options: ``text_first``, ``text_last`` (text tokens in every call, in place of the input's), ``query_tile``,
+            ``min_tokens``, ``attention`` as for `backend`; everything else
+            goes to torch.compile (``dynamic``, ``mode``, ``options``).
 
     Returns:
         The model: same class, same state dict besides the gates.
@@ -307,36 +102,63 @@ def wrap(
     own = {name: options.pop(name) for name in OWN_OPTIONS if name in options}
     if options and compile is False:
         raise TypeError(f"options {sorted(options)} go to torch.compile, but compile is False: leave them out")
-    reader = grid_reader(model, grid)
-    fixed = reader.grid if isinstance(reader, FixedGrid) else None
+    text = (own.get("text_first", 0), own.get("text_last", 0)) if {"text_first", "text_last"} & own.keys() else None
+    if options.get("fullgraph") is False:
+        raise ValueError(
+            "fullgraph is False: after a graph break torch may run attention uncompiled, dense and unseen; leave it out, and "
+            "use compile='regional' or compile=False for a model whose own code breaks the graph"
+        )
+    reader = geometry_reader(model, grid, text)
     blocks = _repeated(model) if compile == "regional" else []
     if compile == "regional" and not blocks:
         raise ValueError(f"compile is 'regional', but {type(model).__name__} has no repeated blocks: use compile=True")
     backend = Backend(builder, tile=tile, grid=None, gates=bool(gates), wrapped=True, **own)
+    backend.rules, backend.ragged = backend.rules.dense(dense_patterns(model, dense_layers)), reader.ragged
+    backend.rules.check_names(model)
     state = State(backend, reader, compile, options)
-    if fixed is not None:
-        backend.check(fixed)
+    if isinstance(reader.grid, FixedGrid):
+        backend.check((*reader.grid.grid, 0, 0))
         try:
-            state.own_grid = grid_reader(model, None)
+            state.own = geometry_reader(model, None, text)
         except ValueError:
-            state.own_grid = None  # the input does not say its grid; the given one is all there is
+            state.own = None  # the input does not say its grid; the given one is all there is
+    warn_of_dropped_gates(model)
     if gates:
-        add_gates(model, gates)
+        add_gates(model, _gated(model, gates, backend.rules))
     for name, module in list(model.named_modules()):
         if module is model or isinstance(module, nn.ModuleList | nn.ModuleDict):
             continue
         builtin = type(module).__module__.startswith("torch.nn.modules") and not any(True for _ in module.children())
         if NAME in module._modules or (compile is not True and not builtin):
-            _override(module, state, name, _module_forward)
+            override(module, state, name, module_forward)
             if compile is False:
-                module.__dict__["compile"] = types.MethodType(_compile_module, module)
-    _override(model, state, "", _model_forward)
+                module.__dict__["compile"] = types.MethodType(compile_module, module)
+    override(model, state, "", model_forward)
     for block in blocks:
         compile_region(block, options)
     return model
 
 
-def _state(model: nn.Module) -> State:
+def _gated(model: nn.Module, gates: bool | Sequence[str], rules: BuilderRules) -> bool | Sequence[str]:
+    """Which modules get a gate: those asked for, or those of a known model; less the ones that stay dense."""
+    wanted: bool | Sequence[str] = (known(model).gates or True) if gates is True else gates
+    dense = [pattern for pattern, builder in rules.rules if builder is None]
+    if not dense:
+        return wanted
+    chosen = [name for name in gate_names(model, wanted) if rules.index(name) is not None]
+    if not chosen:
+        raise ValueError(
+            "gates are on, but every attention that could have one is dense: see dense_layers and the builder's rules"
+        )
+    return chosen
+
+
+def state_of(model: nn.Module) -> State:
+    """What a wrapped model carries.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
     state = model.__dict__.get(STATE) if isinstance(model, nn.Module) else None
     if state is None and isinstance(model, nn.Module):
         state = getattr(model, "_orig_mod", model).__dict__.get(STATE)
@@ -351,7 +173,7 @@ def report(model: nn.Module) -> Report:
     Raises:
         ValueError: the model is not wrapped.
     """
-    return _state(model).backend.calls
+    return state_of(model).backend.calls
 
 
 def unwrap(model: Model) -> Model:
@@ -360,17 +182,9 @@ def unwrap(model: Model) -> Model:
     Raises:
         ValueError: the model is not wrapped.
     """
-    _state(model)
+    state_of(model)
     for module in model.modules():
         if STATE not in module.__dict__:
             continue
-        before = module.__dict__.pop("_flexsparse_forward")
-        if module.__dict__.pop("_flexsparse_restore"):
-            module.__dict__["forward"] = before
-        else:
-            module.__dict__.pop("forward", None)
-        for name in (STATE, "_flexsparse_name", "compile"):
-            module.__dict__.pop(name, None)
-        module._compiled_call_impl = None
-        module._modules.pop(NAME, None)
+        restore(module)
     return model

@@ -60,14 +60,14 @@ def attention_graph(monkeypatch: pytest.MonkeyPatch, order: str) -> tuple[GraphM
         q, k, v = (torch.empty(1, layout.seq_len, HEADS, D, **cuda).transpose(1, 2) for _ in range(3))
         gate = torch.empty(1, layout.seq_len, HEADS * D, **cuda)
         tables = tuple(torch.empty(shape, dtype=torch.int32, device="cuda") for shape in shapes)
-    parts = CallParts(fs.VSA(top_k=2), (), lambda grid: fs.TileLayout(grid=grid))
+    parts = CallParts((fs.VSA(top_k=2),), (), lambda geometry: (fs.TileLayout(grid=geometry[:3]),) * 2)
     parts.tables = lambda grid, device, order: tables  # type: ignore[assignment]
     calls = Graph()
     inputs = [calls.placeholder(name) for name in ("q", "k", "v", "gate")]
     for node, example in zip(inputs, (q, k, v, gate)):
         node.meta["example_value"] = example
-    how = {"scale": None, "backend": "flex", "name": "call", "order": order}
-    attend = calls.call_function(parts.attend, (*inputs, layout.grid, ()), how)
+    how = {"scale": None, "backend": "flex", "name": "call", "builder": 0, "order": order}
+    attend = calls.call_function(parts.attend, (*inputs, (*layout.grid, 0, 0), (), None), how)
     calls.output(calls.call_method("flatten", (calls.call_method("transpose", (attend, 1, 2)), 2)))
     gm = GraphModule({}, calls)
     with torch._guards.tracing(torch._guards.TracingContext(mode)):

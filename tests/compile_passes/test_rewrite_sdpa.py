@@ -13,7 +13,7 @@ from flexsparse.compile_passes import RewriteSDPA
 from flexsparse.compile_passes.rewrite_sdpa import clean_path
 from flexsparse.compile_passes.sdpa_call import SDPA
 
-GRID = (2, 8, 8)
+GRID = (2, 8, 8, 0, 0)
 W = torch.randn(3, 16, 16)
 
 
@@ -30,7 +30,7 @@ def capture(function: Any, *inputs: Tensor) -> list[GraphModule]:
     return graphs
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, gate: Any, grid: Any, ratios: Any, *, scale: Any) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, gate: Any, grid: Any, ratios: Any, mask: Any, *, scale: Any) -> Tensor:
     return q
 
 
@@ -65,7 +65,7 @@ def test_before_and_after() -> None:
     rewrite(gm)
     assert (count(gm, SDPA), count(gm, attend), rewrite.matches) == (0, 1, 1)
     node = next(n for n in gm.graph.nodes if n.target is attend)
-    assert node.args[3:] == (None, GRID, ())
+    assert node.args[3:] == (None, GRID, (), None)
     assert node.kwargs == {"scale": 0.5}
     assert [reason for _, reason in seen] == [None]
 
@@ -107,6 +107,43 @@ def test_what_is_left_alone() -> None:
     assert all(reason is not None and part in reason for (_, reason), part in zip(seen, expected))
 
 
+def test_a_mask_over_text_goes_along_and_other_masks_stay_dense() -> None:
+    """A key mask, and a mask of the form that HunyuanVideo-1.5 makes of one: rows that see nothing are hidden tokens' own."""
+
+    def joint(x: Tensor, keys: Tensor, pairs: Tensor) -> Any:
+        q, k, v = (heads(x @ W[i]) for i in range(3))
+        rows = keys.view(2, 1, 1, 132).repeat(1, 1, 132, 1)
+        return tuple(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            for mask in (
+                keys.view(2, 1, 1, 132),
+                (rows & rows.transpose(2, 3)).bool(),
+                rows,
+                rows & pairs,
+                rows.transpose(2, 3),
+                keys.view(2, 1, 1, 132).expand(2, 2, 1, 132),
+            )
+        )
+
+    keys = torch.ones(2, 132, dtype=torch.bool)
+    (gm,) = capture(joint, torch.randn(2, 132, 16), keys, torch.ones(2, 1, 132, 132, dtype=torch.bool))
+    rewrite, seen = make_pass(grid=(*GRID[:3], 0, 4))
+    rewrite(gm)
+    reasons = [reason for _, reason in seen]
+    assert reasons[:3] == [None] * 3
+    assert all("same for every query" in str(reason) for reason in reasons[3:5]) and "no key mask" in str(reasons[5])
+    nodes = [n for n in gm.graph.nodes if n.target is attend]
+    assert [tuple(n.args[6].meta["example_value"].shape) for n in nodes] == [(2, 1, 1, 132)] * 3
+
+
+def test_a_call_that_is_told_to_stay_dense_does_and_keeps_no_gate_waiting() -> None:
+    (gm,) = capture(self_attention, torch.randn(1, 128, 16))
+    before = gm.code
+    rewrite = RewriteSDPA(attend, lambda *_: "as asked", grid=GRID)
+    rewrite(gm)
+    assert (rewrite.matches, rewrite.calls, gm.code) == (0, 1, before)
+
+
 def test_without_a_grid_nothing_matches() -> None:
     (gm,) = capture(self_attention, torch.randn(1, 128, 16))
     rewrite, seen = make_pass(grid=None)
@@ -141,8 +178,8 @@ def test_a_changed_parameter_changes_the_identity() -> None:
     base = make_pass()[0].uuid()
     assert base == make_pass()[0].uuid()
     changes = (
-        {"grid": (2, 4, 16)},
-        {"extra": 3},
+        {"grid": (2, 4, 16, 0, 0)},
+        {"grid": (2, 8, 8, 0, 3)},
         {"min_tokens": 1},
         {"gates": True},
         {"schedules": [torch.tensor(0.5)]},

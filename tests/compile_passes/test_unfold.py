@@ -29,8 +29,9 @@ W = torch.randn(3, C, C, generator=torch.Generator().manual_seed(0)) / 4
 aten = torch.ops.aten
 
 
-def layout_of(grid: Any) -> fs.TileLayout:
-    return fs.TileLayout(grid=grid, tile=TILE)
+def layouts_of(geometry: Any) -> tuple[fs.TileLayout, fs.TileLayout]:
+    layout = fs.TileLayout(grid=geometry[:3], tile=TILE)
+    return layout, layout
 
 
 def attention(x: Tensor) -> Tensor:
@@ -60,13 +61,13 @@ def rewritten(
 
     torch._dynamo.reset()
     torch.compile(function, backend=backend, fullgraph=True, **options)(x)
-    parts = CallParts(builder, schedules, layout_of)
+    parts = CallParts((builder,), schedules, layouts_of)
     names = iter("abcdef")
 
     def seen(name: str, q: Any, k: Any, grid: Any, reason: str | None) -> dict[str, Any]:
-        return {"backend": "gather", "name": next(names)}
+        return {"backend": "gather", "name": next(names), "builder": 0}
 
-    rewrite = RewriteSDPA(parts.attend, seen, grid=GRID, schedules=[s.tensor for s in schedules])
+    rewrite = RewriteSDPA(parts.attend, seen, grid=(*GRID, 0, 0), schedules=[s.tensor for s in schedules])
     rewrite(graphs[0])
     return graphs[0], parts, lambda: graphs[0](*inputs)[0]
 
@@ -119,7 +120,7 @@ def test_no_gradient_and_nothing_unused_is_in_the_coarse_stage() -> None:
 
 def test_a_graph_without_sparse_calls_is_left() -> None:
     gm, _, _ = rewritten(attention, torch.randn(1, S, C), fs.VSA(top_k=3))
-    before, parts = gm.code, CallParts(fs.VSA(top_k=3), (), layout_of)  # another call's parts
+    before, parts = gm.code, CallParts((fs.VSA(top_k=3),), (), layouts_of)  # another call's parts
     unfold = UnfoldAttention(parts.attend, parts)
     unfold(gm)
     assert unfold.matches == 0 and gm.code == before
@@ -214,7 +215,7 @@ class Biased:
     """A builder with tensors of its own: one that it holds, and one that it makes of a number."""
 
     def __init__(self) -> None:
-        self.bias = torch.linspace(-1, 1, layout_of(GRID).num_tiles)
+        self.bias = torch.linspace(-1, 1, layouts_of(GRID)[0].num_tiles)
 
     def select(self, q: Tensor, k: Tensor, layout: Any, kv_layout: Any = None, scale: float | None = None) -> Any:
         x, y = (layout.video(layout.to_tiles(z)).mean(3) for z in (q, k))
@@ -250,7 +251,7 @@ def test_tensors_of_a_builders_own_enter_the_graph(checkpointed: bool) -> None:
 
 
 def test_the_identity_is_that_of_source_and_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts, others = (CallParts(fs.VSA(top_k=3), (), layout_of) for _ in range(2))
+    parts, others = (CallParts((fs.VSA(top_k=3),), (), layouts_of) for _ in range(2))
     before = UnfoldAttention(parts.attend, parts).uuid()
     assert before == UnfoldAttention(parts.attend, parts).uuid() != UnfoldAttention(others.attend, others).uuid()
     source = inspect.getsource

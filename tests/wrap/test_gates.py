@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import flexsparse as fs
+from flexsparse.gates import add_gates
 
-from .conftest import Stranger
+from .conftest import WAN, Stranger
 
 
 @pytest.fixture
@@ -38,8 +42,6 @@ def test_fastvideos_names(tmp_path: Path) -> None:
     block.attn1.to_q, block.attn1.to_k = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
     model = torch.nn.Module()
     model.blocks = torch.nn.ModuleList([block])
-    from flexsparse.gates import add_gates
-
     assert add_gates(model, True) == ["blocks.0.attn1"]
     weight, bias = torch.randn(8, 8), torch.randn(8)
     path = tmp_path / "fastvideo.safetensors"
@@ -52,6 +54,70 @@ def test_fastvideos_names(tmp_path: Path) -> None:
     fs.load_gates(model, path)
     assert torch.equal(block.attn1.to_gate_compress.weight, weight)
     assert torch.equal(block.attn1.to_gate_compress.bias, bias)
+
+
+def test_a_folder_of_save_pretrained_and_fastvideos_names_there_and_back(tmp_path: Path) -> None:
+    """diffusers saves gates with the model and drops them on loading, which wrapping says."""
+    from diffusers import WanTransformer3DModel
+
+    def say(model: torch.nn.Module) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fs.wrap(model, fs.VSA(top_k=2), gates=True, compile=False)
+        return [str(w.message) for w in caught if "gates" in str(w.message)]
+
+    model = WanTransformer3DModel(**WAN)
+    assert say(model) == []
+    for parameter in fs.gate_parameters(model):
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "model")
+    again = WanTransformer3DModel.from_pretrained(tmp_path / "model")
+    (warning,) = say(again)
+    assert "4 tensors of gates" in warning and f"load_gates(model, {str(tmp_path / 'model')!r})" in warning
+    assert not any(p.any() for p in fs.gate_parameters(again))
+    assert fs.load_gates(again, tmp_path / "model") == [f"blocks.{i}.attn1.to_gate_compress" for i in (0, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(fs.gate_parameters(model), fs.gate_parameters(again), strict=True))
+
+    fs.save_gates(model, tmp_path / "fastvideo.safetensors", names="fastvideo")
+    assert sorted(load_file(tmp_path / "fastvideo.safetensors")) == [
+        f"blocks.{i}.to_gate_compress.{kind}" for i in (0, 1) for kind in ("bias", "weight")
+    ]
+    for parameter in fs.gate_parameters(again):
+        torch.nn.init.zeros_(parameter)
+    fs.load_gates(again, tmp_path / "fastvideo.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(fs.gate_parameters(model), fs.gate_parameters(again), strict=True))
+
+
+def test_the_file_says_what_the_gates_were_trained_with(gated: Stranger, tmp_path: Path) -> None:
+    path = tmp_path / "gates.safetensors"
+    fs.save_gates(gated, path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "flexsparse-gates" and metadata["flexsparse"] == fs.__version__
+    assert json.loads(metadata["builder"]) == {"*": repr(fs.VSA(top_k=2))} and json.loads(metadata["tile"]) == [4, 4, 4]
+    other = fs.wrap(fs.unwrap(gated), fs.VSA(top_k=2), tile=(2, 4, 4), gates=True, compile=False)
+    with pytest.warns(
+        UserWarning, match=r"trained with tile=\[4, 4, 4\], and the model is wrapped with tile=\[2, 4, 4\]"
+    ):
+        fs.load_gates(other, path)
+    with pytest.raises(ValueError, match="names is 'theirs'"):
+        fs.save_gates(other, path, names="theirs")  # type: ignore[arg-type]
+
+
+def test_two_gates_of_a_block_have_no_fastvideo_name(tmp_path: Path) -> None:
+    block = torch.nn.Module()
+    for name in ("attn1", "attn2"):
+        module = torch.nn.Module()
+        module.to_q, module.to_k = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        block.add_module(name, module)
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList([block])
+    add_gates(model, True)
+    with pytest.raises(ValueError, match=r"blocks.0 has two gates: save them with names='flexsparse'"):
+        fs.save_gates(model, tmp_path / "gates.safetensors", names="fastvideo")
+    save_file({"blocks.0.to_gate_compress.weight": torch.zeros(8, 8)}, tmp_path / "f.safetensors")
+    with pytest.raises(ValueError, match=r"to_gate_compress.weight in .* fits two gates"):
+        fs.load_gates(model, tmp_path / "f.safetensors", strict=False)
 
 
 def test_files_that_do_not_fit_change_nothing(gated: Stranger, tmp_path: Path) -> None:

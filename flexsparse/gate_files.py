@@ -1,0 +1,187 @@
+"""Gates as safetensors files, under our names and FastVideo's.
+
+A gate is a module of its attention, so a model's `save_pretrained` writes it; `from_pretrained` makes the plain model again and
+drops it with a warning of diffusers' own. So a checkpoint with gates is loaded in three steps::
+
+    model = WanTransformer3DModel.from_pretrained(folder)
+    fs.wrap(model, fs.VSA(sparsity=0.9), gates=True)       # warns that the folder has gates, which the model has not yet
+    fs.load_gates(model, folder)
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flexsparse.gates import NAME, gate_modules
+
+FORMAT = "flexsparse-gates"
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError:
+        raise ImportError("saving and loading gates needs safetensors: pip install 'flexsparse[gates]'") from None
+    return safetensors
+
+
+def _fastvideo_name(name: str) -> str:
+    """FastVideo keeps a gate beside its attention module, in the block."""
+    return name.rpartition(".")[0]
+
+
+def settings_of(model: nn.Module) -> dict[str, str]:
+    """What a file of gates says of the model that they were trained in: strings, as safetensors' metadata wants them."""
+    import flexsparse
+
+    found = {"format": FORMAT, "flexsparse": flexsparse.__version__}
+    state = model.__dict__.get("_flexsparse")
+    if state is not None:
+        backend = state.backend
+        found["builder"] = json.dumps({pattern: None if b is None else repr(b) for pattern, b in backend.rules.rules})
+        found["tile"] = json.dumps(backend.tile)
+    return found
+
+
+def save_gates(model: nn.Module, path: str | Path, names: Literal["flexsparse", "fastvideo"] = "flexsparse") -> None:
+    """Write every gate to a safetensors file; the builder's settings, tile and version are in its metadata.
+
+    Args:
+        model: wrapped with gates.
+        path: the file to write.
+        names: ``"flexsparse"`` for ``blocks.0.attn1.to_gate_compress.weight``, ``"fastvideo"`` for
+            ``blocks.0.to_gate_compress.weight``.
+
+    Raises:
+        ValueError: the model has no gates, or two in one block, which FastVideo's names cannot tell apart.
+    """
+    if names not in ("flexsparse", "fastvideo"):
+        raise ValueError(f"names is {names!r}: give 'flexsparse' or 'fastvideo'")
+    tensors: dict[str, Tensor] = {}
+    for name, gate in gate_modules(model):
+        holder = name if names == "flexsparse" else _fastvideo_name(name)
+        for kind, value in gate.state_dict().items():
+            key = f"{holder}.{NAME}.{kind}".lstrip(".")
+            if key in tensors:
+                raise ValueError(f"names is 'fastvideo', but {holder} has two gates: save them with names='flexsparse'")
+            tensors[key] = value.detach().contiguous()
+    if not tensors:
+        raise ValueError(f"{type(model).__name__} has no gates: wrap it with gates=True before saving them")
+    _safetensors().torch.save_file(tensors, str(path), metadata=settings_of(model))
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or a folder's files: a model's, or a pipeline's with transformers in sub-folders."""
+    if path.is_dir():
+        return sorted([*path.glob("*.safetensors"), *path.glob("transformer*/*.safetensors")])
+    return [path] if path.is_file() else []
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every gate in a file or folder, and the metadata of the first file that has some."""
+    found: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for file_path in _files(path):
+        with _safetensors().safe_open(str(file_path), framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                if f"{NAME}." in key:
+                    found[key] = file.get_tensor(key)
+                    metadata = metadata or file.metadata() or {}
+    return found, metadata
+
+
+def _assign(
+    gates: dict[str, nn.Linear], found: dict[str, Tensor], path: Path
+) -> Iterator[tuple[Tensor, str, str | None]]:
+    """(parameter, its name, the key that fits it or None), shapes checked."""
+    for name, gate in gates.items():
+        for kind, parameter in gate.named_parameters():
+            options = [f"{holder}.{NAME}.{kind}".lstrip(".") for holder in (name, _fastvideo_name(name))]
+            key = next((k for o in options for k in found if k == o or k.endswith("." + o)), None)
+            if key is not None and found[key].shape != parameter.shape:
+                raise ValueError(
+                    f"{key} in {path} is {tuple(found[key].shape)}, the model's gate {tuple(parameter.shape)}"
+                )
+            yield parameter, options[0], key
+
+
+def load_gates(model: nn.Module, path: str | Path, strict: bool = True) -> list[str]:
+    """Read gates from safetensors: a file of `save_gates`, a model's checkpoint, or one with FastVideo's names.
+
+    Args:
+        model: wrapped with gates.
+        path: a file, or a folder of `save_pretrained` (a model's, or a pipeline's); other tensors are ignored.
+        strict: whether every gate of the model must be there, and the other way round.
+
+    Returns:
+        Names of the gates that were loaded.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: keys or shapes that do not fit; nothing is loaded then.
+    """
+    path = Path(path)
+    if not _files(path):
+        raise FileNotFoundError(
+            f"path is {path}: there is no such file; give a safetensors file with gates, or a folder of them"
+        )
+    found, metadata = _read(path)
+    fits = list(_assign(dict(gate_modules(model)), found, path))
+    used = [key for _, _, key in fits if key is not None]
+    missing = [name for _, name, key in fits if key is None]
+    extra = sorted(set(found) - set(used))
+    twice = sorted({key for key in used if used.count(key) > 1})
+    if twice:
+        raise ValueError(
+            f"{twice[0]} in {path} fits two gates of the model: wrap with gates=[names] of one attention a block"
+        )
+    if not used or (strict and (missing or extra)):
+        raise ValueError(
+            f"{path} and the model do not fit: missing in the file {missing or 'none'}, unknown to the model "
+            f"{extra or 'none'}; wrap with gates=True first, or load with strict=False"
+        )
+    _compare(metadata, settings_of(model), path)
+    with torch.no_grad():
+        for target, _, key in fits:
+            if key is not None:
+                target.copy_(found[key])
+    return sorted({key.rpartition(".")[0] for key in used})
+
+
+def _compare(file: dict[str, str], own: dict[str, str], path: Path) -> None:
+    """Warn where gates were trained with other tiles: what they weigh, the coarse output, is another then."""
+    if file.get("format") == FORMAT and "tile" in file and "tile" in own and file["tile"] != own["tile"]:
+        warnings.warn(
+            f"the gates in {path} were trained with tile={file['tile']}, and the model is wrapped with tile={own['tile']}: the "
+            "coarse output that they weigh is another one",
+            stacklevel=3,
+        )
+
+
+def warn_of_dropped_gates(model: nn.Module) -> None:
+    """Warn where the folder that a diffusers model came from has gates: `from_pretrained` knows no such weights."""
+    source = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not isinstance(source, str | Path) or not str(source) or not Path(source).is_dir():
+        return
+    try:
+        safetensors = _safetensors()
+    except ImportError:
+        return  # nothing was read from such files either
+    for file_path in _files(Path(source)):
+        with safetensors.safe_open(str(file_path), framework="pt") as file:
+            keys = [key for key in file.keys() if f"{NAME}." in key]  # noqa: SIM118
+        if keys:
+            warnings.warn(
+                f"{file_path} has {len(keys)} tensors of gates ({keys[0]}, ...), which from_pretrained dropped: wrap with "
+                f"gates=True, then call flexsparse.load_gates(model, {str(source)!r})",
+                stacklevel=3,
+            )
+            return

@@ -1,0 +1,310 @@
+"""What a wrapped model carries, and the forward that each of its modules gets.
+
+Every wrapped module gets a ``forward`` of its own (an instance attribute), so that its class and its state dict stay
+what they were, and hooks, checkpointing, regional compilation and ``copy.deepcopy`` go on working.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx.experimental._config
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+
+from flexsparse.compile_passes import RewriteError, marks
+from flexsparse.compiler import Backend, no_match
+from flexsparse.gates import NAME
+from flexsparse.grids import Geometry, GeometryReader
+from flexsparse.intercept import Interceptor, two_sequences
+
+STATE = "_flexsparse"
+
+
+class State:
+    """What a wrapped model carries; shared by its modules.
+
+    Attributes:
+        dense: whether the model runs as it did before it was wrapped, for the time being (`flexsparse.DenseSteps`).
+    """
+
+    def __init__(self, backend: Backend, reader: GeometryReader, compile: bool | str, options: dict[str, Any]) -> None:
+        self.backend, self.reader, self.compile, self.options = backend, reader, compile, options
+        self.own: GeometryReader | None = None
+        self.dense = False
+        self.interceptor = Interceptor(backend)
+        self.compiled: dict[Any, Callable[..., Any]] = {}
+        self.checked: dict[Geometry, int] = {}
+        self.labels: dict[tuple[str, tuple[int | None, ...]], str] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        new = State(self.backend, self.reader, self.compile, self.options)
+        new.own, new.dense = self.own, self.dense
+        memo[id(self)] = new
+        return new
+
+    def geometry_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Geometry:
+        """The call's geometry, checked; a given grid that is not the input's raises."""
+        self.reader.check(args, kwargs)
+        geometry = _numbers(self.reader, module, args, kwargs)
+        if self.own is not None:
+            try:
+                self.own.check(args, kwargs)
+            except ValueError:
+                own = None  # not a video: the given grid is all there is
+            else:
+                own = _numbers(self.own, module, args, kwargs)
+            if own is not None and own[:3] != geometry[:3]:
+                raise ValueError(
+                    f"grid is {geometry[:3]}, but the input's grid is {own[:3]}: wrap without grid= to follow the input, or "
+                    "call the model with inputs of that grid"
+                )
+        if geometry not in self.checked:
+            self.backend.check(geometry)
+            self.checked[geometry] = len(self.checked)
+        return geometry
+
+    def variant(self, geometry: Geometry, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Which compiled form serves a geometry, and how it is compiled.
+
+        The first one has static shapes, all others share one form with dynamic shapes: two graphs for any number of
+        resolutions. Left to itself, torch makes one size after the other dynamic, and may redo a checkpointed block with
+        another graph than the forward's. ``tile="auto"`` depends on the numbers, so each geometry has a form of its own.
+        """
+        if "auto" in (self.backend.tile, self.backend.query_tile):
+            return geometry, {"dynamic": False, **options}
+        first = self.checked.get(geometry, 1) == 0
+        return first, options if first or options.get("dynamic") is not None else {**options, "dynamic": True}
+
+    def whole(self, geometry: Geometry) -> Callable[..., Any]:
+        """The compiled form of the model for a geometry."""
+        key, options = self.variant(geometry, self.options)
+        if key not in self.compiled:
+            self.compiled[key] = _compiled(_traced_model, str(key), self.backend, options)
+        return self.compiled[key]
+
+    def region(self, module: nn.Module, geometry: Geometry, options: dict[str, Any]) -> Callable[..., Any]:
+        """The compiled form of a class of modules: one for all that take the same builders, so that N blocks compile once."""
+        key, options = self.variant(geometry, options)
+        label, within = self.label(module), module.__dict__["_flexsparse_name"]
+        if (label, key) not in self.compiled:
+
+            def compile_region(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+                return self.backend.compile(gm, inputs, kwargs, f"{label}::", within)
+
+            self.compiled[label, key] = _compiled(_traced_region, f"{label} {key}", compile_region, options)
+        return self.compiled[label, key]
+
+    def whole_dense(self) -> Callable[..., Any]:
+        """The compiled form of the model as it was."""
+        if "dense" not in self.compiled:
+            self.compiled["dense"] = _compiled(_original, "dense", self._compile_dense, self.options)
+        return self.compiled["dense"]
+
+    def region_dense(self, module: nn.Module, options: dict[str, Any]) -> Callable[..., Any]:
+        """The compiled form of a class of modules as it was."""
+        kind = type(module).__name__
+        if ("dense", kind) not in self.compiled:
+            self.compiled["dense", kind] = _compiled(_original, f"dense {kind}", self._compile_dense, options)
+        return self.compiled["dense", kind]
+
+    def _compile_dense(self, gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        return self.backend.compile_dense(gm, inputs, kwargs)
+
+    def label(self, module: nn.Module) -> str:
+        """What the report calls a region: its class, numbered where modules of one class take different builders."""
+        kind, path = type(module).__name__, module.__dict__["_flexsparse_name"]
+        rules = self.backend.rules
+        names = [f"{path}.{name}" if name else path for name, _ in module.named_modules()]
+        key = (kind, tuple(rules.index(name) for name in names) if len(rules.rules) > 1 else ())
+        if key not in self.labels:
+            others = sum(other == kind for other, _ in self.labels)
+            self.labels[key] = f"{kind} ({others + 1})" if others else kind
+        return self.labels[key]
+
+
+def _numbers(reader: GeometryReader, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Geometry:
+    return tuple(int(size) for size in reader(module, args, kwargs))  # type: ignore[return-value]
+
+
+def _compiled(
+    function: Callable[..., Any], name: str, backend: Callable[..., Any], options: dict[str, Any]
+) -> Callable[..., Any]:
+    """A function compiled as one graph: after a break torch may run a frame uncompiled, and its attention dense."""
+    return _distinct_sizes(torch.compile(_fresh(function, name), backend=backend, **{"fullgraph": True, **options}))
+
+
+def _fresh(function: types.FunctionType | Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A copy with a code object and a name of its own.
+
+    Dynamo counts recompilations per code object, and remembers by name which sizes of an earlier one have changed.
+    """
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace(co_name=f"{function.__name__}: {name}")
+    return types.FunctionType(code, function.__globals__, function.__name__)
+
+
+def _distinct_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Sizes that happen to be equal get symbols of their own: 16 frames and 16 channels would tie the grid to the model."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _original(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run the forward that was there before wrapping: the class's, or an instance's own (offloading hooks set one)."""
+    return module._flexsparse_forward(*args, **kwargs)  # type: ignore[operator]
+
+
+def _mark(
+    args: tuple[Any, ...], kwargs: dict[str, Any], mark: Callable[..., Tensor], *values: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Send the first floating point argument through a mark."""
+    for index, value in enumerate(args):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return (*args[:index], mark(value, *values), *args[index + 1 :]), kwargs
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return args, {**kwargs, name: mark(value, *values)}
+    raise ValueError("a wrapped module was called without a floating point tensor to tell its graph the grid by")
+
+
+def _gate(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The gate of an attention module's input hidden states, ``[B, S, H * D]``; None without a gate."""
+    linear = module._modules.get(NAME)
+    if linear is None or module.__dict__[STATE].dense:
+        return None
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return linear(value)
+    raise ValueError("a gated attention module was called without hidden states")
+
+
+def _traced_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What is compiled for a whole model: one frame, as a hook would be compiled as a graph of its own."""
+    geometry = getattr(module, STATE).reader(module, args, kwargs)
+    args, kwargs = _mark(args, kwargs, marks.GRID, *geometry)
+    return _original(module, args, kwargs)
+
+
+def _traced_region(
+    module: nn.Module, T: int, H: int, W: int, first: int, last: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What is compiled for a region; the geometry comes as plain ints, which become symbolic when they change."""
+    args, kwargs = _mark(args, kwargs, marks.GRID, T, H, W, first, last)
+    return _inner_call(module, args, kwargs)
+
+
+def _inner_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    gate = _gate(module, args, kwargs)
+    if gate is not None:
+        args, kwargs = _mark(args, kwargs, marks.GATE, gate)
+    return _original(module, args, kwargs)
+
+
+def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward of a wrapped model."""
+    state: State = getattr(module, STATE)
+    if torch.compiler.is_compiling():
+        return _traced_model(module, args, kwargs)
+    if state.dense:
+        return (state.whole_dense() if state.compile is True else _original)(module, args, kwargs)
+    geometry = state.geometry_of(module, args, kwargs)
+    if state.compile is True:
+        out = _clear_errors(state.whole(geometry), module, args, kwargs)
+    else:
+        with state.interceptor.forward(geometry):
+            out = _original(module, args, kwargs)
+        out = state.interceptor.remember(out, geometry)
+    if not state.backend.calls.sparse_calls:
+        layout = state.backend.layout_of(geometry)
+        raise RewriteError(no_match(type(module).__name__, layout, state.backend.calls))
+    return out
+
+
+def _clear_errors(compiled: Callable[..., Any], *args: Any) -> Any:
+    """Call compiled code; our own error is raised as it is, not inside of torch's, and a graph break says the remedy."""
+    try:
+        return compiled(*args)
+    except BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, RewriteError):
+            raise error.inner_exception from None
+        raise
+    except Unsupported as error:
+        raise RewriteError(
+            "the model's own code breaks the graph, and attention that torch then runs uncompiled would stay dense unseen: use "
+            "wrap(..., compile='regional') if the break is outside of the blocks, compile=False if it is inside, or mend it. "
+            f"torch says: {error}"
+        ) from error
+
+
+def module_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward of a module of a wrapped model."""
+    if torch.compiler.is_compiling():
+        return _inner_call(module, args, kwargs)
+    state: State = getattr(module, STATE)
+    if state.dense:
+        return _original(module, args, kwargs)
+    gate = _gate(module, args, kwargs)
+    run = functools.partial(_original, module, args, kwargs)
+    return state.interceptor.call(module.__dict__["_flexsparse_name"], run, two_sequences(args, kwargs), gate)
+
+
+def compile_module(module: nn.Module, *args: Any, backend: Any = None, **options: Any) -> None:
+    """``module.compile(...)`` of a wrapped model: compiled as a region, by flexsparse's backend."""
+    if args or not (backend is None or backend == "inductor" or isinstance(backend, Backend)):
+        raise ValueError(f"backend is {backend!r}: a wrapped model compiles with flexsparse's own; leave it out")
+    compile_region(module, options)
+
+
+def compile_region(module: nn.Module, options: dict[str, Any]) -> None:
+    """Compile one module of a wrapped model; modules of one class share one compiled form."""
+    state: State = getattr(module, STATE)
+    state.backend.calls.add_region(state.label(module), module.__dict__["_flexsparse_name"])
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if state.dense:
+            return state.region_dense(module, options)(module, args, kwargs)
+        geometry = state.interceptor.current_grid()
+        compiled = state.region(module, geometry, options)
+        with state.interceptor.suspended():
+            return _clear_errors(compiled, module, *geometry, args, kwargs)
+
+    module._compiled_call_impl = call  # type: ignore[assignment]
+
+
+def override(module: nn.Module, state: State, name: str, forward: Callable[..., Any]) -> None:
+    """Give a module a forward of its own; `restore` takes it away."""
+    before = module.forward
+    was_instance = "forward" in module.__dict__
+
+    @functools.wraps(module.forward)
+    def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, args, kwargs)
+
+    module.__dict__[STATE] = state
+    module.__dict__["_flexsparse_name"] = name
+    module.__dict__["_flexsparse_forward"] = before
+    module.__dict__["_flexsparse_restore"] = was_instance
+    module.__dict__["forward"] = types.MethodType(replaced, module)
+
+
+def restore(module: nn.Module) -> None:
+    """Undo `override`."""
+    before = module.__dict__.pop("_flexsparse_forward")
+    if module.__dict__.pop("_flexsparse_restore"):
+        module.__dict__["forward"] = before
+    else:
+        module.__dict__.pop("forward", None)
+    for name in (STATE, "_flexsparse_name", "compile"):
+        module.__dict__.pop(name, None)
+    module._compiled_call_impl = None
+    module._modules.pop(NAME, None)
