@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from flexsparse.compile_passes import epilogue
 from flexsparse.compile_passes.epilogue import find_epilogue
 from flexsparse.compile_passes.graphs import finish, graph_modules, is_attribute
-from flexsparse.ops.tile_attention import result_like, templates_refuse
+from flexsparse.ops.tile_attention import backward_reads_out, result_like, templates_refuse
 from flexsparse.selection import tile_mask_mod
 
 FORWARD = torch.ops.higher_order.flex_attention
@@ -46,6 +46,7 @@ class LowerFlex(CustomGraphPass):
         o, lse    = tile_attention(q, k, v, None, None, bits, counts, ..., scale, True)
         dq, dk, dv, _, _ = tile_attention_backward(do, dlse, q, k, v, o, lse, None, None, bits, counts, ..., scale)
 
+    In low precision the backward reads no output: it takes None for ``o``, which is then not saved for it.
     Where the gated coarse output is added to ``o`` at once (`epilogue`), ``tile_attention(q, k, v, coarse, gate, ...)`` does
     that too. FlexAttention's log-sum-exp is in base 2, the templates' natural. A node with a score_mod, with lists or a mask of
     another origin, or of a size, dtype or layout that the templates do not do stays stock FlexAttention.
@@ -266,7 +267,8 @@ def _lower_backward(graph: Graph, node: Node, lists: Node) -> None:
         else:
             d_lse = None
         op = torch.ops.flexsparse.tile_attention_backward.default
-        operands = (grad, d_lse, q, k, v, out, natural, None, None, *lists.args[:-1], scale)
+        kept = out if backward_reads_out(q.meta["val"].dtype, gated=False) else None
+        operands = (grad, d_lse, q, k, v, kept, natural, None, None, *lists.args[:-1], scale)
         new = _call(graph, node, op, *operands)
         for user in list(node.users):
             if _index(user) < 3:

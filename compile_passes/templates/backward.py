@@ -7,11 +7,13 @@ R query rows, D head dim.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexsparse.compile_passes.templates import tuned
 from flexsparse.compile_passes.templates.attention_common import (
     Blocks,
     CappedBlocks,
@@ -24,7 +26,9 @@ from flexsparse.compile_passes.templates.attention_common import (
     strides,
     unaccelerated_blocks,
 )
-from flexsparse.compile_passes.templates.backward_kernels import _delta, _dkdv, _dq
+from flexsparse.compile_passes.templates.backward_kernels import _delta, _dq
+from flexsparse.compile_passes.templates.column_kernels import _add_pieces, _dkdv
+from flexsparse.compile_passes.templates.columns import most_pieces, pieces
 from flexsparse.compile_passes.templates.launch import LOG2E, Compilation, launch
 from flexsparse.compile_passes.templates.lists import ascending, transpose
 
@@ -54,13 +58,55 @@ def column_blocks(dtype: torch.dtype, D: int, query_rows: int, slots: int, group
     return CappedBlocks(**vars(size), registers=168) if D == rows == keys == 64 and not partial else size
 
 
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """What the kernels of dq and of dk, dv read besides lists and columns.
+
+    Attributes:
+        rows: ``grad_out``, ``q``, ``k`` and ``v`` by name, as `backward` takes them; the last stride is 1.
+        lse_log2: float32 ``[B, H, R]``, the log-sum-exp in base 2, inf for a row that saw nothing.
+        delta: float32 ``[B, H, R]``, what d_weights are lessened by.
+        counts: int32 ``[B, H, N]``.
+        kv_counts: int32 ``[B, U]``.
+        query_rows: as in `backward`, like all that follow.
+        first_rows: extra rows before the video rows.
+        kv_first: extra KV tiles before the video tiles.
+        kv_video: M.
+        slots: slots of a KV tile.
+        capacity: most video tiles that a row keeps.
+        scale: softmax scale.
+        partial: False promises that every KV tile is full.
+        constants: by which all kernels are specialised.
+    """
+
+    rows: dict[str, Tensor]
+    lse_log2: Tensor
+    delta: Tensor
+    counts: Tensor
+    kv_counts: Tensor
+    query_rows: int
+    first_rows: int
+    kv_first: int
+    kv_video: int
+    slots: int
+    capacity: int
+    scale: float
+    partial: bool
+    constants: dict[str, Any]
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """The kernels' first arguments."""
+        return *self.rows.values(), self.lse_log2, self.delta
+
+
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     bits: Tensor,
     counts: Tensor,
@@ -85,7 +131,7 @@ def backward(
         q: ``[B, H, R, D]``, and so on as `forward` took them.
         k: ``[B, G, U * slots, D]``.
         v: as k.
-        out: as `forward` returned it.
+        out: as `forward` returned it; read in float32 without a gate only, and there not needed.
         lse: as `forward` returned it.
         bits: int32 ``[B, H, N, W]``.
         counts: int32 ``[B, H, N]``.
@@ -107,19 +153,33 @@ def backward(
     """
     B, H, R, D = q.shape
     G, N, U = k.shape[1], counts.shape[2], k.shape[2] // slots
-    grad_out, q, k, v, out = (dense_rows(x) for x in (grad_out, q, k, v, out))
+    grad_out, q, k, v = (dense_rows(x) for x in (grad_out, q, k, v))
     gate, lse = None if gate is None else dense_rows(gate), lse.contiguous()
     bits, counts, kv_counts = bits.contiguous(), counts.contiguous(), kv_counts.contiguous()
-    constants = {"GROUP": H // G, **flags(q, k, bits, query_rows, kv_video, slots, partial)}
-    sizes = (H, N, kv_video, U, R, first_rows, kv_first, capacity)
-    size = row_blocks(q.dtype, D, query_rows, slots)
     gated = coarse is not None and gate is not None
     # sum(grad * out) equals sum(weights * d_weights) unless out was rounded or holds the coarse output too: where one
     # weight is near 1, its difference to d_weights is all that counts, and a rounding of out is larger than it
-    exact = q.dtype != torch.float32 or gated
+    exact = out is None or q.dtype != torch.float32 or gated
+    out = None if out is None or exact else dense_rows(out)
     lse_log2, delta = torch.empty_like(lse), torch.empty_like(lse)
     dcoarse = torch.empty_like(coarse, memory_format=torch.contiguous_format) if coarse is not None else None
     dgate = torch.empty_like(gate) if gate is not None else None
+    walk = Walk(
+        rows={"grad_out": grad_out, "q": q, "k": k, "v": v},
+        lse_log2=lse_log2,
+        delta=delta,
+        counts=counts,
+        kv_counts=kv_counts,
+        query_rows=query_rows,
+        first_rows=first_rows,
+        kv_first=kv_first,
+        kv_video=kv_video,
+        slots=slots,
+        capacity=capacity,
+        scale=scale,
+        partial=partial,
+        constants={"GROUP": H // G, **flags(q, k, bits, query_rows, kv_video, slots, partial)},
+    )
     lists = ascending(bits, counts, kv_video, capacity)
     launch(
         _delta,
@@ -141,39 +201,125 @@ def backward(
         dcoarse,
         dgate,
         scale * LOG2E,
-        *sizes,
+        *(H, N, kv_video, U, R, first_rows, kv_first, capacity),
         COARSE=gated,
         EXACT=exact,
         LSE_GRADIENT=grad_lse is not None,
         **strides(grad_out=grad_out, q=q, k=k, v=v, out=out, gate=gate, dgate=dgate),
-        **constants,
-        **size.meta(),
+        **walk.constants,
+        **row_blocks(q.dtype, D, query_rows, slots).meta(),
     )
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    scales = (scale, scale * LOG2E)
-    rows = (q, k, v, lse_log2, delta)
-    grid = (R // size.rows, H, B)
-    operands = {"grad_out": grad_out, "q": q, "k": k, "v": v}
-    meta = strides(**operands, dq=dq) | constants | size.meta()
-    launch(_dq, grid, grad_out, *rows, lists, counts, kv_counts, dq, *scales, *sizes, **meta)
+    dq = dq_of(walk, lists)
     del lists  # before the lists of the other direction take their memory
-    size = column_blocks(q.dtype, D, query_rows, slots, H // G, partial)
+    dk, dv = dkdv_of(walk, *transpose(bits, counts, kv_video, capacity))
+    return dq, dk, dv, dcoarse, dgate
+
+
+def dq_of(walk: Walk, lists: Tensor) -> Tensor:
+    """dq, from the kept tiles of each row, int32 ``[B, H, N, capacity]``."""
+    q, k = walk.rows["q"], walk.rows["k"]
+    B, H, R, D = q.shape
+    hopper = tuned.hopper_blocks("dq", q, walk.query_rows, walk.slots)
+    if hopper is not None:
+        from flexsparse.compile_passes.templates import hopper_backward
+
+        return hopper_backward.dq(walk, lists, hopper)
+    dq = torch.empty_like(q)
+    size = row_blocks(q.dtype, D, walk.query_rows, walk.slots)
     launch(
-        _dkdv,
-        (U * slots // size.keys, G, B),
-        grad_out,
-        *rows,
-        *transpose(bits, counts, kv_video, capacity),
-        kv_counts,
-        dk,
-        dv,
-        *scales,
-        *(N, kv_video, U, R, first_rows // query_rows, kv_first, G),
-        **strides(**operands, dk=dk, dv=dv),
-        **constants,
+        _dq,
+        (R // size.rows, H, B),
+        *walk.operands,
+        lists,
+        walk.counts,
+        walk.kv_counts,
+        dq,
+        *(walk.scale, walk.scale * LOG2E),
+        *(H, walk.counts.shape[2], walk.kv_video, k.shape[2] // walk.slots, R),
+        *(walk.first_rows, walk.kv_first, walk.capacity),
+        **strides(**walk.rows, dq=dq),
+        **walk.constants,
         **size.meta(),
     )
-    return dq, dk, dv, dcoarse, dgate
+    return dq
+
+
+def dkdv_of(walk: Walk, offsets: Tensor, columns: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """dk and dv, from the query tiles that keep each KV tile, as `transpose` says them."""
+    q, k, v = (walk.rows[name] for name in "qkv")
+    (B, H, R, D), G, N = q.shape, k.shape[1], walk.counts.shape[2]
+    U, M, query_tiles = k.shape[2] // walk.slots, walk.kv_video, R // walk.query_rows
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    hopper = tuned.hopper_blocks("dkdv", q, walk.query_rows, walk.slots)
+    size = hopper or column_blocks(q.dtype, D, walk.query_rows, walk.slots, H // G, walk.partial)
+    halves = walk.slots // size.keys
+    entries = N * min(walk.capacity, M) + (query_tiles - N) * M + (U - M) * query_tiles
+    most = most_pieces(B * G, halves, U, H // G * entries, H // G * query_tiles)
+    where = {"kv_first": walk.kv_first, "U": U, "query_tiles": query_tiles, "N": N}
+    work = pieces(columns, group=H // G, most=most, **where)
+    shape = (2, B, G, most, walk.slots, D)
+    workspace = torch.empty(shape, dtype=torch.float32, device=q.device) if most else None
+    if hopper is not None:
+        from flexsparse.compile_passes.templates import hopper_backward
+
+        hopper_backward.dkdv(walk, offsets, columns, indices, work, dk, dv, workspace, hopper)
+    else:
+        launch(
+            _dkdv,
+            ((U + most) * halves, G, B),
+            *walk.operands,
+            *(offsets, columns, indices, work),
+            walk.kv_counts,
+            *(dk, dv, workspace),
+            *(walk.scale, walk.scale * LOG2E),
+            *(N, M, U, R, walk.first_rows // walk.query_rows, walk.kv_first, G, most),
+            **strides(**walk.rows, dk=dk, dv=dv),
+            **walk.constants,
+            SPLIT=most > 0,
+            **size.meta(),
+        )
+    if workspace is not None:
+        add_pieces(work, workspace, dk, dv, walk.scale)
+    return dk, dv
+
+
+def add_pieces(work: Tensor, workspace: Tensor, dk: Tensor, dv: Tensor, scale: float) -> None:
+    """Write dk and dv of the columns that were split, their pieces added in order.
+
+    Args:
+        work: as `columns.pieces` returned it.
+        workspace: float32 ``[2, B, G, most, slots, D]``, sums of the first ``most`` pieces: dk before the scale, and dv.
+        dk: ``[B, G, U * slots, D]``, written in place.
+        dv: as dk.
+        scale: softmax scale.
+    """
+    _, B, G, most, slots, D = workspace.shape
+    keys = min(slots, 32)
+    launch(
+        _add_pieces,
+        (most * (slots // keys), G, B),
+        *(work, workspace, dk, dv, scale, work.shape[2] - most, G, most),
+        **strides(dk=dk, dv=dv),
+        D=D,
+        BLOCK_D=padded_dim(D),
+        SLOTS=slots,
+        KEYS=keys,
+        num_warps=4,
+    )
+
+
+def add_pieces_reference(work: Tensor, workspace: Tensor, dk: Tensor, dv: Tensor, scale: float) -> None:
+    """As `add_pieces`."""
+    _, B, G, most, slots, _ = workspace.shape
+    for b in range(B):
+        for g in range(G):
+            for row, (u, begin, _, parts) in enumerate(work[b, g, :most].tolist()):
+                if parts and begin == 0:
+                    at = slice(u * slots, (u + 1) * slots)
+                    total = torch.zeros_like(workspace[:, b, g, row])
+                    for part in range(parts):
+                        total += workspace[:, b, g, row + part]
+                    dk[b, g, at], dv[b, g, at] = total[0] * scale, total[1]
 
 
 def backward_reference(
@@ -182,7 +328,7 @@ def backward_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     bits: Tensor,
     counts: Tensor,
@@ -226,8 +372,15 @@ def compilations(long_tail: bool) -> list[Compilation]:
         sizes = (shape.dtype, shape.D, shape.query_rows, shape.slots)
         exact = shape.dtype != torch.float32 or not shape.full
         absent = dict.fromkeys(("coarse", "gate", "dcoarse", "dgate", "grad_lse") if shape.full else ("grad_lse",))
+        absent |= dict.fromkeys(("out",) if exact else ())
         constants = {"COARSE": not shape.full, "EXACT": exact, "LSE_GRADIENT": False, **absent}
         found.append(compilation(_delta, shape, row_blocks(*sizes), **constants))
         found.append(compilation(_dq, shape, row_blocks(*sizes)))
-        found.append(compilation(_dkdv, shape, column_blocks(*sizes, shape.group, not shape.full)))
+        size = column_blocks(*sizes, shape.group, not shape.full)
+        found.append(compilation(_dkdv, shape, size, SPLIT=False, workspace=None))
+        split = compilation(_dkdv, shape, size, SPLIT=True)
+        found.append(replace(split, config=split.config | {"split": True}))
+        found.append(
+            compilation(_add_pieces, shape, Blocks(rows=0, keys=min(shape.slots, 32), num_warps=4, num_stages=2))
+        )
     return found

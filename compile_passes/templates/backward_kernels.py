@@ -1,6 +1,7 @@
-"""Kernels of the fine stage's backward: delta and the gates' gradients, dq, dk with dv. Each result is written once.
+"""Kernels of the fine stage's backward along the lists: delta and the gates' gradients, dq. Each result is written once.
 
-All recompute the weights from the logits exactly as the forward makes them, and the log-sum-exp.
+Those along the columns are in `column_kernels`. All recompute the weights from the logits exactly as the forward makes
+them, and the log-sum-exp.
 Shape letters: B batch, H query heads, G KV heads, N query tiles, M KV video tiles, U all KV tiles, R query rows, D head dim.
 """
 
@@ -230,102 +231,3 @@ def _dq(
         d_logits = weights * (d_weights - delta_block[:, None])
         acc = tl.dot(d_logits.to(k_block.dtype), k_block, acc, input_precision="ieee")
     store_rows(dq, b * dq_b + h * dq_h, start, acc * scale, ROWS, dq_ROW, ALIGN, D, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=NUMBERS)
-def _dkdv(
-    grad_out,
-    q,
-    k,
-    v,
-    lse_log2,
-    delta,
-    offsets,
-    columns,
-    indices,
-    kv_counts,
-    dk,
-    dv,
-    scale,
-    scale_log2,
-    N,
-    M,
-    U,
-    R,
-    first_tiles,
-    kv_first,
-    G,
-    grad_out_b,
-    grad_out_h,
-    q_b,
-    q_h,
-    k_b,
-    k_h,
-    v_b,
-    v_h,
-    dk_b,
-    dk_h,
-    dv_b,
-    dv_h,
-    grad_out_ROW: tl.constexpr,
-    q_ROW: tl.constexpr,
-    k_ROW: tl.constexpr,
-    v_ROW: tl.constexpr,
-    dk_ROW: tl.constexpr,
-    dv_ROW: tl.constexpr,
-    ALIGN: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    QUERY_ROWS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    EXTRA: tl.constexpr,
-    PARTIAL: tl.constexpr,
-):
-    """dk and dv of KEYS slots of one KV head, over the query heads that read it, in their order."""
-    PIECES: tl.constexpr = QUERY_ROWS // ROWS
-    block = tl.program_id(0)
-    if EXTRA:  # the last extra tiles come first: every row sees them, so that they take longest
-        block = (block + (kv_first + M) * (SLOTS // KEYS)) % tl.num_programs(0)
-    b, g = tl.program_id(2), tl.program_id(1)
-    bg = b.to(tl.int64) * G + g
-    u = block // (SLOTS // KEYS)
-    m = u - kv_first
-    video = (m >= 0) & (m < M)
-    slot = tl.arange(0, KEYS)
-    row = tl.arange(0, ROWS)
-    key = block * KEYS
-    valid = slot < SLOTS
-    if PARTIAL:
-        valid = block % (SLOTS // KEYS) * KEYS + slot < tl.load(kv_counts + b.to(tl.int64) * U + u)
-    k_block = load_rows(k, b * k_b + g * k_h, key, valid, KEYS, k_ROW, ALIGN, D, BLOCK_D, PARTIAL)
-    v_block = load_rows(v, b * v_b + g * v_h, key, valid, KEYS, v_ROW, ALIGN, D, BLOCK_D, PARTIAL)
-    dk_block = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    dv_block = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    for member in range(GROUP):
-        bh = bg * GROUP + member
-        q_head = b * q_b + (g * GROUP + member) * q_h
-        grad_out_head = b * grad_out_b + (g * GROUP + member) * grad_out_h
-        listed = tl.load(columns + bh * M + m, mask=video, other=0)
-        absent = tl.where(video, N - listed, 0)
-        tiles = indices + tl.load(offsets + bh * M + m, mask=video, other=0)
-        for step in tl.range(0, (R // QUERY_ROWS - absent) * PIECES):
-            index = nth_tile(step // PIECES, tiles, first_tiles, listed, absent, EXTRA)
-            start = index * QUERY_ROWS + step % PIECES * ROWS
-            q_block = load_rows(q, q_head, start, None, ROWS, q_ROW, ALIGN, D, BLOCK_D, False)
-            g_block = load_rows(grad_out, grad_out_head, start, None, ROWS, grad_out_ROW, ALIGN, D, BLOCK_D, False)
-            lse_block = tl.load(lse_log2 + bh * R + start + row)
-            logits = tl.dot(k_block, tl.trans(q_block), input_precision="ieee") * scale_log2  # [KEYS, ROWS]
-            weights = tl.exp2(logits - lse_block[None, :])
-            dv_block = tl.dot(weights.to(g_block.dtype), g_block, dv_block, input_precision="ieee")
-            d_weights = tl.dot(v_block, tl.trans(g_block), input_precision="ieee")
-            delta_block = tl.load(delta + bh * R + start + row)
-            d_logits = weights * (d_weights - delta_block[None, :])
-            dk_block = tl.dot(d_logits.to(q_block.dtype), q_block, dk_block, input_precision="ieee")
-    if PARTIAL:  # slots past the count made results of their own, which go nowhere else
-        dk_block = tl.where(valid[:, None], dk_block, 0.0)
-        dv_block = tl.where(valid[:, None], dv_block, 0.0)
-    store_rows(dk, b * dk_b + g * dk_h, key, dk_block * scale, KEYS, dk_ROW, ALIGN, D, BLOCK_D)
-    store_rows(dv, b * dv_b + g * dv_h, key, dv_block, KEYS, dv_ROW, ALIGN, D, BLOCK_D)

@@ -18,6 +18,11 @@ HEAD_DIMS = range(8, 257, 8)
 ROWS = (16, 32, 64, 128, 256)
 
 
+def backward_reads_out(dtype: torch.dtype, gated: bool) -> bool:
+    """Whether a backward reads the output: only one that is neither rounded nor has the coarse output in it."""
+    return dtype not in (torch.bfloat16, torch.float16) and not gated
+
+
 def templates_refuse(dtype: torch.dtype, head_dim: int, query_rows: int, slots: int) -> str | None:
     """Why the Triton templates cannot do a case, with the remedy; None where they can."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -160,7 +165,7 @@ def tile_attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     coarse: Tensor | None,
     gate: Tensor | None,
@@ -177,7 +182,10 @@ def tile_attention_backward(
     partial: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `tile_attention` with respect to q, k, v, coarse and gate (of size 0 where there are none)."""
+    """Gradients of `tile_attention` with respect to q, k, v, coarse and gate (of size 0 where there are none).
+
+    ``out`` is None where `backward_reads_out` says so: what is not read is not saved either.
+    """
     sizes = (query_rows, first_rows, kv_first, kv_video, slots)
     fine = out if gate is None else None  # with a gate, out is not the fine stage's alone
     grads = gathered.backward(grad, grad_lse, q, k, v, fine, lse, bits, counts, kv_counts, *sizes, scale)
@@ -196,7 +204,7 @@ def run_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     coarse: Tensor | None,
     gate: Tensor | None,
@@ -227,8 +235,10 @@ def _(grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *a
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, coarse, gate, bits, counts, kv_counts, *ctx.rest, _ = inputs
+    out, lse = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, coarse, gate, bits, counts, kv_counts)
+    kept = out if backward_reads_out(q.dtype, gate is not None) else None
+    ctx.save_for_backward(q, k, v, kept, lse, coarse, gate, bits, counts, kv_counts)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:

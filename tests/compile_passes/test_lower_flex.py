@@ -25,7 +25,7 @@ from flexsparse.compile_passes.fusion_guard import compile_eagerly
 from flexsparse.compile_passes.lower_flex import BACKWARD, FORWARD
 from flexsparse.selection import TileSelection, block_lists, tile_mask_mod
 
-from .capture import Joint, joint_graphs, ops
+from .capture import Joint, joint_graphs, nodes_of, ops
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -218,6 +218,17 @@ def test_what_is_saved_for_backward_is_neither_lists_nor_scores() -> None:
     assert all(t.numel() <= max(HEADS * N * W, layout.padded_len) for t in whole), [t.shape for t in whole]
     assert all(t.numel() < HEADS * N * N for t in whole)
     assert all(tuple(t.shape[-2:]) != (N, N) for t in saved)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_the_backward_takes_the_output_only_where_it_reads_it(dtype: torch.dtype) -> None:
+    model, x = Tiny().to(dtype), torch.randn(1, TOKENS, C, dtype=dtype)
+    backend = fs.backend(fs.VSA(top_k=3), grid=GRID, tile=TILE, inner="aot_eager")
+    with joint_graphs() as joint:
+        outcome(model, torch.compile(model, backend=backend, fullgraph=True)(x))
+    check_lowered(joint, training=True)
+    (node,) = nodes_of(joint.graphs[-1], ops.tile_attention_backward)
+    assert (node.args[5] is not None) == (dtype == torch.float32)
 
 
 # what must stay

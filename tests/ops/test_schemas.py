@@ -25,7 +25,7 @@ SCHEMAS = {
     "tile_attention": "(Tensor q, Tensor k, Tensor v, Tensor? coarse, Tensor? gate, Tensor bits, Tensor counts, "
     "Tensor kv_counts, SymInt query_rows, SymInt first_rows, SymInt last_rows, SymInt kv_first, SymInt kv_video, "
     "SymInt slots, SymInt capacity, bool partial, float scale, bool wants_lse) -> (Tensor, Tensor)",
-    "tile_attention_backward": "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "tile_attention_backward": "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, "
     "Tensor? coarse, Tensor? gate, Tensor bits, Tensor counts, Tensor kv_counts, SymInt query_rows, SymInt first_rows, "
     "SymInt last_rows, SymInt kv_first, SymInt kv_video, SymInt slots, SymInt capacity, bool partial, float scale) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -132,7 +132,8 @@ def test_tile_attention_backward_keeps_its_promises(gated: bool) -> None:
     out, lse = ops.tile_attention(*plain, *rest, True)
     for grad_lse in (None, torch.randn(lse.shape)):
         grad = torch.randn(out.shape)
-        check(ops.tile_attention_backward.default, grad, grad_lse, *plain[:3], out, lse, *plain[3:], *rest)
+        for given in (out, None):
+            check(ops.tile_attention_backward.default, grad, grad_lse, *plain[:3], given, lse, *plain[3:], *rest)
 
 
 @pytest.mark.parametrize("tiles", (1, 31, 32, 33, 64))

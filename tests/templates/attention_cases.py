@@ -18,7 +18,10 @@ from flexsparse.selection import pack_bits
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What distinguishes one attention problem from another; extra parts are counted in tiles."""
+    """What distinguishes one attention problem from another; extra parts are counted in tiles.
+
+    A ``popular`` problem has a KV tile that (almost) every query tile keeps, and one that none keeps.
+    """
 
     B: int = 1
     H: int = 1
@@ -35,6 +38,7 @@ class Case:
     density: float = 0.5
     partial: bool = False
     gated: bool = False
+    popular: bool = False
     dtype: torch.dtype = torch.float32
     magnitude: float = 1.0
 
@@ -91,6 +95,8 @@ def build(case: Case) -> Problem:
     B, H, N, M, D = case.B, case.H, case.N, case.M, case.D
     U, R = case.kv_first + M + case.kv_last, (case.first + N + case.last) * case.query_rows
     keep = torch.rand(B, H, N, M) < case.density
+    if case.popular:
+        keep[..., 1], keep[..., 2] = True, False
     if case.density < 1 and N > 1:
         keep[:, :, N // 2] = False  # a row that keeps nothing
     kv_counts = torch.full((B, U), case.slots, dtype=torch.int32)

@@ -111,7 +111,24 @@ def test_launches() -> None:
     with count_launches() as launches:
         run(problem)
     forward_launches = 2
-    assert launches[forward_launches:] == ["_ascending", "_delta", "_dq", "_count_columns", "_fill_columns", "_dkdv"]
+    columns = ["_count_columns", "_fill_columns", "_pieces"]
+    assert launches[forward_launches:] == ["_ascending", "_delta", "_dq", *columns, "_dkdv"]
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[7], replace(CASES[0], gated=True)], ids=lambda case: case.name)
+def test_without_the_output(case: Case) -> None:
+    """What low precision and a gate do not read, and float32 does not need."""
+    problem = build(case)
+    q, k, v, *rest = problem.tensors
+    out, lse = forward(*problem.tensors, **problem.keywords)
+    with_it, without = (
+        backward(problem.grad_out, None, q, k, v, given, lse, *rest, **problem.keywords) for given in (out, None)
+    )
+    read = case.dtype == torch.float32 and not case.gated
+    for one, other in zip(with_it, without):
+        if one is not None and other is not None:
+            assert read or torch.equal(one, other)
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 def test_strided_gradient() -> None:

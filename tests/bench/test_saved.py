@@ -1,0 +1,104 @@
+"""What is saved for backward: which tensors, how many bytes, and that counting without values counts the same."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import flexsparse as fs
+from bench import saved
+from bench.saved import MODES, Case, count, saved_tensors
+from flexsparse.masks import base
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+VSA = Case(name="VSA", builder=fs.VSA(top_k=5), grid=(3, 6, 10), tile=(1, 4, 4), H=2, D=16)
+BSA = replace(VSA, name="BSA", builder=fs.BSA(keep_queries=0.5, kv_density=0.2), grid=(4, 8, 16), tile=(2, 4, 4))
+H, S, P, N, D = 2, 180, 288, 18, 16  # tokens and padded tokens differ: no tensor of one passes for one of the other
+
+
+def tensors(case: Case, mode: str) -> Counter[tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes of what is saved, the layout's tables left out: token positions, and valid tokens of each tile."""
+    found = [(tuple(x["shape"]), x["dtype"]) for x in count(case, mode)["tensors"]]
+    return Counter(x for x in found if x not in [((n,), "int32") for n in (P, S, N)])
+
+
+TILED, LSE = ((1, H, P, D), "bfloat16"), ((1, H, P), "float32")
+SELECTION = [((1, H, N, 2), "int32"), ((1, H, N), "int32")]
+POOLED, COARSE_LSE = ((1, H, N, D), "float32"), ((1, H, N), "float32")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_queries_keys_values_and_the_selection(mode: str) -> None:
+    assert tensors(VSA, mode) == Counter([TILED] * 3 + [LSE, *SELECTION])
+
+
+def test_the_output_too_in_float32() -> None:
+    wide = [(shape, "float32") for shape, _ in [TILED] * 4]
+    for mode in MODES:
+        assert tensors(replace(VSA, dtype=torch.float32), mode) == Counter([*wide, LSE, *SELECTION])
+
+
+def test_the_coarse_stage_of_a_gated_call() -> None:
+    # pooled q, k, v, the coarse output and its log-sum-exp
+    expected = Counter([TILED] * 3 + [LSE, *SELECTION] + [POOLED] * 4 + [COARSE_LSE])
+    gated = replace(VSA, gated=True)
+    assert tensors(gated, "compiled") == expected
+    assert tensors(gated, "eager") == expected + Counter([((1, H, S, D), "bfloat16")]), (
+        "the coarse output of each token"
+    )
+    for mode in MODES:
+        assert count(gated, mode)["gate_bytes"] == S * H * D * 2
+
+
+def test_packed_queries() -> None:
+    row = count(BSA, "compiled")
+    kept = [x for x in row["tensors"] if x["dtype"] == "bfloat16"]
+    assert Counter(x["shape"][2] for x in kept) == {256: 1, 512: 2}, "half of the queries, all keys and values"
+    assert row["bytes"] < row["needed_bytes"]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_counting_without_values_counts_what_is_saved_with_them(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(VSA, gated=gated)
+    fake = count(case, "eager")
+    monkeypatch.setattr(
+        saved.triton._Interpreted,
+        "apply",
+        lambda q, k, v, *rest: torch.ops.flexsparse.tile_attention(q, k, v, None, None, *rest),
+    )
+    assert not base.is_tracing()
+    real, gate = saved_tensors(case, saved.eager)
+    floats = Counter((tuple(x.shape), x.untyped_storage().nbytes()) for x in real if x.is_floating_point())
+    assert floats == Counter((tuple(x["shape"]), x["bytes"]) for x in fake["tensors"] if "float" in x["dtype"])
+    assert len(gate) == gated
+
+
+def test_bytes_and_the_target() -> None:
+    row = count(VSA, "eager")
+    assert row["needed_bytes"] == H * P * (4 * D * 2 + 4)
+    assert row["bytes"] == sum(x["bytes"] for x in row["tensors"]) >= H * P * (3 * D * 2 + 4)
+    assert row["checked"] and not saved.over([row])
+    assert saved.over([{**row, "checked": False}]) != []
+
+
+def test_the_file_and_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"a\n{saved.BEGIN}\nold\n{saved.END}\nb\n")
+    for name, value in (("PAGE", page), ("RESULTS", tmp_path / "saved.json"), ("CASES", (VSA,))):
+        monkeypatch.setattr(saved, name, value)
+    arguments = ["--out", str(tmp_path / "saved.json")]
+    assert saved.main(arguments) == 0
+    result = json.loads((tmp_path / "saved.json").read_text())
+    assert [row["mode"] for row in result["rows"]] == ["eager", "compiled"] and "torch" in result["header"]
+    text = page.read_text()
+    assert "VSA, compiled" in text and "old" not in text and text.startswith("a\n") and text.endswith("b\n")
+    page.write_text(f"{saved.BEGIN}\n{saved.END}\n")
+    assert saved.main(["--table", *arguments]) == 0 and saved.table(result) in page.read_text()
+    monkeypatch.setattr(saved, "ALLOWED", 0.1)
+    assert saved.main(["--out", str(tmp_path / "other.json")]) == 1
