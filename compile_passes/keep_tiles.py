@@ -132,7 +132,8 @@ class Region:
     def needs(self, node: Node, unknown: Any = MappingProxyType({})) -> Any:
         """What a node inside wants of its inputs (`token_dims.wants`); ``unknown`` where nobody knows."""
         if node in self.calls:
-            return dict(zip((x for x in node.args[:4] if x is not None), (2, 2, 2, 1)))
+            read = zip((*node.args[:4], node.args[7]), (2, 2, 2, 1, 1))  # q, k, v and the gates
+            return {x: dim for x, dim in read if x is not None}
         found = wants(node, self.inside[node])
         return unknown if found is None else found
 

@@ -33,13 +33,13 @@ def _(x: Tensor, T: int, H: int, W: int, first: int, last: int) -> Tensor:
 
 
 @torch.library.custom_op("flexsparse::mark_gate", mutates_args=())
-def mark_gate(x: Tensor, gate: Tensor) -> Tensor:
-    """Return ``x``; says that the next sparse attention call takes ``gate``, ``[B, S, H * D]``."""
+def mark_gate(x: Tensor, gate: Tensor, fine_gate: Tensor | None) -> Tensor:
+    """Return ``x``; says that the next sparse attention call takes ``gate`` and ``fine_gate``, ``[B, S, H * D]``."""
     raise _not_rewritten()
 
 
 @mark_gate.register_fake
-def _(x: Tensor, gate: Tensor) -> Tensor:
+def _(x: Tensor, gate: Tensor, fine_gate: Tensor | None) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -52,7 +52,7 @@ def _setup_grid(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _setup_gate(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.others = 1
+    ctx.others = 2
 
 
 mark_grid.register_autograd(_first_only, setup_context=_setup_grid)

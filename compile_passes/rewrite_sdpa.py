@@ -42,12 +42,12 @@ class RewriteSDPA:
     Before::
 
         x1 = mark_grid(x, T, H, W, first, last)
-        h1 = mark_gate(h, gate)                                # only where gates are used
+        h1 = mark_gate(h, gate, fine_gate)                     # only where gates are used
         o  = scaled_dot_product_attention(q, k, v, scale=s)    # S_q = S_kv = first + T*H*W + last
 
     After::
 
-        o = attend(q, k, v, gate, (T, H, W, first, last), schedules, mask, scale=s)
+        o = attend(q, k, v, gate, (T, H, W, first, last), schedules, mask, fine_gate, scale=s)
 
     Everything else is left as it was: cross-attention (its queries and keys come from different tensors, whatever their
     lengths), token refiners, calls whose mask may hide video tokens, causal ones, dropout. Nested graphs (activation
@@ -130,7 +130,7 @@ class RewriteSDPA:
                         f"a gate before {call_name(node)} has no sparse attention to go to: give wrap(..., gates=[names]) with "
                         "the attention modules that become sparse"
                     )
-                environment["gate"] = node.args[1]
+                environment["gate"] = tuple(node.args[1:])
                 remove(node, node.args[0])
             elif node.target is SDPA:
                 self._call(gm.graph, node, environment)
@@ -185,20 +185,20 @@ class RewriteSDPA:
         self.seen(call_name(node), q, k, None, reason)
 
     def _take(self, node: Node, q: Any, k: Any, environment: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """The gate of a call that becomes sparse, and the backend's choice; None where it stays dense."""
+        """The gates of a call that becomes sparse, and the backend's choice; None where it stays dense."""
         self.calls += 1
         name = call_name(node)
         choice = self.seen(name, q, k, tuple(value_of(size) for size in environment["grid"]), None)  # type: ignore[arg-type]
         if isinstance(choice, str):
             return None
-        gate = environment.pop("gate", None)
-        if self.gates and gate is None:
+        gates = environment.pop("gate", (None, None))
+        if self.gates and gates[0] is None:
             raise RewriteError(
                 f"gates are on, but {name} became sparse without one: its module was not recognised as "
                 "self-attention; give wrap(..., gates=[names]) with the names of the attention modules"
             )
         self.matches += 1
-        return gate, choice
+        return gates, choice
 
     def _call(self, graph: Graph, node: Node, environment: dict[str, Any]) -> None:
         call = SDPACall.of(node.args, node.kwargs)
@@ -219,8 +219,8 @@ class RewriteSDPA:
         taken = self._take(node, q, k, environment)
         if taken is None:
             return
-        gate, choice = taken
-        rest = (gate, environment["grid"], environment.get("schedules", ()), mask)
+        (gate, fine_gate), choice = taken
+        rest = (gate, environment["grid"], environment.get("schedules", ()), mask, fine_gate)
         arguments = (call.query, call.key, call.value, *rest)
         with graph.inserting_before(node):
             new = graph.call_function(self.attend, arguments, {"scale": call.scale, **choice})
@@ -246,16 +246,16 @@ class RewriteSDPA:
         taken = self._take(node, q, q, environment)
         if taken is None:
             return
-        gate, choice = taken
+        (gate, fine_gate), choice = taken
         attend = self.attend
 
         def flexsparse_multi_head(*args: Any, flexsparse: Any, **kwargs: Any) -> Any:
             def sdpa(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
-                return attend(q, k, v, *flexsparse, None, scale=None, **choice)
+                return attend(q, k, v, *flexsparse, scale=None, **choice)
 
             return multi_head.multi_head_with(sdpa)(*args, **kwargs)
 
-        extra = {"flexsparse": (gate, environment["grid"], environment.get("schedules", ()))}
+        extra = {"flexsparse": (gate, environment["grid"], environment.get("schedules", ()), None, fine_gate)}
         with graph.inserting_before(node):
             new = graph.call_function(flexsparse_multi_head, node.args, {**node.kwargs, **extra})
         replace(node, new)

@@ -29,7 +29,7 @@ class Parts(Protocol):
         tiles: ``(q, k, v, mask, grid, tables, order)`` to q, k and v in tile order.
         plan: ``(q, k, tiles, grid, tables, order, ratios, mask, gated, scale, builder)`` to a list of tensors and sizes: the
             coarse stage.
-        fine: ``(q, tiles, planned, gate, grid, tables, **choice)`` to the output: the fine stage and the combination.
+        fine: ``(q, tiles, planned, gates, grid, tables, **choice)`` to the output: the fine stage and the combination.
     """
 
     tables: Callable[..., Any]
@@ -43,13 +43,13 @@ class UnfoldAttention:
 
     Before::
 
-        o = attend(q, k, v, gate, grid, schedules, mask, scale=s, backend=b)   # order="tiles" after KeepTiles
+        o = attend(q, k, v, gate, grid, schedules, mask, fine_gate, scale=s, backend=b)   # order="tiles" after KeepTiles
 
     After::
 
         tiles = parts.tiles(q, k, v, mask, grid, tables)     # tables: buffers where the grid is known in numbers, else None
         ...                                     # aten nodes of parts.plan: pool, scores, select, softmax, coarse output
-        o = parts.fine(q, tiles, planned, gate, grid, tables, scale=s, backend=b)
+        o = parts.fine(q, tiles, planned, (gate, fine_gate), grid, tables, scale=s, backend=b)
 
     The coarse stage is traced before autograd and before composite functions fall apart: a softmax is one node. Calls
     inside of other functions (torch's own multi-head attention) stay as they are.
@@ -102,7 +102,7 @@ class UnfoldAttention:
             finish(gm)
 
     def _unfold(self, gm: GraphModule, node: Node, regions: list[Autocast], nested: bool) -> None:
-        q, k, v, gate, grid, ratios, mask = node.args
+        q, k, v, gate, grid, ratios, mask, fine_gate = node.args
         choice = dict(node.kwargs)
         order = choice.setdefault("order", "raster")
         examples = [value_of(x) for x in (q, k, v)]
@@ -146,7 +146,9 @@ class UnfoldAttention:
                 parts.append(part)
             operands = [q, k, *parts, *grid, *((None,) if tables is None else tables), *ratios, mask]
             planned = _inline(gm, traced, operands, {**node.meta, CALL: choice.get("name")})
-            new = graph.call_function(self.parts.fine, (q, tuple(parts), planned, gate, grid, tables), choice)
+            new = graph.call_function(
+                self.parts.fine, (q, tuple(parts), planned, (gate, fine_gate), grid, tables), choice
+            )
         new.meta = dict(node.meta)
         remove(node, new)
         self.matches += 1

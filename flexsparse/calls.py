@@ -27,15 +27,28 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def gate_heads(gate: Tensor, q: Tensor, layout: TileLayout) -> Tensor:
-    """A gate ``[B, S, H * D]`` as ``[B, H, S, D]``, in q's dtype. One of the video's tokens only gets zeros for the others.
+Gates = tuple[Tensor | None, Tensor | None]
+"""Of the coarse and of the fine output, ``[B, S, H * D]`` each."""
+
+
+def gates_of_heads(gates: Gates, q: Tensor, layout: TileLayout) -> Gates:
+    """Gates as ``[B, H, S, D]``; text has no coarse output, and its fine output no gate."""
+    coarse, fine = gates
+    return (
+        None if coarse is None else gate_heads(coarse, q, layout, 0.0),
+        None if fine is None else gate_heads(fine, q, layout, 1.0),
+    )
+
+
+def gate_heads(gate: Tensor, q: Tensor, layout: TileLayout, rest: float) -> Tensor:
+    """A gate ``[B, S, H * D]`` as ``[B, H, S, D]``, in q's dtype; one of the video's tokens only gets ``rest`` for others.
 
     Raises:
         ValueError: the gate has other sizes than the attention's queries.
     """
     B, H, S, D = q.shape
     if gate.dim() == 3 and gate.shape[1] != S and gate.shape[1] == layout.num_tokens:
-        gate = torch.nn.functional.pad(gate, (0, 0, layout.text_first, layout.text_last))  # they have no coarse output
+        gate = torch.nn.functional.pad(gate, (0, 0, layout.text_first, layout.text_last), value=rest)
     if gate.dim() != 3 or gate.shape[0] != B or gate.shape[1] != S or gate.shape[2] != H * D:
         raise ValueError(
             f"the gate is {tuple(gate.shape)}, the attention's queries are {tuple(q.shape)}: a gate reads the hidden states "
@@ -73,7 +86,7 @@ def sparse_call(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gate: Tensor | None,
+    gates: Gates,
     layout: TileLayout,
     scale: float | None,
     backend: str,
@@ -88,14 +101,14 @@ def sparse_call(
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     with torch.autocast(q.device.type, enabled=False):
-        gate = None if gate is None else gate_heads(gate, q, layout)
+        gates = gates_of_heads(gates, q, layout)
         scale = softmax_scale(scale, q.shape[-1])
         if mask is not None:
             k, v = hide_text(k, v, mask, layout)
         tiles = tiles_of(q, k, v, layout, kv_layout, None)
-        selection, coarse_out = plan(q, k, tiles, layout, builder, kv_layout, scale, None, gate is not None)
+        selection, coarse_out = plan(q, k, tiles, layout, builder, kv_layout, scale, None, gates[0] is not None)
         selection = with_text_counts(selection, mask)
-        return fine(q, tiles, selection, coarse_out, (gate, None), scale, backend, in_graph=in_graph, call=call)[0]
+        return fine(q, tiles, selection, coarse_out, gates, scale, backend, in_graph=in_graph, call=call)[0]
 
 
 def with_text_counts(selection: TileSelection, mask: Tensor | None) -> TileSelection:
@@ -123,8 +136,8 @@ class CallParts:
         tables: index tensors of a grid known in numbers, for a device.
         whole: whether tokens can stay in tile order: every tile is full, and queries and keys have the same.
         reorder: a tensor with the tokens of one dimension in tile order, or back in raster order.
-        attend: the whole call, ``attend(q, k, v, gate, grid, ratios, mask, *, scale, backend, name, builder, order)``; ``mask``
-            is a key mask ``[B, 1, 1, S]`` or None, ``order`` that of the tokens (`TileLayout`), here and in the parts.
+        attend: the whole call, ``attend(q, k, v, gate, grid, ratios, mask, fine_gate, *, scale, backend, name, builder, order)``;
+            ``mask`` is a key mask ``[B, 1, 1, S]`` or None, ``order`` that of the tokens (`TileLayout`), here and in the parts.
         tiles: q, k and v in tile order.
         plan: the coarse stage.
         fine: the fine stage and the combination.
@@ -158,6 +171,7 @@ class CallParts:
             grid: Geometry,
             ratios: Sequence[Tensor],
             mask: Tensor | None,
+            fine_gate: Tensor | None,
             *,
             scale: float | None,
             backend: str,
@@ -167,7 +181,7 @@ class CallParts:
         ) -> Tensor:
             layout, kv_layout = ordered(grid, None, order)
             choice = (scale, backend, True, name, mask, kv_layout)
-            return sparse_call(bound(ratios, builder), q, k, v, gate, layout, *choice)
+            return sparse_call(bound(ratios, builder), q, k, v, (gate, fine_gate), layout, *choice)
 
         def flexsparse_reorder(x: Tensor, dim: int, grid: Geometry, tables: Tables, back: bool) -> Tensor:
             layout, _ = ordered(grid, tables, "raster")
@@ -208,7 +222,7 @@ class CallParts:
             q: Tensor,
             tiles: Tiles,
             planned: Sequence[Any],
-            gate: Tensor | None,
+            gates: Gates,
             grid: Geometry,
             tables: Tables,
             *,
@@ -221,10 +235,9 @@ class CallParts:
             with torch.autocast(q.device.type, enabled=False):
                 layout, kv_layout = ordered(grid, tables, order)
                 selection, coarse_out = unflat(planned, layout, kv_layout)
-                gate = None if gate is None else gate_heads(gate, q, layout)
+                own = gates_of_heads(gates, q, layout)
                 softmax = softmax_scale(scale, q.shape[-1])
-                gates = (gate, None)
-                return fine(q, tiles, selection, coarse_out, gates, softmax, backend, in_graph=True, call=name)[0]
+                return fine(q, tiles, selection, coarse_out, own, softmax, backend, in_graph=True, call=name)[0]
 
         def tables(grid: Geometry, device: torch.device, order: str) -> tuple[Tensor, ...]:
             layout, kv_layout = ordered(grid, None, order)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flexsparse.gates import NAME, gate_modules
+from flexsparse.gates import FINE, NAME, gate_modules
 
 FORMAT = "flexsparse-gates"
 
@@ -66,10 +66,10 @@ def save_gates(model: nn.Module, path: str | Path, names: Literal["flexsparse", 
     if names not in ("flexsparse", "fastvideo"):
         raise ValueError(f"names is {names!r}: give 'flexsparse' or 'fastvideo'")
     tensors: dict[str, Tensor] = {}
-    for name, gate in gate_modules(model):
+    for name, own, gate in gate_modules(model):
         holder = name if names == "flexsparse" else _fastvideo_name(name)
         for kind, value in gate.state_dict().items():
-            key = f"{holder}.{NAME}.{kind}".lstrip(".")
+            key = f"{holder}.{own}.{kind}".lstrip(".")
             if key in tensors:
                 raise ValueError(f"names is 'fastvideo', but {holder} has two gates: save them with names='flexsparse'")
             tensors[key] = value.detach().contiguous()
@@ -92,19 +92,19 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for file_path in _files(path):
         with _safetensors().safe_open(str(file_path), framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
-                if f"{NAME}." in key:
+                if f"{NAME}." in key or f"{FINE}." in key:
                     found[key] = file.get_tensor(key)
                     metadata = metadata or file.metadata() or {}
     return found, metadata
 
 
 def _assign(
-    gates: dict[str, nn.Linear], found: dict[str, Tensor], path: Path
+    gates: list[tuple[str, str, nn.Linear]], found: dict[str, Tensor], path: Path
 ) -> Iterator[tuple[Tensor, str, str | None]]:
     """(parameter, its name, the key that fits it or None), shapes checked."""
-    for name, gate in gates.items():
+    for name, own, gate in gates:
         for kind, parameter in gate.named_parameters():
-            options = [f"{holder}.{NAME}.{kind}".lstrip(".") for holder in (name, _fastvideo_name(name))]
+            options = [f"{holder}.{own}.{kind}".lstrip(".") for holder in (name, _fastvideo_name(name))]
             key = next((k for o in options for k in found if k == o or k.endswith("." + o)), None)
             if key is not None and found[key].shape != parameter.shape:
                 raise ValueError(
@@ -134,7 +134,7 @@ def load_gates(model: nn.Module, path: str | Path, strict: bool = True) -> list[
             f"path is {path}: there is no such file; give a safetensors file with gates, or a folder of them"
         )
     found, metadata = _read(path)
-    fits = list(_assign(dict(gate_modules(model)), found, path))
+    fits = list(_assign(list(gate_modules(model)), found, path))
     used = [key for _, _, key in fits if key is not None]
     missing = [name for _, name, key in fits if key is None]
     extra = sorted(set(found) - set(used))

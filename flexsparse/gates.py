@@ -1,6 +1,7 @@
-"""VSA's gates: a zero-initialised linear map of an attention's input hidden states (arXiv 2505.13389, section 2.2).
+"""VSA's gates: linear maps of an attention's input hidden states (arXiv 2505.13389, section 2.2).
 
-Zero weight and bias, so that a wrapped pretrained model begins as pure fine attention.
+The coarse output's begins with zero weight and bias, the fine output's (optional) with zero weight and bias 1, so that a wrapped
+pretrained model begins as pure fine attention.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 NAME = "to_gate_compress"
+FINE = "to_gate_fine"
 Q_NAMES = ("to_q", "q_proj", "query", "wq", "q")
 K_NAMES = ("to_k", "k_proj", "key", "wk", "k")
 FUSED_NAMES = ("to_qkv", "qkv", "qkv_proj", "in_proj", "wqkv", "c_attn")
@@ -62,12 +64,13 @@ def gate_names(model: nn.Module, which: bool | Sequence[str]) -> list[str]:
     return [name for name, _ in named if any(fnmatch.fnmatch(name, p) for p in patterns)]
 
 
-def add_gates(model: nn.Module, which: bool | Sequence[str]) -> list[str]:
+def add_gates(model: nn.Module, which: bool | Sequence[str], fine: bool = False) -> list[str]:
     """Add `to_gate_compress` to attention modules; returns their names.
 
     Args:
         model: changed in place.
         which: True for every module recognised as self-attention, or name patterns (``"blocks.*.attn1"``).
+        fine: whether they get a gate on the fine output too, `to_gate_fine`.
 
     Raises:
         ValueError: a pattern without a match, a chosen module without projections to read sizes from, no module at all.
@@ -79,21 +82,23 @@ def add_gates(model: nn.Module, which: bool | Sequence[str]) -> list[str]:
         if sizes is None:
             raise ValueError(f"gates names {name}, which has no q, k or qkv projection to read a gate's sizes from")
         inputs, outputs, like = sizes
-        gate = nn.Linear(inputs, outputs, dtype=like.dtype, device=like.device)
-        nn.init.zeros_(gate.weight)
-        nn.init.zeros_(gate.bias)
-        module.add_module(NAME, gate)
+        for kind, start in ((NAME, 0.0), (FINE, 1.0))[: 2 if fine else 1]:
+            gate = nn.Linear(inputs, outputs, dtype=like.dtype, device=like.device)
+            nn.init.zeros_(gate.weight)
+            nn.init.constant_(gate.bias, start)
+            module.add_module(kind, gate)
     return names
 
 
-def gate_modules(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Every gate of a model, by the name of its attention module."""
+def gate_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Linear]]:
+    """Every gate of a model: the name of its attention module, its own, and itself."""
     for name, module in model.named_modules():
-        gate = module._modules.get(NAME)
-        if isinstance(gate, nn.Linear):
-            yield name, gate
+        for kind in (NAME, FINE):
+            gate = module._modules.get(kind)
+            if isinstance(gate, nn.Linear):
+                yield name, kind, gate
 
 
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Weights and biases of every gate, for an optimizer group of their own."""
-    return [parameter for _, gate in gate_modules(model) for parameter in gate.parameters()]
+    return [parameter for *_, gate in gate_modules(model) for parameter in gate.parameters()]

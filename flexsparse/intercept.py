@@ -17,7 +17,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from flexsparse.calls import sparse_call
+from flexsparse.calls import Gates, sparse_call
 from flexsparse.compile_passes import multi_head
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
 from flexsparse.compiler import DENSE, Backend
@@ -33,7 +33,7 @@ class _Local(threading.local):
         self.depth = 0
         self.names: list[str] = []
         self.crossing: list[bool] = []
-        self.gate: Tensor | None = None
+        self.gate: Gates | None = None
 
 
 class Interceptor:
@@ -101,14 +101,14 @@ class Interceptor:
             finally:
                 self.local.depth = 1
 
-    def call(self, name: str, run: Callable[[], Any], crossing: bool, gate: Tensor | None) -> Any:
+    def call(self, name: str, run: Callable[[], Any], crossing: bool, gate: Gates | None) -> Any:
         """Run a module of the model, entering the mode where backward redoes it.
 
         Args:
             name: the module's path.
             run: its forward.
             crossing: whether it was given two token sequences (`two_sequences`).
-            gate: its gate ``[B, S, H * D]``, or None.
+            gate: its gates ``[B, S, H * D]``, or None.
         """
         local = self.local
         gradients = torch.is_grad_enabled()  # noqa: F841  # read by `_redone_without_us`: a reentrant checkpoint switches them off inside
@@ -174,15 +174,16 @@ class Interceptor:
                     f"gates are on, but {name} became sparse without one: its module was not recognised as self-attention; "
                     "give wrap(..., gates=[names]) with the names of the attention modules"
                 )
-            samples = q.shape[0] if backend.ragged else gate.shape[0]  # a ragged model's samples run one by one
-            gate, rest = gate[:samples], gate[samples:]
-            self.local.gate = rest if rest.shape[0] else None
+            samples = q.shape[0] if backend.ragged else None  # a ragged model's samples run one by one
+            rest = tuple(None if x is None or samples is None else x[samples:] for x in gate)
+            self.local.gate = rest if rest[0] is not None and rest[0].shape[0] else None
+            gate = tuple(None if x is None else x[:samples] for x in gate)  # type: ignore[assignment]
         gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         chosen = backend.choose_backend(q, grid, compiled=False, gradients=gradients)
         builder = backend.rules.builders[number]
         backend.calls.record(backend.describe(_numbered(backend, name, True), q, k, grid, None, chosen, builder))
         how = (call.scale, chosen[0], False, name, mask, kv_layout)
-        return sparse_call(builder, q, k, v, gate, layout, *how)
+        return sparse_call(builder, q, k, v, gate or (None, None), layout, *how)
 
     def _geometry_of(self, q: Tensor) -> Geometry:
         """The geometry of a call: the model's, with fewer text tokens where its samples run without their padding."""
@@ -238,7 +239,9 @@ class _Mode(TorchFunctionMode):
     def __init__(self, interceptor: Interceptor) -> None:
         super().__init__()
         self.interceptor = interceptor
-        self.multi_head = multi_head.multi_head_with(interceptor.attention)  # a mode does not see calls inside of functions
+        self.multi_head = multi_head.multi_head_with(
+            interceptor.attention
+        )  # a mode does not see calls inside of functions
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

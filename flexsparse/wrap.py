@@ -60,6 +60,7 @@ def wrap(
     gates: bool | Sequence[str] = False,
     compile: bool | str = True,
     dense_layers: Sequence[int | str] = (),
+    fine_gates: bool = False,
     **options: Any,
 ) -> Model:
     """Make a video transformer's self-attention sparse, in place.
@@ -78,6 +79,7 @@ def wrap(
             (T, H, W, text_first, text_last).
         gates: add VSA's zero-initialised gate (`to_gate_compress`) to every self-attention that becomes sparse, or to the
             modules whose names match one of the given patterns. Create optimizers after wrapping.
+        fine_gates: a gate on the fine output too (`to_gate_fine`, at first 1), wherever ``gates`` adds one.
         compile: True compiles the whole model at its first call, as one graph; ``"regional"`` its repeated blocks, once for
             all of them; False intercepts the calls of the uncompiled model.
         dense_layers: blocks that stay dense: numbers, counted through the model's lists of blocks (-1: the last), or name
@@ -97,6 +99,8 @@ def wrap(
         raise TypeError(f"model is {type(model).__name__}: give a torch.nn.Module (a pipeline's .transformer)")
     if STATE in model.__dict__:
         raise ValueError(f"{type(model).__name__} is wrapped already: call flexsparse.unwrap(model) first")
+    if fine_gates and not gates:
+        raise ValueError("fine_gates is True, but gates is False: give gates=True as well")
     if compile not in (True, False, "regional"):
         raise ValueError(f"compile is {compile!r}: give True, False or 'regional'")
     own = {name: options.pop(name) for name in OWN_OPTIONS if name in options}
@@ -124,7 +128,7 @@ def wrap(
             state.own = None  # the input does not say its grid; the given one is all there is
     warn_of_dropped_gates(model)
     if gates:
-        add_gates(model, _gated(model, gates, backend.rules))
+        add_gates(model, _gated(model, gates, backend.rules), fine_gates)
     for name, module in list(model.named_modules()):
         if module is model or isinstance(module, nn.ModuleList | nn.ModuleDict):
             continue

@@ -18,9 +18,9 @@ from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
 from flexsparse.compile_passes import RewriteError, marks
 from flexsparse.compiler import Backend, no_match
-from flexsparse.gates import NAME
+from flexsparse.gates import FINE, NAME
 from flexsparse.grids import Geometry, GeometryReader
-from flexsparse.intercept import Interceptor, two_sequences
+from flexsparse.intercept import Gates, Interceptor, two_sequences
 
 STATE = "_flexsparse"
 
@@ -177,14 +177,14 @@ def _mark(
     raise ValueError("a wrapped module was called without a floating point tensor to tell its graph the grid by")
 
 
-def _gate(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The gate of an attention module's input hidden states, ``[B, S, H * D]``; None without a gate."""
-    linear = module._modules.get(NAME)
+def _gates(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Gates | None:
+    """The gates of an attention module's input hidden states, ``[B, S, H * D]``: coarse, and fine or None; None without."""
+    linear, fine = module._modules.get(NAME), module._modules.get(FINE)
     if linear is None or module.__dict__[STATE].dense:
         return None
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point():
-            return linear(value)
+            return linear(value), None if fine is None else fine(value)
     raise ValueError("a gated attention module was called without hidden states")
 
 
@@ -204,9 +204,9 @@ def _traced_region(
 
 
 def _inner_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    gate = _gate(module, args, kwargs)
-    if gate is not None:
-        args, kwargs = _mark(args, kwargs, marks.GATE, gate)
+    gates = _gates(module, args, kwargs)
+    if gates is not None:
+        args, kwargs = _mark(args, kwargs, marks.GATE, *gates)
     return _original(module, args, kwargs)
 
 
@@ -253,9 +253,9 @@ def module_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     state: State = getattr(module, STATE)
     if state.dense:
         return _original(module, args, kwargs)
-    gate = _gate(module, args, kwargs)
+    gates = _gates(module, args, kwargs)
     run = functools.partial(_original, module, args, kwargs)
-    return state.interceptor.call(module.__dict__["_flexsparse_name"], run, two_sequences(args, kwargs), gate)
+    return state.interceptor.call(module.__dict__["_flexsparse_name"], run, two_sequences(args, kwargs), gates)
 
 
 def compile_module(module: nn.Module, *args: Any, backend: Any = None, **options: Any) -> None:
@@ -307,4 +307,5 @@ def restore(module: nn.Module) -> None:
     for name in (STATE, "_flexsparse_name", "compile"):
         module.__dict__.pop(name, None)
     module._compiled_call_impl = None
-    module._modules.pop(NAME, None)
+    for name in (NAME, FINE):
+        module._modules.pop(name, None)

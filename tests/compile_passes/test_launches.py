@@ -67,7 +67,7 @@ def attention_graph(monkeypatch: pytest.MonkeyPatch, order: str) -> tuple[GraphM
     for node, example in zip(inputs, (q, k, v, gate)):
         node.meta["example_value"] = example
     how = {"scale": None, "backend": "flex", "name": "call", "builder": 0, "order": order}
-    attend = calls.call_function(parts.attend, (*inputs, (*layout.grid, 0, 0), (), None), how)
+    attend = calls.call_function(parts.attend, (*inputs, (*layout.grid, 0, 0), (), None, None), how)
     calls.output(calls.call_method("flatten", (calls.call_method("transpose", (attend, 1, 2)), 2)))
     gm = GraphModule({}, calls)
     with torch._guards.tracing(torch._guards.TracingContext(mode)):

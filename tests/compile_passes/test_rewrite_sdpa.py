@@ -30,7 +30,9 @@ def capture(function: Any, *inputs: Tensor) -> list[GraphModule]:
     return graphs
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, gate: Any, grid: Any, ratios: Any, mask: Any, *, scale: Any) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, gate: Any, grid: Any, ratios: Any, mask: Any, fine_gate: Any, *, scale: Any
+) -> Tensor:
     return q
 
 
@@ -65,7 +67,7 @@ def test_before_and_after() -> None:
     rewrite(gm)
     assert (count(gm, SDPA), count(gm, attend), rewrite.matches) == (0, 1, 1)
     node = next(n for n in gm.graph.nodes if n.target is attend)
-    assert node.args[3:] == (None, GRID, (), None)
+    assert node.args[3:] == (None, GRID, (), None, None)
     assert node.kwargs == {"scale": 0.5}
     assert [reason for _, reason in seen] == [None]
 

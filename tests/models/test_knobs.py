@@ -158,6 +158,7 @@ BAD: list[tuple[dict[str, Any], Any, str]] = [
     ({}, {"*": 3}, "builder is {'*': 3}: give a mask builder"),
     ({"gates": True, "dense_layers": ["blocks.*"]}, fs.VSA(top_k=2), "every attention that could have one is dense"),
     ({"gates": True}, {"blocks.0": fs.VSA(top_k=2), "*": fs.BSA()}, "BSA has no coarse output"),
+    ({"fine_gates": True}, fs.VSA(top_k=2), "fine_gates is True, but gates is False: give gates=True"),
     ({"fullgraph": False}, fs.VSA(top_k=2), "fullgraph is False: after a graph break"),
 ]
 
@@ -233,3 +234,21 @@ def test_a_whole_pipeline() -> None:
         found = latents(pipe, callback_on_step_end=fs.DenseSteps(models, fraction=1.0 if same else 0.25))
         assert torch.allclose(found, dense, atol=1e-4) == same
         assert all(bool(fs.report(m).sparse_calls) != same for m in models)
+
+
+@pytest.mark.parametrize("way", [True, False])
+@pytest.mark.parametrize("name", ["wan", "hunyuan"])
+def test_fine_gates(way: Any, name: str) -> None:
+    """At first they change nothing; then they weigh the fine output of the video's tokens (text of a joint block has no gate)."""
+    entry = ZOO[name]
+    plain = fs.wrap(entry.model(), fs.VSA(top_k=2), compile=False)
+    fresh = fs.wrap(entry.model(), fs.VSA(top_k=2), gates=True, fine_gates=True, compile=way, inner="aot_eager")
+    torch.testing.assert_close(sample(fresh, entry), sample(plain, entry), atol=1e-5, rtol=0)
+    options: dict[str, Any] = {"gates": True, "fine_gates": True}
+    model = wrapped(entry, fs.VSA(top_k=2), way, **options)
+    expected = gradients(wrapped(entry, fs.VSA(top_k=2), False, attention="reference", **options), entry, GRID)
+    found = gradients(model, entry, GRID)
+    assert {key.split(".to_gate_fine")[0] for key in found if "to_gate_fine" in key} == set(entry.sparse)
+    for key, grad in found.items():
+        assert "to_gate" not in key or grad.any(), key
+        torch.testing.assert_close(grad, expected.get(key, torch.zeros_like(grad)), atol=2e-6, rtol=1e-3)

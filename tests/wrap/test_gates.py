@@ -104,6 +104,21 @@ def test_the_file_says_what_the_gates_were_trained_with(gated: Stranger, tmp_pat
         fs.save_gates(other, path, names="theirs")  # type: ignore[arg-type]
 
 
+def test_fine_gates_are_in_the_file(stranger: Stranger, tmp_path: Path) -> None:
+    fs.wrap(stranger, fs.VSA(top_k=2), gates=True, fine_gates=True, compile=False)
+    assert len(fs.gate_parameters(stranger)) == 8
+    for parameter in fs.gate_parameters(stranger):
+        torch.nn.init.normal_(parameter)
+    before = [p.detach().clone() for p in fs.gate_parameters(stranger)]
+    fs.save_gates(stranger, tmp_path / "gates.safetensors")
+    for parameter in fs.gate_parameters(stranger):
+        torch.nn.init.zeros_(parameter)
+    loaded = fs.load_gates(stranger, tmp_path / "gates.safetensors")
+    assert loaded == [f"blocks.{i}.to_gate_{kind}" for i in (0, 1) for kind in ("compress", "fine")]
+    assert all(torch.equal(a, b) for a, b in zip(before, fs.gate_parameters(stranger), strict=True))
+    assert not any("to_gate" in name for name in fs.unwrap(stranger).state_dict())
+
+
 def test_two_gates_of_a_block_have_no_fastvideo_name(tmp_path: Path) -> None:
     block = torch.nn.Module()
     for name in ("attn1", "attn2"):

@@ -154,7 +154,9 @@ def test_a_graph_break_is_an_error_and_the_region_a_remedy(stranger: Stranger) -
 
     stranger.blocks[1].__class__ = Breaking
     fs.wrap(stranger, fs.VSA(top_k=4), **inner(True))
-    with pytest.raises(RewriteError, match=r"(?s)breaks the graph.*compile='regional'.*compile=False.*torch says:.*graph_break"):
+    with pytest.raises(
+        RewriteError, match=r"(?s)breaks the graph.*compile='regional'.*compile=False.*torch says:.*graph_break"
+    ):
         stranger(clip())
     fs.unwrap(stranger)
     fs.wrap(stranger, fs.VSA(top_k=4), **inner(False))
