@@ -1,7 +1,7 @@
 """VSA's gates: linear maps of an attention's input hidden states (arXiv 2505.13389, section 2.2).
 
-The coarse output's begins with zero weight and bias, the fine output's (optional) with zero weight and bias 1, so that a wrapped
-pretrained model begins as pure fine attention.
+The coarse output's begins with zero weight and bias, the fine output's (optional) with zero weight and bias 1, so that a
+wrapped pretrained model begins as pure fine attention.
 """
 
 from __future__ import annotations

@@ -174,10 +174,7 @@ class Interceptor:
                     f"gates are on, but {name} became sparse without one: its module was not recognised as self-attention; "
                     "give wrap(..., gates=[names]) with the names of the attention modules"
                 )
-            samples = q.shape[0] if backend.ragged else None  # a ragged model's samples run one by one
-            rest = tuple(None if x is None or samples is None else x[samples:] for x in gate)
-            self.local.gate = rest if rest[0] is not None and rest[0].shape[0] else None
-            gate = tuple(None if x is None else x[:samples] for x in gate)  # type: ignore[assignment]
+            gate, self.local.gate = _of_samples(gate, q.shape[0]) if backend.ragged else (gate, None)
         gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         chosen = backend.choose_backend(q, grid, compiled=False, gradients=gradients)
         builder = backend.rules.builders[number]
@@ -207,6 +204,14 @@ def key_mask(mask: Tensor | None) -> Tensor | None:
     if mask is None or (mask.dim() == 4 and mask.shape[2] == 1):
         return mask
     return key_mask_of(mask)
+
+
+def _of_samples(gates: Gates, count: int) -> tuple[Gates, Gates | None]:
+    """The gates of the next samples of a model that runs them one by one, and those of the samples after them."""
+    (coarse, fine), more = gates, None
+    if coarse is not None and coarse.shape[0] > count:
+        more = (coarse[count:], None if fine is None else fine[count:])
+    return (None if coarse is None else coarse[:count], None if fine is None else fine[:count]), more
 
 
 def _redone_without_us() -> bool:

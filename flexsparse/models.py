@@ -1,6 +1,6 @@
 """What must be known of a model's class to tell where its tokens lie: a table, for what cannot be read off the model.
 
-A model that is not in it needs nothing if its input is ``hidden_states [B, C, T, H, W]`` and only video tokens join in attention.
+Another model needs nothing if its input is ``hidden_states [B, C, T, H, W]`` and its attention joins video tokens only.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from flexsparse.ops import pack_rows  # noqa: F401
 from flexsparse.selection import TileSelection
 
 
@@ -19,31 +21,46 @@ def pack_queries(q: Tensor, q_tiles: Tensor | None, selection: TileSelection) ->
     Args:
         q: queries in raster order.
         q_tiles: the same in tile order ``[B, H, P, D]`` where it is at hand.
-        selection: its ``queries`` say which tokens are computed.
+        selection: its ``queries`` say which tokens are computed; rows past a tile's count are zero.
     """
     layout, queries = selection.layout, selection.queries
     if queries is None:
         return layout.to_tiles(q) if q_tiles is None else q_tiles
-    kept = q.gather(2, queries.kept.flatten(2).long()[..., None].expand(-1, -1, -1, q.shape[-1]))
-    if not (layout.text_first or layout.text_last):
-        return kept
-    tiles = layout.to_tiles(q) if q_tiles is None else q_tiles
-    first, last = layout.tiles_first * layout.slots, layout.tiles_last * layout.slots
-    return torch.cat([tiles.narrow(2, 0, first), kept, tiles.narrow(2, tiles.shape[2] - last, last)], dim=2)
+    tokens, slots, _ = layout.index(q.device)
+    # on CUDA one kernel tiles q, k and v, and one takes their gradients back: q's goes with them
+    tiled = q.is_cuda and q_tiles is not None and layout.order == "raster"
+    x = q_tiles if tiled and q_tiles is not None else q
+    fields = (queries.kept, queries.counts, queries.position, tokens, slots if tiled else None)
+    rows: Tensor = torch.ops.flexsparse.pack_rows(x, *fields, *_extra_rows(selection), _heads_inside(x))
+    return rows
 
 
-def unpack_rows(rows: Tensor, selection: TileSelection, fill: float = 0.0) -> Tensor:
+def unpack_rows(rows: Tensor, selection: TileSelection, fill: float = 0.0, like: Tensor | None = None) -> Tensor:
     """Computed rows ``[B, H, R, D]`` to raster order ``[B, H, S, D]``; a pruned token takes its source's row.
 
-    The gather's gradient flows to the source. ``fill`` is the value of tokens without a source.
+    The gradient flows to the source. ``fill`` is the value of tokens without a source. On CUDA the result lies in memory as
+    ``like`` does, so that a model that reads it as its queries lie does not copy it.
     """
     if selection.queries is None:
         return selection.layout.to_raster(rows)
-    position = selection.queries.position.long()[..., None]
-    out = rows.gather(2, position.clamp_min(0).expand(-1, -1, -1, rows.shape[-1]))
-    return out.masked_fill(position < 0, fill)
+    sizes = (*_extra_rows(selection), selection.query_rows)
+    inside = like is not None and _heads_inside(like)
+    tokens, position = selection.layout.index(rows.device)[0], selection.queries.position
+    out: Tensor = torch.ops.flexsparse.unpack_rows(rows, position, tokens, *sizes, fill, inside)
+    return out
 
 
 def unpack_lse(lse: Tensor, selection: TileSelection) -> Tensor:
     """Computed log-sum-exps ``[B, H, R]`` to raster order ``[B, H, S]``."""
     return unpack_rows(lse[..., None], selection, fill=-math.inf)[..., 0]
+
+
+def _extra_rows(selection: TileSelection) -> tuple[int, int]:
+    """Slots of the first and of the last extra tiles."""
+    layout = selection.layout
+    return layout.tiles_first * layout.slots, layout.tiles_last * layout.slots
+
+
+def _heads_inside(x: Tensor) -> bool:
+    """Whether heads lie inside of tokens in memory; on CPU, where nobody copies to another format, it does not count."""
+    return x.is_cuda and bool(statically_known_true(x.stride(1) < x.stride(2)))

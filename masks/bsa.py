@@ -1,8 +1,7 @@
 """BSA: bidirectional sparse attention (arXiv 2509.01085): queries and KV tiles are both sparse.
 
 The paper leaves much open and no code of it is public; each choice is an option here, and the default is the reading
-that `DESIGN.md` argues for. Shape letters as in `base`, and A windows of a tile, n tokens of a window, Q packed
-queries of a tile.
+that `DESIGN.md` argues for. Shape letters as in `base`, and Q packed queries of a tile.
 """
 
 from __future__ import annotations
@@ -23,27 +22,22 @@ from flexsparse.masks.base import (
     StaticBuilder,
     check_within,
     coarse_stage,
-    score_dtype,
     tile_scores,
 )
 from flexsparse.masks.top_p import check_tiles
-from flexsparse.masks.windows import Axes, window_sizes, windows_of
+from flexsparse.masks.windows import window_in, window_sizes, windows_of
 from flexsparse.ops.choice import Rule, masked_softmax, row_threshold
 from flexsparse.ops.coarse_select import pool_tiles
+from flexsparse.ops.prune_queries import prune_queries as pruning
+from flexsparse.ops.windows import Axes
 from flexsparse.schedule import Ratio, check_ratio, current, highest, rule_of, target
-from flexsparse.selection import KeptQueries, TileSelection, ascending_lists
+from flexsparse.selection import KeptQueries, TileSelection
 
 Fill = Literal["representative", "nearest", "zero"]
 Representative = Literal["center", "medoid"]
 Threshold = Literal["normal", "probability", "mass"]
 ScoreQueries = Literal["kept", "all"]
 Statistics = Literal["row", "head"]
-
-
-def cosine(x: Tensor, y: Tensor) -> Tensor:
-    """Cosine over the last dimension; 0 where a vector is zero."""
-    norms = x.norm(dim=-1) * y.norm(dim=-1)
-    return torch.where(norms > 0, (x * y).sum(-1) / norms, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +133,7 @@ class BSA(MaskBuilder):
     def packed(self, layout: TileLayout) -> int:
         """Q: packed queries of a tile, a power of two of at least 16."""
         share = highest(self.keep_queries)
-        sizes = window_sizes(layout.sides, layout.sides if self.window is None else self.window)
+        sizes = window_sizes(layout.sides, window_in(layout, self.window))
         kept = sum(math.ceil(share * size) for size in sizes)  # no cut tile keeps more than a full one
         return max(MIN_SLOTS, 1 << (kept - 1).bit_length())
 
@@ -187,74 +181,11 @@ def prune_queries(builder: BSA, q: Tensor, layout: TileLayout) -> tuple[KeptQuer
     Returns:
         The kept queries, and their mean ``[B, H, N, D]``, at least float32.
     """
-    B, H, N, slots, _ = q.shape
-    x = q.to(score_dtype(q.dtype))
-    table, centre = windows_of(layout, builder.window, q.device)
-    inside = table >= 0
-    A, n = table.shape[1:]
-    slot = table.clamp_min(0).long()
-    members = slot.flatten(1)[..., None].expand(B, H, N, A * n, 1)
-
-    def of_window(per_slot: Tensor) -> Tensor:  # [B, H, N, slots] -> [B, H, N, A, n]
-        return per_slot.gather(-1, members[..., 0]).unflatten(-1, (A, n))
-
-    tokens = x.gather(-2, members.expand(B, H, N, A * n, x.shape[-1])).unflatten(-2, (A, n))
-    size = inside.sum(-1)
-    if builder.representative == "center":
-        place = centre.long().expand(B, H, N, A)
-    else:
-        mean = (tokens * inside[..., None]).sum(-2, keepdim=True) / size.clamp_min(1)[..., None, None]
-        nearness = cosine(tokens, mean).masked_fill(~inside, -math.inf)
-        place = nearness.argsort(dim=-1, descending=True, stable=True)[..., 0]
-    chosen = tokens.gather(-2, place[..., None, None].expand(B, H, N, A, 1, x.shape[-1]))
-    likeness = cosine(tokens, chosen)
-    likeness = likeness.scatter(-1, place[..., None], -math.inf).masked_fill(~inside, math.inf)
-    rank = likeness.argsort(dim=-1, stable=True).argsort(dim=-1)
-    quota = (size.double() * current(builder.keep_queries)).ceil().long()  # float64: 0.1 * 10 is 1, not 2
-    kept = (rank < quota[..., None]) & inside
-
-    dump = torch.where(inside, table.long(), slots).flatten(1).expand(B, H, N, A * n)
-
-    def to_slots(per_token: Tensor) -> Tensor:  # [B, H, N, A, n] -> [B, H, N, slots]
-        out = per_token.new_zeros((B, H, N, slots + 1))
-        return out.scatter(-1, dump, per_token.flatten(-2))[..., :slots]
-
-    own = slot.expand(B, H, N, A, n)
-    if builder.fill == "nearest":
-        pairs = cosine(tokens[..., :, None, :], tokens[..., None, :, :]).masked_fill(~kept[..., None, :], -math.inf)
-        fill = own.gather(-1, pairs.argsort(dim=-1, descending=True, stable=True)[..., 0])
-    else:
-        fill = own.gather(-1, place[..., None]).expand_as(own)
-    source_slot = to_slots(torch.where(kept, own, fill))
-    kept_slots = to_slots(kept)
-    zero = ~kept_slots if builder.fill == "zero" else None
-
-    counts = quota.sum(-1).to(torch.int32)
-    Q = builder.packed(layout)
-    order = ascending_lists(kept_slots, Q).long()
-    token_of_slot, token_to_slot, _ = layout.index(q.device)
-    video = layout.video(token_of_slot[:, None])[..., 0].long().expand(B, H, N, slots)
-    rank_of_slot = kept_slots.cumsum(-1) - 1
-    first = layout.tiles_first * layout.slots
-    base = first + torch.arange(N, device=q.device)[:, None] * Q
-
-    def in_raster(values: Tensor, extra: Tensor) -> Tensor:  # [B, H, N, slots] -> int32 [B, H, S]
-        if zero is not None:
-            values = values.masked_fill(zero, -1)
-        ends = extra.expand(B, H, -1)
-        tail = ends.shape[-1] - first
-        whole = torch.cat([ends.narrow(-1, 0, first), values.flatten(-2), ends.narrow(-1, first, tail)], -1)
-        return whole.index_select(-1, token_to_slot).to(torch.int32)
-
-    last = layout.tiles_last * layout.slots
-    ends = torch.arange(first + last, device=q.device)
-    extra_position = torch.where(ends < first, ends, ends + N * Q)
-    extra_token = torch.cat([token_of_slot[:first], token_of_slot[first + N * slots :]]).long()
-    queries = KeptQueries(
-        kept=video.gather(-1, order).to(torch.int32),
-        counts=counts,
-        source=in_raster(video.gather(-1, source_slot), extra_token),
-        position=in_raster(base + rank_of_slot.gather(-1, source_slot), extra_position),
-    )
-    mean = pool_tiles(x * kept_slots[..., None], counts)
-    return queries, mean
+    share = current(builder.keep_queries)
+    number, now = (share, None) if isinstance(share, int | float) else (1.0, share)
+    grid, window = list(layout.grid), list(window_in(layout, builder.window))
+    sizes = (layout.tiles_first * layout.slots, layout.seq_len, builder.packed(layout))
+    how = (float(number), grid, list(layout.sides), window, *sizes, builder.fill, builder.representative)
+    total, *fields = pruning(q, layout.index(q.device)[0], now, *how)
+    queries = KeptQueries(*fields)
+    return queries, pool_tiles(total, queries.counts)

@@ -13,7 +13,7 @@ from flexsparse.backends import Case, choose
 from flexsparse.backends import triton as triton_backend
 from flexsparse.layout import _index
 from flexsparse.masks.base import _cached_mask
-from flexsparse.masks.windows import _windows
+from flexsparse.ops.windows import window_table
 
 LAYOUT = fs.TileLayout(grid=(2, 6, 7), tile=(2, 4, 4), text_last=4)
 
@@ -96,7 +96,7 @@ def test_a_layout_first_seen_in_inference_mode_can_be_trained_on(backend: str) -
     q, k, v = qkv(layout)
     for builder in (fs.VSA(top_k=1, within=fs.SlidingTile(window=(1, 1, 2))), fs.BSA(), fs.Radial()):
         _index.cache_clear()
-        _windows.cache_clear()
+        window_table.cache_clear()
         _cached_mask.cache_clear()
         with torch.inference_mode():
             fs.sparse_attention(q, k, v, layout, builder, backend=backend)

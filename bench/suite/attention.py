@@ -15,7 +15,7 @@ from torch import Tensor
 import flexsparse as fs
 from bench.baselines.protocol import Problem
 from bench.check import first_heads
-from bench.suite import data, oracle, parts
+from bench.suite import bsa_parts, data, oracle, parts
 from bench.suite.cases import DENSE, OURS, Case
 from bench.suite.contender import Contender, Expected, Found, Missing, Results, training_results
 from bench.suite.device import Device
@@ -65,7 +65,7 @@ def contenders(case: Case, device: Device, peers: Peers) -> Found:
     dense_truth = once(lambda: dense_expected(case, q, k, v, grad if training else None))
     for tile in (case.tile, *case.others):
         layout = case.layout_of(tile)
-        kv_layout = case.kv_layout if tile == case.tile else layout
+        kv_layout = layout if case.kv_tile is None else case.kv_layout
         selection = case.builder.select(q, k, layout, kv_layout=kv_layout)
         truth = once(
             lambda layout=layout, selection=selection: sparse_expected(  # type: ignore[misc]
@@ -86,7 +86,8 @@ def contenders(case: Case, device: Device, peers: Peers) -> Found:
             )
             yield whole(case, call, (q, k, v, gate), grad, training, config={"mode": mode}, **ours, backend=backend)
         if case.parts and tile == case.tile:
-            yield from parts.contenders(case, device, (q, k, v, gate), layout, selection)
+            pieces = parts.contenders if case.method == "vsa" else bsa_parts.contenders
+            yield from pieces(case, device, (q, k, v, gate), layout, selection)
     yield from dense(case, device, peers, (q, k, v), grad, dense_truth)
 
 

@@ -125,7 +125,7 @@ def attend(
             )
             result = _compiled(case)(rows, k, v, mask, scale, gqa, wants_lse)
         out, lse = (result[0], result[1].lse) if wants_lse else (result, None)
-    return unpack_rows(out, selection), None if lse is None else unpack_lse(lse, selection)
+    return unpack_rows(out, selection, like=q), None if lse is None else unpack_lse(lse, selection)
 
 
 def _block_mask(lists: BlockLists, columns: bool) -> BlockMask:

@@ -57,7 +57,7 @@ def attend(
         scale,
         wants_lse or gradients,
     )
-    return unpack_rows(rows, selection), unpack_lse(lse, selection) if wants_lse else None
+    return unpack_rows(rows, selection, like=q), unpack_lse(lse, selection) if wants_lse else None
 
 
 @torch.library.custom_op("flexsparse::gather_attention", mutates_args=())

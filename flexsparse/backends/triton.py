@@ -48,7 +48,7 @@ def attend(
         out, lse = torch.ops.flexsparse.tile_attention(rows, k, v, None, None, *operands)
     else:
         out, lse = _Interpreted.apply(rows, k, v, *operands)
-    return unpack_rows(out, selection), unpack_lse(lse, selection) if wants_lse else None
+    return unpack_rows(out, selection, like=q), unpack_lse(lse, selection) if wants_lse else None
 
 
 class _Interpreted(torch.autograd.Function):

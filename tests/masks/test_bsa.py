@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from strategies import Case, cases
 
 import flexsparse as fs
-from flexsparse.masks.windows import tile_windows
 
 DOUBLE = (torch.float64,)
 SHARES = st.sampled_from((0.1, 0.25, 0.3, 0.5, 0.75, 0.9))
@@ -190,8 +189,3 @@ def test_scoring_all_queries_differs_from_scoring_the_kept_ones() -> None:
     selection = fs.BSA(kv_density=0.3, score_queries="all").select(q, k, layout)
     expected = [slow.above_threshold(row, 0.3, 1, selection.capacity)[0] for row in rows]
     assert torch.equal(selection.keep()[0, 0], slow.as_mask(expected, 4))
-
-
-@pytest.mark.parametrize("window", ((2, 2, 2), (3, 2, 1), (4, 4, 4)))
-def test_tile_windows_keeps_its_promises_to_the_compiler(window: tuple[int, int, int]) -> None:
-    torch.library.opcheck(tile_windows, ((3, 5, 6), (2, 4, 4), window, torch.device("cpu")))

@@ -239,7 +239,7 @@ def test_a_whole_pipeline() -> None:
 @pytest.mark.parametrize("way", [True, False])
 @pytest.mark.parametrize("name", ["wan", "hunyuan"])
 def test_fine_gates(way: Any, name: str) -> None:
-    """At first they change nothing; then they weigh the fine output of the video's tokens (text of a joint block has no gate)."""
+    """At first they change nothing; then they weigh the fine output of the video's tokens (a joint block's text has none)."""
     entry = ZOO[name]
     plain = fs.wrap(entry.model(), fs.VSA(top_k=2), compile=False)
     fresh = fs.wrap(entry.model(), fs.VSA(top_k=2), gates=True, fine_gates=True, compile=way, inner="aot_eager")

@@ -1,4 +1,4 @@
-"""`fs.wrap` on the models that people use: the right calls become sparse, and however they run, the numbers are the oracle's."""
+"""`fs.wrap` on models that people use: the right calls become sparse, and however they run, the numbers are the oracle's."""
 
 from __future__ import annotations
 

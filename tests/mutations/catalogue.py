@@ -24,6 +24,8 @@ class Mutation(NamedTuple):
 AGREEMENT = ("backends/test_agreement.py",)
 EMPTY = ("backends/test_empty_rows.py",)
 PRUNED = ("masks/test_bsa.py",)
+COLUMNS = ("templates/test_columns.py",)
+SAVED = ("ops/test_tile_attention.py::test_the_output_is_saved_only_where_the_backward_reads_it",)
 
 MUTATIONS = (
     Mutation(
@@ -133,10 +135,9 @@ MUTATIONS = (
     ),
     Mutation(
         "copies of pruned queries send no gradient",
-        "packing.py",
-        "return out.masked_fill(position < 0, fill)",
-        "own = selection.queries.source[..., None] == torch.arange(out.shape[2])[:, None]\n"
-        "    return torch.where(own, out, out.detach()).masked_fill(position < 0, fill)",
+        "ops/pack_rows.py",
+        "sums.index_add_(0, target.flatten(), values)",
+        "sums.index_copy_(0, target.flatten(), values)",
         PRUNED,
     ),
     Mutation(
@@ -211,14 +212,14 @@ MUTATIONS = (
     ),
     Mutation(
         "most similar queries kept",
-        "masks/bsa.py",
-        "likeness = cosine(tokens, chosen)",
-        "likeness = -cosine(tokens, chosen)",
+        "ops/prune_queries.py",
+        "likeness = cosine(x, chosen",
+        "likeness = -cosine(x, chosen",
         PRUNED,
     ),
     Mutation(
         "another representative",
-        "masks/windows.py",
+        "ops/windows.py",
         "size[i] // 2 for i",
         "(size[i] - 1).clamp(min=0) // 2 for i",
         PRUNED,
@@ -369,5 +370,189 @@ MUTATIONS = (
         "if not choice.source:",
         "if False:",
         ("templates/test_tuned.py",),
+    ),
+    Mutation(
+        "columns in index order",
+        "compile_passes/templates/columns.py",
+        "(other[:, None] > length[None, :]) | (same & (u[:, None] < mine[None, :]))",
+        "(u[:, None] < mine[None, :]) | (same & (u[:, None] < mine[None, :]))",
+        COLUMNS,
+    ),
+    Mutation(
+        "ties between columns to the highest tile",
+        "compile_passes/templates/columns.py",
+        "(same & (u[:, None] < mine[None, :]))",
+        "(same & (u[:, None] > mine[None, :]))",
+        COLUMNS,
+    ),
+    Mutation(
+        "more pieces than there is room for",
+        "compile_passes/templates/columns.py",
+        "tl.maximum((tl.sum(total, 0) + most - 1) // most, SHORTEST)",
+        "tl.maximum(tl.sum(total, 0) // (most + 1), SHORTEST)",
+        COLUMNS,
+    ),
+    Mutation(
+        "a column's rest in no piece",
+        "compile_passes/templates/columns.py",
+        "begin + each + (part < left).to(tl.int32)",
+        "begin + each",
+        COLUMNS,
+    ),
+    Mutation(
+        "a workspace without a bound",
+        "compile_passes/templates/columns.py",
+        "min(SHARE * PROGRAMS, room)",
+        "(SHARE * PROGRAMS)",
+        COLUMNS,
+    ),
+    Mutation(
+        "each head of a group takes the whole piece",
+        "compile_passes/templates/column_kernels.py",
+        "first, last = tl.maximum(begin, 0), tl.minimum(end, entries)",
+        "first, last = 0, entries",
+        COLUMNS,
+    ),
+    Mutation(
+        "a piece's sums in its neighbour's place",
+        "compile_passes/templates/column_kernels.py",
+        "(bg * most + number).to(tl.int32) * SLOTS",
+        "(bg * most + (number + 1) % most).to(tl.int32) * SLOTS",
+        COLUMNS,
+    ),
+    Mutation(
+        "a sum of pieces without the last",
+        "compile_passes/templates/column_kernels.py",
+        "for part in range(parts):",
+        "for part in range(parts - 1):",
+        COLUMNS,
+    ),
+    Mutation(
+        "dk of a split column without the scale",
+        "compile_passes/templates/column_kernels.py",
+        "key = u * SLOTS + within\n    store_rows(dk, b * dk_b + g * dk_h, key, dk_block * scale,",
+        "key = u * SLOTS + within\n    store_rows(dk, b * dk_b + g * dk_h, key, dk_block,",
+        COLUMNS,
+    ),
+    Mutation(
+        "the output saved though nothing reads it",
+        "ops/tile_attention.py",
+        "kept = out if backward_reads_out(q.dtype, gate is not None) else None",
+        "kept = out",
+        SAVED,
+    ),
+    Mutation(
+        "the output in the joint graph though nothing reads it",
+        "compile_passes/lower_flex.py",
+        'kept = out if backward_reads_out(q.meta["val"].dtype, gated=False) else None',
+        "kept = out",
+        ("compile_passes/test_lower_flex.py::test_the_backward_takes_the_output_only_where_it_reads_it",),
+    ),
+    Mutation(
+        "float32 sums dO * O without an O",
+        "compile_passes/templates/backward.py",
+        "exact = out is None or q.dtype",
+        "exact = q.dtype",
+        ("templates/test_backward.py::test_without_the_output",),
+    ),
+    Mutation(
+        "the share of queries in float32",
+        "ops/prune_queries.py",
+        "(size.double() * share)",
+        "(size.float() * share)",
+        ("ops/test_prune_queries.py",),
+    ),
+    Mutation(
+        "the share of queries in float32, on CUDA",
+        "compile_passes/templates/prune.py",
+        "(size.to(tl.float64) * number)",
+        "(size.to(tl.float64) * number.to(tl.float32))",
+        ("templates/test_prune.py::test_the_share_is_taken_in_float64",),
+    ),
+    Mutation(
+        "equal queries by the highest slot",
+        "compile_passes/templates/prune.py",
+        "((other == key) & (i < j))",
+        "((other == key) & (i > j))",
+        ("templates/test_prune.py::test_ties_go_to_the_lowest_slot",),
+    ),
+    Mutation(
+        "a pruned query takes a row of its own",
+        "compile_passes/templates/prune.py",
+        "tl.where(kept, row, taken_row)",
+        "row",
+        ("templates/test_prune.py::test_ties_go_to_the_lowest_slot",),
+    ),
+    Mutation(
+        "rows of the first 32 slots only",
+        "compile_passes/templates/prune.py",
+        "tl.where(w < of_slot, words, ",
+        "tl.where(w < of_slot, 0, ",
+        ("templates/test_prune.py::test_tiles_of_128_slots_in_tile_order_and_low_precision",),
+    ),
+    Mutation(
+        "last extra tokens before the packed queries",
+        "compile_passes/templates/prune.py",
+        "tl.where(last, row + tiles * Q, row)",
+        "row",
+        ("templates/test_prune.py::test_ties_go_to_the_lowest_slot",),
+    ),
+    Mutation(
+        "a token outside of its window is nearest",
+        "compile_passes/templates/prune.py",
+        "key = tl.where(stays, cosine_key",
+        "key = tl.where(stays | True, cosine_key",
+        ("templates/test_prune.py::test_the_choice_is_that_of_plain_torch",),
+    ),
+    Mutation(
+        "rows past the count computed",
+        "ops/pack_rows.py",
+        "rows = kept.masked_fill(past, -1).flatten(2)",
+        "rows = kept.flatten(2)",
+        ("ops/test_pack_rows.py",),
+    ),
+    Mutation(
+        "rows past the count computed, on CUDA",
+        "compile_passes/templates/pack.py",
+        "stays = at % Q < tl.load(",
+        "stays = at % Q <= tl.load(",
+        ("templates/test_pack.py::test_packing_and_its_gradient",),
+    ),
+    Mutation(
+        "a pruned query gets its source's gradient",
+        "ops/pack_rows.py",
+        "torch.where(video & (owner != token), -1, at)",
+        "at",
+        ("ops/test_pack_rows.py",),
+    ),
+    Mutation(
+        "a pruned query gets its source's gradient, on CUDA",
+        "compile_passes/templates/pack.py",
+        "tl.where(video & (owner != token), -1, at)",
+        "at",
+        ("templates/test_pack.py::test_packing_and_its_gradient",),
+    ),
+    Mutation(
+        "the last copy of a row sends no gradient",
+        "compile_passes/templates/pack.py",
+        "for _ in range(most):",
+        "for _ in range(most - 1):",
+        ("templates/test_pack.py::test_unpacking_and_its_gradient",),
+    ),
+    Mutation(
+        "gradients of copies from the last slot to the first",
+        "compile_passes/templates/pack.py",
+        "last = tl.min(tl.where(rest, slot[None, :], SLOTS), 1)",
+        "last = tl.min(tl.where(rest, slot[None, :], SLOTS), 1)\n"
+        "        turned = (taken[None, :] == row[:, None]) & (slot[None, :] < SLOTS - last[:, None])\n"
+        "        last = tl.where(last < SLOTS, tl.max(tl.where(turned, slot[None, :], -1), 1), last)",
+        ("templates/test_pack.py::test_sums_are_in_the_order_of_slots",),
+    ),
+    Mutation(
+        "what the way back makes is copied by the model",
+        "packing.py",
+        "return x.is_cuda and bool(",
+        "return False and bool(",
+        ("compile_passes/test_bsa_launches.py",),
     ),
 )
