@@ -1,7 +1,7 @@
 """Write the table of tuned configurations from a result file: `python -m bench.tune bench/results/.../tune.json`.
 
-The fastest configuration of the fine forward that passed its check, for each (GPU architecture, dtype, D, tiles); each entry
-names the file it came from. Exit code 1 where the file holds none.
+The fastest configuration of each op of the fine stage that passed its check, for each (GPU architecture, dtype, D, tiles);
+each entry names the file it came from. Exit code 1 where the file holds none.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def winners(rows: Sequence[Row]) -> list[Row]:
-    """The fastest row with a configuration of each problem that was tuned."""
-    best: dict[str, Row] = {}
+    """The fastest row with a configuration of each problem and op that was tuned."""
+    best: dict[tuple[str, str], Row] = {}
     for row in rows:
         ms = median(row)
         if not row["case"].startswith("tune-") or ms is None or not row["checked"] or not row["config"]:
             continue
-        before = median(best[row["case"]]) if row["case"] in best else None
+        key = (row["case"], row["config"].get("op", "forward"))
+        before = median(best[key]) if key in best else None
         if before is None or ms < before:
-            best[row["case"]] = row
+            best[key] = row
     return list(best.values())
 
 
@@ -46,7 +47,7 @@ def entries(rows: Sequence[Row], arch: str, tuned: Any) -> list[dict[str, Any]]:
     for row in rows:
         slots = row["tile"][0] * row["tile"][1] * row["tile"][2]
         dtype = getattr(torch, row["dtype"])
-        choices = tuned.candidates(arch, dtype, row["D"], slots, slots)
+        choices = tuned.candidates(arch, dtype, row["D"], slots, slots, row["config"].get("op", "forward"))
         if row["config"] not in [choice.config() for choice in choices]:
             raise ValueError(f"{row['case']}: {row['config']} is no candidate any more; measure again")
         key = {"arch": arch, "dtype": TYPES[dtype], "D": row["D"], "query_rows": slots, "slots": slots}

@@ -34,9 +34,10 @@ def main() -> int:
                 continue
             major, minor = torch.cuda.get_device_capability()
             arch = f"sm_{major}{minor}" + ("a" if major >= 9 else "")
-            for choice in tuned.candidates(arch, torch.bfloat16, D, layout.slots, layout.slots):
-                with tuned.using(choice):
-                    attention(device, layout, D, torch.bfloat16)
+            for op in tuned.OPS:
+                for choice in tuned.candidates(arch, torch.bfloat16, D, layout.slots, layout.slots, op):
+                    with tuned.using(choice):
+                        attention(device, layout, D, torch.bfloat16)
     if device.type == "cuda":
         torch.cuda.synchronize()
     print("small: done")

@@ -1,20 +1,38 @@
-"""Which configuration of the fine forward is fastest: every candidate on one problem, the winner for the rest of the run."""
+"""Which configuration of each op of the fine stage is fastest: all candidates on one problem, winners for the rest of a run."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from bench.suite import data, fine
 from bench.suite.cases import OURS, Case
-from bench.suite.contender import Contender, Found
+from bench.suite.contender import Contender, Found, Results, training_results
 from bench.suite.device import Device
 
 Key = tuple[str, int, int, int]
 """dtype, D, query rows, KV slots."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Winners:
+    """The fastest choice of each op.
+
+    Attributes:
+        choices: of different ops, the forward's first.
+    """
+
+    choices: tuple[Any, ...]
+
+    def config(self) -> dict[str, Any]:
+        """For a row: the first choice's own configuration, and the others' by their op."""
+        first, *others = self.choices
+        return {**first.config(), **{choice.op: choice.config() for choice in others}}
 
 
 def table() -> Any:
@@ -33,21 +51,21 @@ def key_of(case: Case) -> Key:
 
 
 def candidates(case: Case, device: Device) -> list[Any]:
-    """The choices to try, the default first; none where there is no table."""
+    """The choices to try, op by op, the default first; none where there is no table."""
     tuned = table()
     if tuned is None:
         return []
     _, D, rows, slots = key_of(case)
-    return list(tuned.candidates(device.arch, case.torch_dtype, D, rows, slots))
+    key = (device.arch, case.torch_dtype, D, rows, slots)
+    return list(itertools.chain.from_iterable(tuned.candidates(*key, op) for op in tuned.OPS))
 
 
 @contextlib.contextmanager
-def forced(choice: Any) -> Iterator[None]:
-    """Inside, the fine forward takes this choice; None changes nothing."""
-    if choice is None:
-        yield
-        return
-    with table().using(choice):
+def forced(winners: Winners | None) -> Iterator[None]:
+    """Inside, the fine stage takes these choices; None changes nothing."""
+    with contextlib.ExitStack() as stack:
+        for choice in () if winners is None else winners.choices:
+            stack.enter_context(table().using(choice))
         yield
 
 
@@ -55,38 +73,65 @@ def under(choice: Any, function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that runs with a choice forced."""
 
     def call(*args: Any) -> Any:
-        with forced(choice):
+        with forced(Winners(choices=(choice,))):
             return function(*args)
 
     return call
 
 
 def contenders(case: Case, device: Device, choices: list[Any]) -> Found:
-    """One for each choice, on the same problem."""
-    problem, _ = fine.problem_of(case, device)
-    inputs = data.copies([problem.q_BHPD, problem.k_BGPD, problem.v_BGPD], device.l2_bytes)
-    truth = fine.expected(case, problem, None, False, (0,))
+    """One for each choice, on the same problem; a choice of dq or of dkdv is timed in a whole backward."""
+    problem, grad = fine.problem_of(case, device)
+    tensors = [problem.q_BHPD, problem.k_BGPD, problem.v_BGPD]
+    inputs = data.copies(tensors, device.l2_bytes)
     pairs, whole = fine.selected_pairs(problem.selection), float(case.B * case.H) * problem.q_BHPD.shape[2] ** 2
-    attend = fine.ours(problem, False)
+    attend, training = fine.ours(problem, False), fine.ours(problem, True)
+    leaves = tuple(x.detach().requires_grad_() for x in tensors)
+    held: list[torch.Tensor] = []
+
+    def forward(turn: int) -> Any:
+        return attend(*inputs[turn % len(inputs)])
+
+    def backward(turn: int) -> Any:
+        if not held:
+            held.append(training(*leaves))
+        return torch.autograd.grad(held[0], leaves, grad, retain_graph=True)
+
+    def output() -> Results:
+        return {"out": attend(*inputs[0])}
+
+    def gradients() -> Results:
+        return training_results(training(*leaves), leaves, fine.GRADIENTS, grad)
+
+    parts = {
+        "fine_forward": (forward, output, fine.expected(case, problem, None, False, (0,)), 4),
+        "fine_backward": (backward, gradients, fine.expected(case, problem, grad, False, (0,)), 10),
+    }
     for choice in choices:
+        op = "fine_forward" if choice.op == "forward" else "fine_backward"
+        run, results, expected, operations = parts[op]
         yield Contender(
             impl=OURS,
-            op="fine_forward",
-            run=under(choice, lambda turn: attend(*inputs[turn % len(inputs)])),
-            results=under(choice, lambda: {"out": attend(*inputs[0])}),
-            expected=truth,
+            op=op,
+            run=under(choice, run),
+            results=under(choice, results),
+            expected=expected,
             strict=True,
-            flops=4 * case.D * pairs,
+            flops=operations * case.D * pairs,
             density=pairs / whole,
             config=choice.config(),
         )
 
 
-def winner(rows: list[dict[str, Any]], choices: list[Any]) -> Any:
-    """The fastest choice that passed its check; None where none did."""
+def winner(rows: list[dict[str, Any]], choices: list[Any]) -> Winners | None:
+    """The fastest choice of each op that passed its check; None where none did."""
     timed = {str(row["config"]): sorted(row["ms"])[len(row["ms"]) // 2] for row in rows if row["ms"]}
-    passed = [choice for choice in choices if str(choice.config()) in timed]
-    return min(passed, key=lambda choice: timed[str(choice.config())], default=None)
+    best: dict[str, Any] = {}
+    for choice in choices:
+        ms = timed.get(str(choice.config()))
+        if ms is not None and (choice.op not in best or ms < timed[str(best[choice.op].config())]):
+            best[choice.op] = choice
+    return Winners(choices=tuple(best.values())) if best else None
 
 
 def restored(rows: list[dict[str, Any]], cases: list[Case], device: Device) -> dict[Key, Any]:

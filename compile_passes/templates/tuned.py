@@ -1,4 +1,4 @@
-"""Which kernel and which blocks the fine stage's forward takes: a table of what was measured, and a default.
+"""Which kernel and which blocks each op of the fine stage takes: a table of what was measured, and a default.
 
 Shape letters: D head dim.
 """
@@ -19,8 +19,11 @@ from torch import Tensor
 from flexsparse.compile_passes.templates.attention_common import TYPES, Blocks, unaccelerated_blocks
 
 TABLE = Path(__file__).with_suffix(".json")
-"""A JSON list of rows: `KEY`, the fields of `Choice`."""
+"""A JSON list of rows: the fields of `Choice`, the op first, and of `KEY`."""
 KEY = ("arch", "dtype", "D", "query_rows", "slots")
+"""What a choice is for, besides its op."""
+OPS = ("forward", "dq", "dkdv")
+"""The ops that choose: output and log-sum-exp; gradient of the queries; gradients of keys and values."""
 KERNELS = ("triton", "hopper")
 
 _forced: list[Choice] = []
@@ -28,30 +31,40 @@ _forced: list[Choice] = []
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A kernel of the fine stage's forward with its blocks.
+    """A kernel of one op of the fine stage with its blocks.
 
     Attributes:
-        kernel: ``"triton"`` (`forward`) or ``"hopper"`` (`hopper_forward`).
-        rows: query rows of a block.
+        op: one of `OPS`.
+        kernel: ``"triton"`` (`forward`, `backward`) or ``"hopper"`` (`hopper_forward`, `hopper_backward`).
+        rows: query rows of a block; like the next three 0 for a plain kernel of dq or dkdv, which finds its own blocks.
         keys: KV slots of a block.
         num_warps: warps of a program.
-        num_stages: depth of the software pipeline; for ``"hopper"`` the buffers of keys.
+        num_stages: depth of the software pipeline; for ``"hopper"`` the buffers of what a program walks along.
         source: name of the file in bench/results that it comes from; None where nothing was measured.
 
     Raises:
-        ValueError: an unknown kernel.
+        ValueError: an unknown op or kernel, or blocks for a kernel that takes none.
     """
 
+    op: str = "forward"
     kernel: str
-    rows: int
-    keys: int
-    num_warps: int
-    num_stages: int
+    rows: int = 0
+    keys: int = 0
+    num_warps: int = 0
+    num_stages: int = 0
     source: str | None = None
 
     def __post_init__(self) -> None:
+        if self.op not in OPS:
+            raise ValueError(f"op is {self.op!r}: give one of {', '.join(OPS)}")
         if self.kernel not in KERNELS:
             raise ValueError(f"kernel is {self.kernel!r}: give one of {', '.join(KERNELS)}")
+        given = (self.rows, self.keys, self.num_warps, self.num_stages)
+        if self.op != "forward" and self.kernel == "triton":
+            if any(given):
+                raise ValueError(f"the plain kernel of {self.op} finds its own blocks: leave out {given}")
+        elif not all(given):
+            raise ValueError(f"rows, keys, num_warps and num_stages are {given}: give positive numbers")
 
     @property
     def blocks(self) -> Blocks:
@@ -74,8 +87,14 @@ def default_blocks(dtype: torch.dtype, D: int, query_rows: int, slots: int) -> B
     return Blocks(rows=rows, keys=keys, num_warps=8 if rows == 128 else 4, num_stages=3 if rows > 16 else 2)
 
 
-def _choice(kernel: str, size: Blocks) -> Choice:
-    return Choice(kernel=kernel, **asdict(size))
+def _choice(kernel: str, size: Blocks, op: str = "forward") -> Choice:
+    return Choice(op=op, kernel=kernel, **asdict(size))
+
+
+def _default(dtype: torch.dtype, D: int, query_rows: int, slots: int, op: str) -> Choice:
+    if op != "forward":
+        return Choice(op=op, kernel="triton")
+    return _choice("triton", default_blocks(dtype, D, query_rows, slots))
 
 
 def arch_of(x: Tensor) -> str | None:
@@ -86,12 +105,16 @@ def arch_of(x: Tensor) -> str | None:
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
-def candidates(arch: str | None, dtype: torch.dtype, D: int, query_rows: int, slots: int) -> list[Choice]:
-    """All that may be tried for a shape, the default first; a candidate may still need more than a GPU has."""
-    default = default_blocks(dtype, D, query_rows, slots)
-    found = [_choice("triton", default)]
+def candidates(
+    arch: str | None, dtype: torch.dtype, D: int, query_rows: int, slots: int, op: str = "forward"
+) -> list[Choice]:
+    """All that may be tried for an op and a shape, the default first; a candidate may still need more than a GPU has."""
+    default = _default(dtype, D, query_rows, slots, op)
+    found = [default]
     if dtype == torch.float32 or D > 128:
         return found
+    if op != "forward":
+        return found + _hopper_backward(arch, D, query_rows, slots, op)
     # 64 rows have a warpgroup of 4 warps, 128 rows two; more slots a step take more registers, more stages more memory
     for rows, keys, num_warps, num_stages in (
         (64, 64, 4, 2),
@@ -105,7 +128,7 @@ def candidates(arch: str | None, dtype: torch.dtype, D: int, query_rows: int, sl
         (128, 128, 8, 3),
     ):
         size = Blocks(rows=rows, keys=keys, num_warps=num_warps, num_stages=num_stages)
-        if query_rows % rows == 0 and slots % keys == 0 and size != default:
+        if query_rows % rows == 0 and slots % keys == 0 and size != default.blocks:
             found.append(_choice("triton", size))
     if arch == "sm_90a":
         from flexsparse.compile_passes.templates import hopper_forward
@@ -114,17 +137,42 @@ def candidates(arch: str | None, dtype: torch.dtype, D: int, query_rows: int, sl
     return found
 
 
-def chosen(arch: str | None, dtype: torch.dtype, D: int, query_rows: int, slots: int) -> Choice:
+def _hopper_backward(arch: str | None, D: int, query_rows: int, slots: int, op: str) -> list[Choice]:
+    if arch != "sm_90a":
+        return []
+    from flexsparse.compile_passes.templates import hopper_backward
+
+    sizes = hopper_backward.dq_sizes if op == "dq" else hopper_backward.dkdv_sizes
+    return [_choice("hopper", size, op) for size in sizes(D, query_rows, slots)]
+
+
+def chosen(arch: str | None, dtype: torch.dtype, D: int, query_rows: int, slots: int, op: str = "forward") -> Choice:
     """What `using` forces, else what was measured to be fastest, else plain Triton with default blocks."""
-    if _forced:
-        return _forced[-1]
-    measured = None if arch is None else _table(TABLE).get((arch, TYPES[dtype], D, query_rows, slots))
-    return measured or _choice("triton", default_blocks(dtype, D, query_rows, slots))
+    wanted = [choice for choice in _forced if choice.op == op]
+    if wanted:
+        return wanted[-1]
+    measured = None if arch is None else _table(TABLE).get((op, arch, TYPES[dtype], D, query_rows, slots))
+    return measured or _default(dtype, D, query_rows, slots, op)
+
+
+def hopper_blocks(op: str, q: Tensor, query_rows: int, slots: int) -> Blocks | None:
+    """Blocks of the Hopper kernel of dq or dkdv where it is chosen for queries ``[B, H, R, D]``; None for plain Triton.
+
+    Raises:
+        ValueError: it is forced where it does not run.
+    """
+    arch = arch_of(q)
+    choice = chosen(arch, q.dtype, q.shape[3], query_rows, slots, op)
+    if choice.kernel != "hopper":
+        return None
+    if arch != "sm_90a":
+        raise ValueError(f"the Hopper kernel of {op} is forced on {arch or 'a CPU tensor'}: it needs a GPU of sm_90a")
+    return choice.blocks
 
 
 @contextlib.contextmanager
 def using(choice: Choice) -> Iterator[None]:
-    """Force a choice on every call inside, in all threads; a case that its kernel refuses raises."""
+    """Force a choice on every call of its op inside, in all threads; a case that its kernel refuses raises."""
     _forced.append(choice)
     try:
         yield
@@ -132,14 +180,14 @@ def using(choice: Choice) -> Iterator[None]:
         _forced.pop()
 
 
-def forced() -> bool:
-    """Whether a choice is forced."""
-    return bool(_forced)
+def forced(op: str = "forward") -> bool:
+    """Whether a choice is forced for an op."""
+    return any(choice.op == op for choice in _forced)
 
 
 @functools.cache
 def _table(path: Path) -> dict[tuple[Any, ...], Choice]:
-    """The rows of a table by `KEY`.
+    """The rows of a table by op and `KEY`.
 
     Raises:
         ValueError: a row that names no source: what was never measured is not chosen.
@@ -149,12 +197,13 @@ def _table(path: Path) -> dict[tuple[Any, ...], Choice]:
         choice = Choice(**{name: value for name, value in row.items() if name not in KEY})
         if not choice.source:
             raise ValueError(f"{path.name} has a row without a source: {row}; write it with `python -m bench.tune`")
-        found[tuple(row[name] for name in KEY)] = choice
+        key = (choice.op, *(row[name] for name in KEY))
+        found[key] = choice
     return found
 
 
 def write_table(rows: Iterable[Mapping[str, Any]], source: str, path: Path | None = None) -> None:
-    """Put measured winners into the table, in the place of older ones for the same shapes.
+    """Put measured winners into the table, in the place of older ones for the same ops and shapes.
 
     Args:
         rows: each with the fields of `KEY` (dtype as ``"bf16"``) and of ``Choice.config()``; others are passed over.
@@ -173,7 +222,10 @@ def write_table(rows: Iterable[Mapping[str, Any]], source: str, path: Path | Non
         missing = [name for name in (*KEY, *names) if name not in row]
         if missing:
             raise ValueError(f"a row lacks {', '.join(missing)}: {dict(row)}")
-        table[tuple(row[name] for name in KEY)] = Choice(**{name: row[name] for name in names}, source=source)
-    written = [dict(zip(KEY, key)) | asdict(choice) for key, choice in sorted(table.items(), key=lambda item: item[0])]
+        choice = Choice(**{name: row[name] for name in names}, source=source)
+        key = (choice.op, *(row[name] for name in KEY))
+        table[key] = choice
+    ordered = sorted(table.items(), key=lambda item: item[0])
+    written = [dict(zip(("op", *KEY), key)) | asdict(choice) for key, choice in ordered]
     path.write_text(json.dumps(written, indent=1) + "\n")
     _table.cache_clear()

@@ -23,19 +23,22 @@ from bench.suite.device import Host
 @dataclasses.dataclass(frozen=True)
 class FakeChoice:
     number: int
+    op: str = "forward"
 
     def config(self) -> dict[str, Any]:
-        return {"kernel": "triton", "number": self.number}
+        return {"op": self.op, "kernel": "triton", "number": self.number}
 
 
 class FakeTable:
     """Stands in for `templates.tuned`."""
 
+    OPS = ("forward", "dq", "dkdv")
+
     def __init__(self, *choices: FakeChoice) -> None:
         self.choices, self.forced, self.written = list(choices), [], []
 
-    def candidates(self, *key: Any) -> list[FakeChoice]:
-        return self.choices
+    def candidates(self, arch: str, dtype: Any, D: int, rows: int, slots: int, op: str) -> list[FakeChoice]:
+        return [choice for choice in self.choices if choice.op == op]
 
     def using(self, choice: FakeChoice) -> Any:
         table = self
@@ -77,9 +80,7 @@ def test_the_fastest_right_candidate_wins_and_is_used(tmp_path: Path, monkeypatc
     header, found = rows.load(tmp_path / "tune.json")
     assert [row["config"]["number"] for row in found] == [0, 1, 2]
     assert [bool(row["ms"]) for row in found] == [True, True, False] and code == 1
-    assert (
-        of(result, "fine_forward")["config"] == {"kernel": "triton", "number": 1} and seen[-1] == 1 and not table.forced
-    )
+    assert of(result, "fine_forward")["config"] == FakeChoice(1).config() and seen[-1] == 1 and not table.forced
     monkeypatch.setattr(tuning, "table", lambda: table)
     assert tune.main([str(tmp_path / "tune.json")]) == 0
     (((entry,), source),) = table.written
@@ -87,6 +88,50 @@ def test_the_fastest_right_candidate_wins_and_is_used(tmp_path: Path, monkeypatc
     assert entry["number"] == 1 and source == "tune.json" and header["arch"] == "host"
     table.choices = [FakeChoice(5)]
     assert tune.main([str(tmp_path / "tune.json")]) == 1  # measured under other candidates
+
+
+def test_each_op_has_its_own_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = [FakeChoice(number, "dq") for number in (0, 1, 2)] + [FakeChoice(number, "dkdv") for number in (0, 1)]
+    table = FakeTable(FakeChoice(0), *some)
+    ticks, right = [0.0], fine.ours
+
+    def ours(problem: Any, training: bool) -> Any:
+        attend = right(problem, training)
+
+        def hook(grad: Any) -> Any:
+            wrong = FakeChoice(2, "dq") in table.forced
+            ticks[0] += sum(
+                {"dq": (3.0, 2.0, 1.0), "dkdv": (4.0, 5.0)}[x.op][x.number] for x in table.forced if x.op != "forward"
+            )
+            return grad * 1.1 if wrong else grad  # the fastest is wrong
+
+        def run_(q: Any, k: Any, v: Any) -> Any:
+            out = attend(q, k, v)
+            ticks[0] += 1.0
+            if training:
+                out.register_hook(hook)
+            return out
+
+        return run_
+
+    monkeypatch.setattr(fine, "ours", ours)
+    monkeypatch.setattr(tuning, "table", lambda: table)
+    tuned, after = (
+        case(name, kind, baselines=()) for name, kind in (("tune-it", "fine_forward"), ("after", "fine_backward"))
+    )
+    monkeypatch.setattr(tune, "RESULTS", tmp_path)
+    device = Host(clock=lambda: ticks[0])
+    code, result = run(tmp_path, after, tuned=[tuned], device=device, arguments=("--only", "tune", "bench"))
+    _, found = rows.load(tmp_path / "tune.json")
+    assert [row["op"] for row in found] == ["fine_forward"] + 5 * ["fine_backward"]
+    assert [bool(row["ms"]) for row in found] == [True, True, True, False, True, True] and code == 1
+    config = of(result, "fine_backward")["config"]
+    assert config["dq"] == FakeChoice(1, "dq").config() and config["dkdv"] == FakeChoice(0, "dkdv").config()
+    assert (config["op"], config["number"]) == ("forward", 0) and not table.forced
+    assert of(result, "fine_backward")["ms"][0] == pytest.approx(6000.0), "both winners were forced"
+    assert tune.main([str(tmp_path / "tune.json")]) == 0
+    ((entries, _),) = table.written
+    assert [(entry["op"], entry["number"]) for entry in entries] == [("forward", 0), ("dq", 1), ("dkdv", 0)]
 
 
 def test_the_real_table_takes_what_tuning_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,9 +144,13 @@ def test_the_real_table_takes_what_tuning_writes(tmp_path: Path, monkeypatch: py
     row = one.row("fine_forward", "flexsparse", ms=[1.0, 2.0], checked=True, config=best.config())
     slower = {**row, "ms": [3.0], "config": tuned.candidates("sm_90a", torch.bfloat16, 128, 64, 64)[0].config()}
     wrong = {**row, "ms": [0.1], "checked": False, "config": slower["config"]}
-    rows.write(tmp_path / "run.json", {"arch": "sm_90a"}, [slower, row, {**slower, "ms": [2.0]}, wrong])
+    dq = tuned.candidates("sm_90a", torch.bfloat16, 128, 64, 64, "dq")
+    others = [{**row, "op": "fine_backward", "ms": [9.0 - i], "config": x.config()} for i, x in enumerate(dq)]
+    rows.write(tmp_path / "run.json", {"arch": "sm_90a"}, [slower, row, {**slower, "ms": [2.0]}, wrong, *others])
     assert tune.main([str(tmp_path / "run.json")]) == 0
     found = tuned.chosen("sm_90a", torch.bfloat16, 128, 64, 64)
+    backward = [tuned.chosen("sm_90a", torch.bfloat16, 128, 64, 64, op) for op in ("dq", "dkdv")]
     tuned._table.cache_clear()
     assert found.config() == best.config() and found.source == "run.json"
+    assert backward[0].config() == dq[-1].config() and backward[1].kernel == "triton"
     assert tune.main([str(Path(__file__))]) == 1

@@ -47,11 +47,12 @@ def candidates() -> list[object]:
     from flexsparse.compile_passes.templates import tuned
 
     return [
-        pytest.param(dtype, D, slots, choice, id=f"{str(dtype)[6:]}-D{D}-{slots}-{number}-{choice.kernel}")
+        pytest.param(dtype, D, slots, choice, id=f"{str(dtype)[6:]}-D{D}-{slots}-{op}-{number}-{choice.kernel}")
         for dtype in (torch.bfloat16, torch.float16)
         for D in (128, 64)
         for slots in (64, 128)
-        for number, choice in enumerate(tuned.candidates(arch(), dtype, D, slots, slots))
+        for op in tuned.OPS
+        for number, choice in enumerate(tuned.candidates(arch(), dtype, D, slots, slots, op))
     ]
 
 
@@ -85,6 +86,38 @@ def test_a_candidate_computes_the_same(dtype: torch.dtype, D: int, slots: int, c
                 assert_as_good(actual.cpu(), same, exact, f"{choice} {layout.grid} scale {scale} {what}", noise)
             largest = float(tensors[0].double().norm(dim=-1).max() * tensors[1].double().norm(dim=-1).max() * D**-0.5)
             assert_lse(found[-1].cpu(), lse, largest)
+
+
+@pytest.mark.parametrize("D", [128, 64])
+@pytest.mark.parametrize("heads", [12, 3])
+@pytest.mark.parametrize("slots", [64, 128])
+def test_many_tiles_agree_in_backward(D: int, heads: int, slots: int) -> None:
+    """As below, for dq and dkdv; with shared KV heads, and with a tile that every row keeps: its column is split."""
+    from flexsparse.compile_passes.templates import tuned
+
+    layout = fs.TileLayout(grid=(8, 32, 32), tile=(4, 4, 4) if slots == 64 else (4, 8, 4), text_last=70)
+    q, k, v = (
+        torch.randn(1, n, layout.seq_len, D, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for n in (12, heads, heads)
+    )
+    keep = torch.rand(1, 12, layout.num_tiles, layout.num_tiles) < 0.1
+    keep[..., 5] = True
+    selection = to(fs.TileSelection.from_mask(keep, layout), "cuda")
+    grad = torch.randn_like(q)
+    out = fs.sparse_attention(q, k, v, layout, selection, backend="triton")
+    for op in ("dq", "dkdv"):
+        plain, *others = tuned.candidates(arch(), torch.bfloat16, D, slots, slots, op)
+        with tuned.using(plain):
+            expected = torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+        for choice in others:
+            with tuned.using(choice):
+                found = torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+                for _ in range(3):
+                    again = torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+                    assert all(torch.equal(a, b) for a, b in zip(found, again)), f"{choice}: two runs differ"
+            for what, one, other in zip(("dq", "dk", "dv"), found, expected):
+                error = (one.float() - other.float()).square().mean().sqrt() / other.float().square().mean().sqrt()
+                assert error < 0.01, f"{what} of {choice} differs by {error:.3f} from {plain}"
 
 
 @pytest.mark.parametrize("D", [128, 64])

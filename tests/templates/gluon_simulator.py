@@ -248,7 +248,8 @@ def _language(machine: Machine) -> types.SimpleNamespace:
     def scalar(i: int) -> Value:
         return Value(torch.tensor(i, dtype=torch.int32))
 
-    layouts = dict.fromkeys(("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout"), lambda *a, **k: None)
+    names = ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "SwizzledSharedLayout")
+    layouts = dict.fromkeys(names, lambda *a, **k: None)
     return types.SimpleNamespace(
         **layouts,
         float32=gl.float32,
@@ -265,6 +266,7 @@ def _language(machine: Machine) -> types.SimpleNamespace:
         zeros=lambda shape, dtype, layout=None: values.full(shape, 0, dtype),
         where=values.where,
         maximum=lambda a, b: Value(torch.fmax(torch.as_tensor(raw(a)), torch.as_tensor(raw(b)))),
+        minimum=lambda a, b: Value(torch.fmin(torch.as_tensor(raw(a)), torch.as_tensor(raw(b)))),
         max=lambda x, axis: Value(raw(x).nan_to_num(-math.inf, math.inf, -math.inf).amax(axis)),  # passes over NaN
         sum=lambda x, axis: Value(raw(x).sum(axis)),
         exp2=lambda x: Value(raw(x).exp2()),

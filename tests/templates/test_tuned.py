@@ -9,8 +9,17 @@ import pytest
 import torch
 
 from flexsparse.compile_passes.templates import forward as template
-from flexsparse.compile_passes.templates import hopper_forward, tuned
-from flexsparse.compile_passes.templates.tuned import Choice, arch_of, candidates, chosen, using, write_table
+from flexsparse.compile_passes.templates import hopper_backward, hopper_forward, tuned
+from flexsparse.compile_passes.templates.tuned import (
+    OPS,
+    Choice,
+    arch_of,
+    candidates,
+    chosen,
+    hopper_blocks,
+    using,
+    write_table,
+)
 
 from .attention_cases import Case, build
 from .gluon_simulator import simulate
@@ -19,6 +28,7 @@ BF16 = torch.bfloat16
 SHAPE: tuple[Any, ...] = ("sm_90a", BF16, 128, 64, 64)
 ROW = {"arch": "sm_90a", "dtype": "bf16", "D": 128, "query_rows": 64, "slots": 64}
 HOPPER = Choice(kernel="hopper", rows=64, keys=64, num_warps=4, num_stages=1)
+BACKWARD = {op: Choice(op=op, kernel="hopper", rows=64, keys=64, num_warps=4, num_stages=2) for op in ("dq", "dkdv")}
 
 
 @pytest.fixture
@@ -32,9 +42,9 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_the_shipped_table_can_be_taken() -> None:
     results = Path(__file__).resolve().parents[2] / "bench" / "results"
-    for (arch, dtype, D, query_rows, slots), choice in tuned._table(tuned.TABLE).items():
+    for (op, arch, dtype, D, query_rows, slots), choice in tuned._table(tuned.TABLE).items():
         known = {name: kind for kind, name in tuned.TYPES.items()}[dtype]
-        configs = [x.config() for x in candidates(arch, known, D, query_rows, slots)]
+        configs = [x.config() for x in candidates(arch, known, D, query_rows, slots, op)]
         assert choice.config() in configs and choice.source and (results / choice.source).exists()
 
 
@@ -55,6 +65,54 @@ def test_candidates_begin_with_the_default_and_divide_their_tiles(
             wanted = arch == "sm_90a" and dtype != torch.float32 and D in (64, 128) and min(query_rows, slots) >= 64
             assert bool(tuned_kernels) == wanted
             assert all(hopper_forward.refuses(dtype, D, query_rows, slots, x.blocks) is None for x in tuned_kernels)
+
+
+@pytest.mark.parametrize("arch", [None, "sm_80", "sm_90a", "sm_100a"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+@pytest.mark.parametrize("D", [32, 64, 128, 256])
+@pytest.mark.parametrize("op", ["dq", "dkdv"])
+def test_candidates_of_the_backward(arch: str | None, dtype: torch.dtype, D: int, op: str, table: Path) -> None:
+    refuses = hopper_backward.dq_refuses if op == "dq" else hopper_backward.dkdv_refuses
+    for query_rows in (16, 64, 128, 256):
+        for slots in (16, 64, 128, 256):
+            plain, *rest = candidates(arch, dtype, D, query_rows, slots, op)
+            assert plain == Choice(op=op, kernel="triton") == chosen(arch, dtype, D, query_rows, slots, op)
+            wanted = arch == "sm_90a" and dtype != torch.float32 and D in (64, 128) and min(query_rows, slots) >= 64
+            assert bool(rest) == wanted and len({plain, *rest}) == 1 + len(rest)
+            assert all((x.op, x.kernel, x.source) == (op, "hopper", None) for x in rest)
+            assert all(refuses(dtype, D, query_rows, slots, x.blocks) is None for x in rest)
+            assert all(Choice(**json.loads(json.dumps(x.config()))) == x for x in (plain, *rest))
+
+
+def test_each_op_has_rows_of_its_own(table: Path) -> None:
+    write_table([ROW | BACKWARD["dq"].config()], "h200/tune.json", table)
+    assert [chosen(*SHAPE, op).kernel for op in OPS] == ["triton", "hopper", "triton"]
+    write_table([ROW | HOPPER.config(), ROW | BACKWARD["dkdv"].config()], "h200/later.json", table)
+    found = [chosen(*SHAPE, op) for op in OPS]
+    assert [x.source for x in found] == ["h200/later.json", "h200/tune.json", "h200/later.json"]
+    assert [x.op for x in found] == list(OPS) and found[0].num_stages == 1 and found[2].num_stages == 2
+    write_table([ROW | Choice(op="dq", kernel="triton").config()], "h200/again.json", table)
+    assert chosen(*SHAPE, "dq").kernel == "triton" and chosen(*SHAPE, "dkdv").kernel == "hopper"
+    rows = json.loads(table.read_text())
+    assert [next(iter(row)) for row in rows] == ["op"] * 3 and sorted(row["op"] for row in rows) == sorted(OPS)
+    with using(HOPPER), using(BACKWARD["dkdv"]):
+        assert [tuned.forced(op) for op in OPS] == [True, False, True]
+        assert chosen(*SHAPE) is HOPPER and chosen(*SHAPE, "dkdv") is BACKWARD["dkdv"]
+        assert chosen(*SHAPE, "dq").source == "h200/again.json"
+
+
+def test_the_hopper_backward_runs_where_it_is_chosen_and_nowhere_else(
+    table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q = torch.zeros(1, 1, 64, 128, dtype=BF16)
+    write_table([ROW | BACKWARD["dq"].config()], "h200/tune.json", table)
+    assert hopper_blocks("dq", q, 64, 64) is None, "a CPU is no row of the table"
+    with using(BACKWARD["dkdv"]), pytest.raises(ValueError, match="kernel of dkdv is forced on a CPU tensor"):
+        hopper_blocks("dkdv", q, 64, 64)
+    monkeypatch.setattr(tuned, "arch_of", lambda x: "sm_90a")
+    assert hopper_blocks("dq", q, 64, 64) == BACKWARD["dq"].blocks
+    assert hopper_blocks("dkdv", q, 64, 64) is None and hopper_blocks("dq", q.half(), 64, 64) is None
+    assert hopper_blocks("dq", q[..., :64], 64, 64) is None and hopper_blocks("dq", q, 128, 64) is None
 
 
 def test_what_was_measured_is_chosen_for_its_shape_alone(table: Path) -> None:
@@ -84,6 +142,12 @@ def test_rows_that_cannot_be_written(table: Path) -> None:
         write_table([{x: y for x, y in (ROW | HOPPER.config()).items() if x not in ("slots", "num_warps")}], "a", table)
     with pytest.raises(ValueError, match="kernel is 'cuda'"):
         write_table([ROW | HOPPER.config() | {"kernel": "cuda"}], "a", table)
+    with pytest.raises(ValueError, match="op is 'backward'"):
+        write_table([ROW | HOPPER.config() | {"op": "backward"}], "a", table)
+    with pytest.raises(ValueError, match="the plain kernel of dq finds its own blocks"):
+        write_table([ROW | HOPPER.config() | {"op": "dq", "kernel": "triton"}], "a", table)
+    with pytest.raises(ValueError, match="give positive numbers"):
+        write_table([ROW | HOPPER.config() | {"keys": 0}], "a", table)
     assert table.read_text() == "[]"
 
 

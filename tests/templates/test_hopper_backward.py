@@ -1,0 +1,299 @@
+"""The Hopper kernels of dq, dk and dv, run by the simulator: against float64, and with bugs planted that must be seen."""
+
+import contextlib
+import importlib.util
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_as_good
+from torch import Tensor
+
+from flexsparse.compile_passes.templates import columns as columns_
+from flexsparse.compile_passes.templates import hopper_backward, hopper_backward_columns, hopper_backward_rows, tuned
+from flexsparse.compile_passes.templates.attention_common import Blocks, dense_rows, flags, seen_slots
+from flexsparse.compile_passes.templates.backward import Walk, add_pieces_reference, backward, backward_reference
+from flexsparse.compile_passes.templates.forward import forward, forward_reference
+from flexsparse.compile_passes.templates.launch import LOG2E, count_launches
+from flexsparse.compile_passes.templates.lists import ascending_reference, transpose_reference
+
+from .attention_cases import MEMORY, Case, Problem, build, in_memory, oracle
+from .gluon_simulator import simulate
+from .gluon_values import Hazard
+from .hopper_backward_bugs import COLUMN_BUGS, ROW_BUGS
+from .hopper_bugs import Bug
+
+BF16, FP16 = torch.bfloat16, torch.float16
+SMALL = Case(query_rows=64, slots=64, D=64, dtype=BF16)
+ONE, TWO = (Blocks(rows=64, keys=64, num_warps=4, num_stages=stages) for stages in (1, 2))
+WIDE = Blocks(rows=64, keys=128, num_warps=4, num_stages=1)
+LARGE, LONG = (Blocks(rows=128, keys=keys, num_warps=8, num_stages=2) for keys in (128, 64))
+TALL = Blocks(rows=64, keys=128, num_warps=8, num_stages=2)
+
+EVERYTHING: dict[str, Any] = {"partial": True, "kv_first": 1, "kv_last": 2, "first": 1, "last": 2, "B": 2}
+CASES = [
+    (replace(SMALL, B=2, H=2, M=5), ONE, TWO),
+    (replace(SMALL, B=2, H=4, G=2, M=33, N=2, density=0.1, D=128), TWO, TWO),
+    (replace(SMALL, dtype=FP16, D=128, **EVERYTHING), ONE, ONE),
+    (replace(SMALL, H=2, G=1, **EVERYTHING), TWO, TWO),
+    (replace(SMALL, H=3, G=1, partial=True, kv_last=1), ONE, ONE),
+    (replace(SMALL, M=1, N=2, density=1.0), ONE, ONE),
+    (replace(SMALL, M=1, N=1, density=1.0), TWO, TWO),
+    (replace(SMALL, M=2, N=2, density=1.0, partial=True), TWO, TWO),
+    (replace(SMALL, density=0.0), ONE, ONE),
+    (replace(SMALL, density=0.0, partial=True, B=2), TWO, TWO),
+    (replace(SMALL, density=0.0, kv_last=1, last=1), ONE, TWO),
+    (replace(SMALL, query_rows=128, slots=128, D=128, N=2), LARGE, TALL),
+    (replace(SMALL, query_rows=128, slots=128, dtype=FP16, **EVERYTHING), LARGE, TALL),
+    (replace(SMALL, query_rows=128, slots=128, H=2, G=1, **EVERYTHING), ONE, ONE),
+    (replace(SMALL, query_rows=128, slots=64, D=128, **EVERYTHING), LONG, TWO),
+    (replace(SMALL, query_rows=64, slots=128, D=128, **EVERYTHING), WIDE, TALL),
+    (replace(SMALL, query_rows=256, slots=256, N=2, M=2, partial=True, first=1, density=0.6), LARGE, TALL),
+]
+NAMES = ("dq", "dk", "dv")
+
+
+@pytest.fixture(autouse=True)
+def poison(poisoned: None) -> None:
+    """Gradients are NaN until they are written."""
+
+
+@pytest.fixture(autouse=True)
+def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels that only a GPU runs go to the simulator."""
+    monkeypatch.setattr(hopper_backward, "launch", simulate)
+    yield
+
+
+def saved(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Natural log-sum-exp, and what the plain kernel `_delta` makes of it and of the gradient."""
+    _, lse = forward_reference(*problem.tensors, **problem.keywords)
+    geometry = {name: x for name, x in problem.keywords.items() if name not in ("scale", "capacity")}
+    seen = seen_slots(problem.bits, problem.kv_counts, problem.q.shape[2], **geometry)
+    group = problem.case.H // problem.case.G
+    keys, values = (x.nan_to_num(0).float().repeat_interleave(group, 1) for x in (problem.k, problem.v))
+    logits = (problem.q.float() @ keys.mT * problem.keywords["scale"]).masked_fill(~seen, -math.inf)
+    weights = (logits - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
+    delta = (weights * (problem.grad_out.float() @ values.mT)).sum(-1)
+    return lse, torch.where(lse == -math.inf, math.inf, lse * LOG2E), delta
+
+
+def run(problem: Problem, rows: Blocks, columns: Blocks, most: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients by name, and the log-sum-exp; split columns have at most so many pieces together."""
+    case = problem.case
+    lse, lse_log2, delta = saved(problem)
+    given = problem.keywords
+    arrays = {name: dense_rows(getattr(problem, name)) for name in ("grad_out", "q", "k", "v")}
+    geometry = [given[name] for name in ("query_rows", "kv_video", "slots", "partial")]
+    constants = {"GROUP": case.H // case.G, **flags(problem.q, problem.k, problem.bits, *geometry)}
+    saved_ = {"lse_log2": lse_log2, "delta": delta, "counts": problem.counts, "kv_counts": problem.kv_counts}
+    walk = Walk(rows=arrays, **saved_, constants=constants, **given)
+    lists = (problem.bits, problem.counts, case.M, given["capacity"])
+    dq = hopper_backward.dq(walk, ascending_reference(*lists), rows)
+    offsets, lengths, indices = transpose_reference(*lists)
+    B, G, U = problem.k.shape[0], case.G, problem.kv_counts.shape[1]
+    tiles = {"group": case.H // G, "U": U, "query_tiles": case.first + case.N + case.last, "N": case.N}
+    work = columns_.pieces_reference(lengths, kv_first=case.kv_first, most=most, **tiles)
+    dk, dv = torch.empty_like(arrays["k"]), torch.empty_like(arrays["v"])
+    workspace = torch.empty(2, B, G, most, case.slots, case.D) if most else None
+    hopper_backward.dkdv(walk, offsets, lengths, indices, work, dk, dv, workspace, columns)
+    if workspace is not None:
+        assert bool((work[..., 3] > 1).any()), "no column was split"
+        add_pieces_reference(work, workspace, dk, dv, given["scale"])
+    return {"dq": dq, "dk": dk, "dv": dv}, lse
+
+
+def check(problem: Problem, rows: Blocks, columns: Blocks, most: int = 0) -> None:
+    found, lse = run(problem, rows, columns, most)
+    q, k, v, *rest = problem.tensors
+    reference = backward_reference(problem.grad_out, None, q, k, v, q, lse, *rest, **problem.keywords)
+    expected = oracle(problem).values
+    for name, twin in zip(NAMES, reference):
+        assert twin is not None
+        assert_as_good(found[name], twin, expected[name], name)
+    past = problem.k.isnan()
+    assert bool((found["dk"][past] == 0).all()) and bool((found["dv"][past] == 0).all()), "dk or dv past a count"
+
+
+@pytest.mark.parametrize(
+    ("case", "rows", "columns"),
+    CASES,
+    ids=lambda x: x.name if isinstance(x, Case) else f"{x.rows}x{x.keys}x{x.num_stages}",
+)
+def test_as_good_as_float32(case: Case, rows: Blocks, columns: Blocks) -> None:
+    check(build(case), rows, columns)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("magnitude", [4.0, 8.0, 16.0])
+def test_at_larger_scales(magnitude: float, dtype: torch.dtype) -> None:
+    check(build(replace(SMALL, magnitude=magnitude, dtype=dtype, partial=True, kv_last=1, B=2)), ONE, TWO)
+
+
+@pytest.mark.parametrize(
+    ("case", "columns"),
+    [
+        (replace(SMALL, N=5, H=3, G=1, popular=True, **EVERYTHING), TWO),
+        (replace(SMALL, query_rows=128, slots=128, D=128, N=4, partial=True, popular=True), TALL),
+        (replace(SMALL, query_rows=128, N=4, H=2, popular=True), ONE),
+    ],
+    ids=lambda x: x.name if isinstance(x, Case) else "",
+)
+def test_columns_in_pieces(case: Case, columns: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns_, "SHORTEST", 1)
+    check(build(case), ONE, columns, most=16)
+
+
+def far_below_zero() -> Problem:
+    """All logits are so low that a weight of a slot past a count, whose logit would be 0, overflows."""
+    problem = build(replace(SMALL, D=128, partial=True, kv_last=1, magnitude=4.0))
+    return replace(problem, q=problem.q.abs(), k=-problem.k.abs())
+
+
+def test_weights_past_a_count_may_be_infinite() -> None:
+    problem = far_below_zero()
+    assert bool((-saved(problem)[1]).exp2().isinf().any())
+    check(problem, ONE, TWO)
+    check(problem, TWO, ONE)
+
+
+@pytest.mark.parametrize("how", MEMORY)
+def test_gradients_have_the_memory_format_of_their_inputs(how: str) -> None:
+    problem = build(replace(SMALL, B=2, H=2, G=2))
+    expected, _ = run(problem, ONE, TWO)
+    moved = replace(problem, **{name: in_memory(getattr(problem, name), how) for name in ("q", "k", "v", "grad_out")})
+    found, _ = run(moved, ONE, TWO)
+    for name, x in zip(NAMES, (moved.q, moved.k, moved.v)):
+        assert torch.equal(found[name], expected[name])
+        assert found[name].stride() == torch.empty_like(x).stride()
+
+
+def test_unaligned_inputs() -> None:
+    problem = build(replace(SMALL, B=2, H=2, G=2))
+    expected, _ = run(problem, ONE, TWO)
+    for name in ("q", "k", "v", "grad_out"):
+        x = getattr(problem, name)
+        setattr(problem, name, torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape))
+    found, _ = run(problem, ONE, TWO)
+    assert all(torch.equal(found[name], expected[name]) for name in NAMES)
+
+
+def test_stages_change_no_bit() -> None:
+    problem = build(replace(SMALL, H=2, G=1, **EVERYTHING))
+    first, second = run(problem, ONE, ONE)[0], run(problem, TWO, TWO)[0]
+    assert all(torch.equal(first[name], second[name]) for name in NAMES)
+
+
+def test_negative_scale() -> None:
+    problem = build(replace(SMALL, M=2, N=2))
+    found, _ = run(problem, ONE, TWO)
+    problem.q = -problem.q
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Problem, "keywords", property(lambda self, f=Problem.keywords.fget: f(self) | {"scale": -0.125}))
+        again, _ = run(problem, ONE, TWO)
+    assert torch.equal(again["dq"], -found["dq"]) and torch.equal(again["dk"], found["dk"])
+
+
+def test_batch_of_no_samples() -> None:
+    problem = build(SMALL)
+    none = {name: getattr(problem, name)[:0] for name in ("q", "k", "v", "bits", "counts", "kv_counts", "grad_out")}
+    given = problem.keywords
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Problem, "keywords", given)
+        found, _ = run(replace(problem, **none), ONE, TWO)
+    assert found["dq"].shape == (0, *problem.q.shape[1:]) and found["dv"].shape == (0, *problem.v.shape[1:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "columns", "words"),
+    [
+        ({"dtype": torch.float32}, ONE, None, "dq computes bf16 and fp16"),
+        ({"D": 96}, None, TWO, "dk and dv computes .* head dim 64 and 128, not torch.bfloat16 of 96"),
+        ({"query_rows": 32}, ONE, None, "do not divide tiles of 32 rows"),
+        ({"slots": 64}, None, TALL, "do not divide tiles of 64 rows and 64 slots"),
+        ({}, replace(ONE, num_warps=8), None, "16 rows to a warp, not 64 x 64 on 8 warps"),
+        ({"query_rows": 128, "slots": 128}, None, LARGE, "takes 64 rows and 64 or 128 slots, .*, not 128 x 128"),
+        ({}, replace(ONE, num_stages=3), None, "1 or 2 stages, not 3"),
+        ({}, None, replace(ONE, num_stages=3), "1 or 2 stages, not 3"),
+    ],
+)
+def test_refusals_say_why(changes: dict[str, Any], rows: Blocks | None, columns: Blocks | None, words: str) -> None:
+    problem = build(replace(SMALL, N=1, M=1, density=1.0, **changes))
+    fit = Blocks(rows=64, keys=64, num_warps=4, num_stages=1)
+    with pytest.MonkeyPatch.context() as patch:
+        if rows is None:  # the other kernel does not get to refuse first
+            patch.setattr(hopper_backward, "dq", lambda *args, **given: problem.q)
+        with pytest.raises(ValueError, match=words):
+            run(problem, rows or fit, columns or fit)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_the_backward_goes_to_the_kernels_that_are_chosen(split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(SMALL, dtype=FP16, H=2, G=1, popular=True, partial=True, kv_last=1, first=1, gated=True)
+    problem = build(case)
+    out, lse = forward(*problem.tensors, **problem.keywords)
+    q, k, v, *rest = problem.tensors
+    arguments = (problem.grad_out, problem.grad_lse, q, k, v, out, lse, *rest)
+    plain = backward(*arguments, **problem.keywords)
+    launched: list[str] = []
+
+    def simulated_launch(kernel: Any, *args: Any, **meta: Any) -> None:
+        launched.append(f"{kernel.__name__} {meta['STAGES']} {meta.get('SPLIT')}")
+        simulate(kernel, *args, **meta)
+
+    monkeypatch.setattr(hopper_backward, "launch", simulated_launch)
+    monkeypatch.setattr(tuned, "arch_of", lambda x: "sm_90a")
+    if split:
+        monkeypatch.setattr(columns_, "SHORTEST", 1)
+    choices = [tuned.candidates("sm_90a", FP16, 64, 64, 64, op)[1] for op in ("dq", "dkdv")]
+    for used in ([choices[0]], [choices[1]], choices):
+        launched.clear()
+        with contextlib.ExitStack() as stack, count_launches() as names:
+            for choice in used:
+                stack.enter_context(tuned.using(choice))
+            found = backward(*arguments, **problem.keywords)
+        assert launched == [f"hopper_{x.op} {x.num_stages} {split if x.op == 'dkdv' else None}" for x in used]
+        assert ("_dq" in names) == (choices[0] not in used) and ("_dkdv" in names) == (choices[1] not in used)
+        assert ("_add_pieces" in names) == split
+        for one, other in zip(found, plain):
+            assert one is not None and other is not None
+            torch.testing.assert_close(one, other, atol=2e-2, rtol=4e-3)
+
+
+def mutated(folder: Path, kernels: ModuleType, old: str, new: str) -> ModuleType:
+    """A module of kernels with a text that occurs once replaced."""
+    source = Path(str(kernels.__file__)).read_text()
+    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
+    path = folder / "mutated_backward.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("mutated_backward", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mutated_backward"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "bug"),
+    [("hopper_backward_rows", bug) for bug in ROW_BUGS] + [("hopper_backward_columns", bug) for bug in COLUMN_BUGS],
+    ids=lambda x: x.name if isinstance(x, Bug) else x.removeprefix("hopper_backward_"),
+)
+def test_planted_bugs_are_seen(name: str, bug: Bug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = {"hopper_backward_rows": hopper_backward_rows, "hopper_backward_columns": hopper_backward_columns}
+    monkeypatch.setattr(hopper_backward, name, mutated(tmp_path, kernels[name], bug.old, bug.new))
+    monkeypatch.setattr(columns_, "SHORTEST", 1)
+    with pytest.raises((Hazard, AssertionError), match=bug.complaint):
+        problem = build(replace(SMALL, H=4, G=2, M=5, N=3, magnitude=2.0, popular=True, **EVERYTHING))
+        for size, most in ((ONE, 0), (TWO, 24)):
+            check(problem, size, size, most)
+        check(far_below_zero(), TWO, ONE)
+        check(build(replace(SMALL, H=2, G=1)), TWO, TWO)
