@@ -2,15 +2,16 @@
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-SOURCES := flexsparse masks compile_passes tests bench
+SOURCES := flexsparse masks compile_passes tests bench docs/conf.py
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile  # a file stays in one process: its fixtures are made once
 
-.PHONY: help demo test test-full lint typecheck bench bench-report kernels clean
+.PHONY: help demo test test-full lint typecheck docs bench bench-report kernels clean
 
 help:
 	@echo "make demo       train a small video transformer on a real clip: dense, VSA, BSA; writes runs/demo/report.html"
 	@echo "make test       lint, types, tests (under 15 minutes on 2 cores)"
 	@echo "make test-full  the above, slow tests and mutations of the code"
+	@echo "make docs       renders docs/ into docs/_build/index.html"
 	@echo "make kernels    compiles the Triton templates for sm_90a, no GPU needed; registers, spills, wgmma"
 	@echo "make bench      CPU benchmark; writes bench/results/ and the README's table"
 	@echo "make bench-report  renders bench/results/ of GPU runs: bench/REPORT.md, bench/plots/, the README's GPU table"
@@ -19,7 +20,7 @@ help:
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,dev,diffusers]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,dev,diffusers,docs]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -44,10 +45,14 @@ typecheck: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy --config-file pyproject.toml --cache-dir .mypy_cache -p flexsparse
 
+docs: $(VENV)/.installed
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
+
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.cpu
 	$(BIN)/python -m bench.table
 	$(BIN)/python -m bench.passes
+	$(BIN)/python -m bench.saved
 
 bench-report: $(VENV)/.installed
 	$(BIN)/python -m bench.report

@@ -15,7 +15,7 @@ from bench import kernels, offline
 from bench.offline import Row
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_ROWS = 60
+MOST_ROWS = 110
 
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("kernel", "arch", "triton"), str),
