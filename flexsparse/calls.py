@@ -136,8 +136,9 @@ class CallParts:
         tables: index tensors of a grid known in numbers, for a device.
         whole: whether tokens can stay in tile order: every tile is full, and queries and keys have the same.
         reorder: a tensor with the tokens of one dimension in tile order, or back in raster order.
-        attend: the whole call, ``attend(q, k, v, gate, grid, ratios, mask, fine_gate, *, scale, backend, name, builder, order)``;
-            ``mask`` is a key mask ``[B, 1, 1, S]`` or None, ``order`` that of the tokens (`TileLayout`), here and in the parts.
+        attend: the whole call, ``attend(q, k, v, gate, grid, ratios, mask, fine_gate, *, scale, backend, name, builder,
+            order)``; ``mask`` is a key mask ``[B, 1, 1, S]`` or None, ``order`` that of the tokens (`TileLayout`), here and
+            in the parts.
         tiles: q, k and v in tile order.
         plan: the coarse stage.
         fine: the fine stage and the combination.

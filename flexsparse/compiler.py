@@ -312,6 +312,7 @@ def backend(
 ) -> Backend:
     """A torch.compile backend that makes attention over video tokens sparse.
 
+    >>> # not run: needs a model
     >>> model = torch.compile(model, backend=fs.backend(fs.VSA(sparsity=0.9), grid=(21, 30, 52)), fullgraph=True)
 
     Args:

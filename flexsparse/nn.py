@@ -5,7 +5,7 @@ Shape letters: B batch, S tokens in raster order, H query heads, G KV heads, D h
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from flexsparse.attention import sparse_attention
 from flexsparse.gates import NAME
 from flexsparse.layout import TileLayout
+
+if TYPE_CHECKING:
+    from flexsparse.distributed import SequenceParallel
 
 
 def rope_frequencies(
@@ -48,10 +51,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class VideoSelfAttention(nn.Module):
     """Self-attention over video tokens: q, k, v, QK-norm, 3D RoPE, sparse attention with a learned gate, output.
 
-    >>> attention = fs.nn.VideoSelfAttention(512, 8, fs.VSA(sparsity=0.9))
-    >>> layout = fs.TileLayout(grid=(21, 30, 52))
-    >>> attention(torch.randn(1, layout.seq_len, 512), layout).shape
-    torch.Size([1, 32760, 512])
+    >>> attention = fs.nn.VideoSelfAttention(64, 2, fs.VSA(sparsity=0.5))
+    >>> layout = fs.TileLayout(grid=(5, 8, 8))
+    >>> attention(torch.randn(1, layout.seq_len, 64), layout).shape
+    torch.Size([1, 320, 64])
 
     Args:
         dim: channels C.
@@ -112,28 +115,32 @@ class VideoSelfAttention(nn.Module):
             nn.init.zeros_(linear.bias)
             self.add_module(NAME, linear)
 
-    def forward(self, x: Tensor, layout: TileLayout) -> Tensor:
+    def forward(self, x: Tensor, layout: TileLayout, parallel: SequenceParallel | None = None) -> Tensor:
         """Attend.
 
         Args:
             x: ``[B, S, C]`` hidden states in raster order, extra tokens at the layout's ends.
             layout: the layout of the sequence.
+            parallel: how tokens are spread over ranks; ``x`` is this rank's (`SequenceParallel.shard`).
 
         Returns:
-            ``[B, S, C]``.
+            As ``x``.
 
         Raises:
-            ValueError: x does not have the layout's tokens.
+            ValueError: x does not have the layout's tokens, or this rank's.
         """
         q = self.norm_q(rearrange(self.to_q(x), "b s (h d) -> b h s d", h=self.num_heads))
         k = self.norm_k(rearrange(self.to_k(x), "b s (g d) -> b g s d", g=self.num_kv_heads))
         v = rearrange(self.to_v(x), "b s (g d) -> b g s d", g=self.num_kv_heads)
-        if self.rope and x.shape[1] == layout.seq_len:
+        if self.rope and x.shape[1] == (layout.seq_len if parallel is None else parallel.length(layout)):
             cos, sin = rope_frequencies(layout, self.head_dim, device=x.device)
+            if parallel is not None:
+                cos, sin = (parallel.shard(table, layout, dim=0) for table in (cos, sin))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         gate = None
         if NAME in self._modules:
             gate = rearrange(self._modules[NAME](x), "b s (h d) -> b h s d", h=self.num_heads)  # type: ignore[misc]
         q, k = q.to(v.dtype), k.to(v.dtype)  # autocast keeps norms in float32
-        out = sparse_attention(q, k, v, layout, self.builder, gate=gate, backend=self.backend)
+        attend = sparse_attention if parallel is None else parallel.attention
+        out = attend(q, k, v, layout, self.builder, gate=gate, backend=self.backend)
         return self.to_out(rearrange(out, "b h s d -> b s (h d)"))

@@ -20,6 +20,7 @@ class SparsitySchedule:
 
     >>> schedule = SparsitySchedule(start=0.0, target=0.9, step=0.03, every=50)     # VSA, arXiv 2505.13389, App. C
     >>> builder = fs.VSA(sparsity=schedule)
+    >>> # not run: needs data
     >>> for batch in data:
     ...     train(batch); schedule.advance()
 

@@ -13,6 +13,7 @@ from flexsparse.wrap import state_of
 class DenseSteps:
     """Runs wrapped models densely for the first part of denoising; a diffusers ``callback_on_step_end``.
 
+    >>> # not run: needs a pipeline
     >>> dense_steps = fs.DenseSteps(pipe.transformer, fraction=0.2)
     >>> pipe(prompt, callback_on_step_end=dense_steps)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from flexsparse.compiler import Backend
 from flexsparse.gate_files import warn_of_dropped_gates
@@ -45,7 +46,9 @@ def _repeated(model: nn.Module) -> list[nn.Module]:
     """Blocks for regional compilation: what the model declares, else members of lists of one class."""
     declared = getattr(model, "_repeated_blocks", None)
     if declared:
-        return [module for module in model.modules() if type(module).__name__ in declared]
+        return [
+            m for m in model.modules() if any(kind.__name__ in declared for kind in type(m).__mro__)
+        ]  # FSDP2 derives classes
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
     blocks = [b for members in lists for b in members if len(members) > 1 and len({type(x) for x in members}) == 1]
     inner = {id(child) for block in blocks for child in block.modules() if child is not block}
@@ -65,6 +68,7 @@ def wrap(
 ) -> Model:
     """Make a video transformer's self-attention sparse, in place.
 
+    >>> # not run: downloads a model
     >>> model = fs.wrap(WanTransformer3DModel.from_pretrained(...), fs.VSA(sparsity=0.9), gates=True, fullgraph=True)
     >>> print(fs.report(model))      # after the first call
 
@@ -127,6 +131,10 @@ def wrap(
         except ValueError:
             state.own = None  # the input does not say its grid; the given one is all there is
     warn_of_dropped_gates(model)
+    if gates and any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ValueError(
+            "gates are on, but the model is sharded by FSDP already, which would not see them: wrap it before fully_shard"
+        )
     if gates:
         add_gates(model, _gated(model, gates, backend.rules), fine_gates)
     for name, module in list(model.named_modules()):

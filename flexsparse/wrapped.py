@@ -215,6 +215,11 @@ def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     state: State = getattr(module, STATE)
     if torch.compiler.is_compiling():
         return _traced_model(module, args, kwargs)
+    if getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None) is not None:
+        raise ValueError(
+            f"{type(module).__name__} has diffusers' context parallelism enabled, whose backward recomputes attention where "
+            "flexsparse cannot see it, dense: call flexsparse.distributed.ulysses(model) after wrap, which takes it over"
+        )
     if state.dense:
         return (state.whole_dense() if state.compile is True else _original)(module, args, kwargs)
     geometry = state.geometry_of(module, args, kwargs)
@@ -270,15 +275,17 @@ def compile_region(module: nn.Module, options: dict[str, Any]) -> None:
     state: State = getattr(module, STATE)
     state.backend.calls.add_region(state.label(module), module.__dict__["_flexsparse_name"])
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state: State = getattr(self, STATE)
         if state.dense:
-            return state.region_dense(module, options)(module, args, kwargs)
+            return state.region_dense(self, options)(self, args, kwargs)
         geometry = state.interceptor.current_grid()
-        compiled = state.region(module, geometry, options)
+        compiled = state.region(self, geometry, options)
         with state.interceptor.suspended():
-            return _clear_errors(compiled, module, *geometry, args, kwargs)
+            return _clear_errors(compiled, self, *geometry, args, kwargs)
 
-    module._compiled_call_impl = call  # type: ignore[assignment]
+    # forward, and not _compiled_call_impl, which would skip the module's hooks: FSDP2 gathers parameters in one
+    module.__dict__["forward"] = types.MethodType(call, module)
 
 
 def override(module: nn.Module, state: State, name: str, forward: Callable[..., Any]) -> None:

@@ -1,0 +1,177 @@
+"""The all-to-alls around the attention calls of a wrapped model whose tokens are spread over ranks.
+
+Each self-attention call of a rank's own tokens becomes one of all tokens and some heads; what makes it sparse sees an ordinary
+call. One that stays dense is spread as well: among a rank's own tokens it would be another attention.
+Shape letters: B batch, H query heads, L tokens of one rank, S tokens of all ranks, D head dim.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from flexsparse.calls import Gates, autocast_dtype
+from flexsparse.compile_passes import RewriteError, marks, multi_head
+from flexsparse.compile_passes.graphs import finish, graph_modules, remove, value_of
+from flexsparse.compile_passes.origins import from_different_tensors
+from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
+from flexsparse.distributed.heads import Exchange
+from flexsparse.distributed.parallel import SequenceParallel
+from flexsparse.layout import TileLayout
+
+
+class Around:
+    """What a wrapped model's backend and interceptor call.
+
+    Args:
+        parallel: how tokens are spread.
+    """
+
+    def __init__(self, parallel: SequenceParallel) -> None:
+        self.parallel = parallel
+
+    def is_local(self, q: Any, k: Any, layout: TileLayout) -> bool:
+        """Whether a call is attention of as many tokens as this rank holds, among themselves."""
+        length = self.parallel.length(layout)
+        return q.dim() == 4 and k.dim() == 4 and q.shape[2] == k.shape[2] == length
+
+    def enter(self, exchange: Exchange, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> list[Tensor | None]:
+        """``[B, H, L, D]`` to ``[B, own heads, S, D]``, and gates ``[B, L, H * D]`` to ``[B, S, own heads * D]``."""
+        dtype = autocast_dtype(q.device.type)
+        if dtype is not None:  # attention would cast them: half of the bytes
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        heads = [None if gate is None else gate.unflatten(-1, (q.shape[1], -1)).transpose(1, 2) for gate in gates]
+        q, k, v, moved = exchange.to_heads(q, k, v, (heads[0], heads[1]))
+        return [q, k, v, *(None if gate is None else gate.transpose(1, 2).flatten(2) for gate in moved)]
+
+    def check(self, call: SDPACall, name: str) -> None:
+        """Raise a `RewriteError` for a call whose mask or dropout says nothing of all tokens."""
+        if call.attn_mask is not None or call.is_causal or call.dropout_p:
+            raise RewriteError(
+                f"{name} is attention of this rank's tokens with a mask, causal or with dropout, which cannot be spread over "
+                "ranks: leave them out, or run the model on one rank"
+            )
+
+    def intercepted(self, interceptor: Any, sdpa: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """A scaled_dot_product_attention call of an uncompiled model.
+
+        Args:
+            interceptor: its ``local.gate`` are the gates of the call.
+            sdpa: what computes a call of all tokens.
+            args: of the call.
+            kwargs: of the call.
+        """
+        call, local = SDPACall.of(args, kwargs), interceptor.local
+        q, k, v = call.query, call.key, call.value
+        layout = interceptor.backend.layout_of(interceptor.current_grid())
+        if not self.is_local(q, k, layout) or any(local.crossing[-1:]):
+            return sdpa(*args, **kwargs)
+        self.check(call, local.names[-1] if local.names else "the model")
+        exchange = self.parallel.exchange(q, k, layout)
+        gates = local.gate
+        q, k, v, *moved = self.enter(exchange, q, k, v, gates or (None, None))  # type: ignore[assignment]
+        own = None if gates is None else tuple(moved)
+        local.gate = own
+        out = sdpa(q, k, v, scale=call.scale, enable_gqa=call.enable_gqa)
+        if own is not None and local.gate is own:
+            local.gate = gates  # not used: the interceptor says so
+        return exchange.to_tokens(out)
+
+    def rewrite(self, gm: GraphModule, backend: Any) -> None:
+        """Spread the calls of Dynamo's graph, before they become sparse.
+
+        Before::
+
+            h1 = mark_gate(h, gate, fine_gate)                               # only where gates are used
+            o  = scaled_dot_product_attention(q, k, v)                       # L tokens
+
+        After::
+
+            q1, k1, v1, g1, f1 = enter(q, k, v, gate, fine_gate)
+            o1 = scaled_dot_product_attention(mark_gate(q1, g1, f1), k1, v1) # S tokens
+            o  = leave(o1)
+        """
+        nodes = [node for module in graph_modules(gm) for node in module.graph.nodes if node.op == "call_function"]
+        grids = [node.args[1:] for node in nodes if marks.is_mark(node.target, marks.GRID)]
+        if not grids:
+            return  # a piece after a graph break: what comes next says so
+        geometry = tuple(value_of(size) for size in grids[0])
+        if any(isinstance(size, torch.SymInt) for size in geometry):
+            raise RewriteError("sequence parallelism needs static shapes: give wrap(..., dynamic=False)")
+        layout = backend.layout_of(geometry)
+        for module in graph_modules(gm):
+            if self._rewrite(module, layout):
+                finish(module)
+
+    def _rewrite(self, gm: GraphModule, layout: TileLayout) -> int:
+        matches, gate = 0, None
+        for node in list(gm.graph.nodes):
+            if node.op != "call_function":
+                continue
+            if marks.is_mark(node.target, marks.GATE):
+                gate = node
+            elif node.target is multi_head.MULTI_HEAD:
+                raise RewriteError(
+                    "torch.nn.MultiheadAttention cannot be spread over ranks in a compiled model: give wrap(..., compile=False)"
+                )
+            elif node.target is SDPA:
+                call = SDPACall.of(node.args, node.kwargs)
+                q, k = value_of(call.query), value_of(call.key)
+                if self.is_local(q, k, layout) and not from_different_tensors(call.query, call.key):
+                    self.check(call, node.name)
+                    self._spread(gm, node, call, gate, layout)
+                    matches, gate = matches + 1, None
+        return matches
+
+    def _spread(self, gm: GraphModule, node: Node, call: SDPACall, mark: Node | None, layout: TileLayout) -> None:
+        q, k = value_of(call.query), value_of(call.key)
+        exchange = self.parallel.exchange(q, k, layout)
+        enter = self.enter
+
+        def flexsparse_enter(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, fine_gate: Tensor | None) -> Any:
+            return enter(exchange, q, k, v, (gate, fine_gate))
+
+        def flexsparse_leave(x: Tensor) -> Tensor:
+            return exchange.to_tokens(x)
+
+        heads, me = exchange.heads, self.parallel.ulysses.rank
+        own, own_kv = (end - start for start, end in (heads.query(me), heads.kv(me)))
+        kv = own_kv if heads.spread(me) is None else own
+        B, _, _, D = q.shape
+        dtype = autocast_dtype(q.device.type) or q.dtype
+        gates = (None, None) if mark is None else mark.args[1:]
+        with q.fake_mode:
+            examples: list[Any] = [
+                q.new_empty((B, count, layout.seq_len, D), dtype=dtype, requires_grad=q.requires_grad)
+                for count in (own, kv, kv)
+            ]
+            for gate in gates:
+                like = None if gate is None else value_of(gate)
+                wide = {"size": (B, layout.seq_len, own * D), "dtype": dtype}
+                examples.append(None if like is None else like.new_empty(**wide, requires_grad=like.requires_grad))
+        graph = gm.graph
+        with graph.inserting_before(node):
+            entered = graph.call_function(flexsparse_enter, (call.query, call.key, call.value, *gates))
+            entered.meta = dict(node.meta, example_value=tuple(examples))
+            parts: list[Any] = [None] * len(examples)
+            for index, example in enumerate(examples):
+                if example is not None:
+                    parts[index] = graph.call_function(operator.getitem, (entered, index))
+                    parts[index].meta = dict(node.meta, example_value=example)
+            first = parts[0]
+            if mark is not None:
+                first = graph.call_function(marks.GATE, (first, *parts[3:]))
+                first.meta = dict(parts[0].meta)
+            attention = graph.call_function(
+                SDPA, (first, *parts[1:3]), {"scale": call.scale, "enable_gqa": call.enable_gqa}
+            )
+            attention.meta = dict(parts[0].meta)
+            left = graph.call_function(flexsparse_leave, (attention,))
+        left.meta = dict(node.meta)
+        remove(node, left)
+        if mark is not None:
+            remove(mark, mark.args[0])

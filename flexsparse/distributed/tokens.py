@@ -1,0 +1,178 @@
+"""Which tokens a rank holds, and gathering the tokens of all ranks.
+
+Shape letters: L tokens of one rank, S tokens of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+Text = Literal["replicated", "split", "joined"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One dimension of a device mesh as this process sees it: plain values, which a compiler can trace.
+
+    Attributes:
+        group: name of the process group.
+        rank: this process's place in it.
+        size: processes in it.
+    """
+
+    group: str = ""
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh | None, name: str) -> Ranks:
+        """From a mesh of one dimension; None is this process alone.
+
+        Raises:
+            TypeError: no device mesh.
+            ValueError: a mesh of several dimensions.
+        """
+        if mesh is None:
+            return cls()
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(f"{name} is a {type(mesh).__name__}: give a torch DeviceMesh (init_device_mesh(...))")
+        if mesh.ndim != 1:
+            raise ValueError(
+                f"{name} has {mesh.ndim} dimensions, named {mesh.mesh_dim_names}: give one of them, mesh[name]"
+            )
+        group = mesh.get_group()
+        return cls(group.group_name, dist.get_rank(group), dist.get_world_size(group))
+
+
+def parts(length: int, size: int) -> tuple[int, ...]:
+    """``length`` things in ``size`` parts that differ by one at most, larger ones first, as `torch.tensor_split` cuts."""
+    return tuple((length + size - 1 - rank) // size for rank in range(size))
+
+
+def bounds(sizes: Sequence[int], rank: int) -> tuple[int, int]:
+    """Start and end of a rank's part."""
+    start = sum(sizes[:rank])
+    return start, start + sizes[rank]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens of a sequence, in parts on the ranks, or whole on each of them.
+
+    Attributes:
+        sizes: tokens on each rank.
+        split: whether these are parts of it.
+    """
+
+    sizes: tuple[int, ...]
+    split: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens of the segment."""
+        return sum(self.sizes) if self.split else self.sizes[0]
+
+    def start(self, rank: int) -> int:
+        """Where the tokens of a rank start in the segment."""
+        return sum(self.sizes[:rank]) if self.split else 0
+
+
+Segments = Sequence[Segment]
+
+
+def segments_of(first: int, video: Sequence[int], last: int, text: str) -> tuple[Segment, ...]:
+    """The segments of a sequence of extra tokens, video tokens, extra tokens.
+
+    Args:
+        first: extra tokens before the video.
+        video: video tokens of each rank.
+        last: extra tokens after them.
+        text: ``"replicated"``: every rank holds all extra tokens; ``"split"``: its part of the first ones, its part of the
+            video, its part of the last ones; ``"joined"``: an equal part of the whole sequence.
+
+    Raises:
+        ValueError: another ``text``.
+    """
+    size = len(video)
+    if text not in get_args(Text):
+        raise ValueError(f"text is {text!r}: give one of {get_args(Text)}")
+    if text == "joined":
+        return (Segment(parts(first + sum(video) + last, size), True),)
+    split = text == "split"
+    ends = [Segment(parts(n, size) if split else (n,) * size, split) for n in (first, last)]
+    return ends[0], Segment(tuple(video), True), ends[1]
+
+
+def local_length(segments: Segments, rank: int) -> int:
+    """L: tokens that a rank holds."""
+    return sum(segment.sizes[rank] for segment in segments)
+
+
+def sent_range(segments: Segments, rank: int) -> tuple[int, int]:
+    """Start and length of the split tokens among a rank's tokens; replicated ones are before and after them."""
+    start = length = 0
+    for segment in segments:
+        if segment.split:
+            length += segment.sizes[rank]
+        elif not length:
+            start += segment.length
+    return start, length
+
+
+def own_part(x: Tensor, segments: Segments, rank: int, dim: int) -> Tensor:
+    """A rank's tokens of a whole sequence."""
+    pieces, at = [], 0
+    for segment in segments:
+        pieces.append(x.narrow(dim, at + segment.start(rank), segment.sizes[rank]))
+        at += segment.length
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def in_sequence(own: Tensor, blocks: Sequence[Tensor], segments: Segments, rank: int, dim: int) -> Tensor:
+    """The whole sequence.
+
+    Args:
+        own: this rank's tokens, for the replicated segments.
+        blocks: the split tokens of every rank.
+        segments: the sequence.
+        rank: this rank.
+        dim: dimension of the tokens.
+    """
+    pieces, at, done = [], 0, [0] * len(blocks)
+    for segment in segments:
+        if segment.split:
+            for other, size in enumerate(segment.sizes):
+                pieces.append(blocks[other].narrow(dim, done[other], size))
+                done[other] += size
+        else:
+            pieces.append(own.narrow(dim, at, segment.length))
+        at += segment.sizes[rank]
+    return torch.cat(pieces, dim)
+
+
+def all_gather(x: Tensor, group: str) -> Tensor:
+    """``[n, ...]`` of every rank as ``[ranks * n, ...]``; backward is a reduce-scatter: it sums over the ranks."""
+    gather: Any = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd
+    return gather(x.contiguous(), 0, group)
+
+
+def gather_tokens(x: Tensor, segments: Segments, ranks: Ranks, dim: int) -> Tensor:
+    """The whole sequence, from every rank's tokens in dimension ``dim``; shorter parts travel padded to the longest."""
+    if ranks.size == 1:
+        return x
+    dim = dim % x.dim()
+    start, length = sent_range(segments, ranks.rank)
+    sizes = [sent_range(segments, rank)[1] for rank in range(ranks.size)]
+    sent = x.narrow(dim, start, length).movedim(dim, 0)
+    if length < max(sizes):
+        sent = torch.cat([sent, sent.new_zeros((max(sizes) - length, *sent.shape[1:]))])
+    blocks = [block.movedim(0, dim) for block in all_gather(sent, ranks.group).split(max(sizes))]
+    return in_sequence(x, blocks, segments, ranks.rank, dim)

@@ -1,0 +1,92 @@
+"""Sequence parallel models: `fs.distributed.ulysses` on a wrapped diffusers Wan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import flexsparse as fs
+from distributed import training
+from distributed.processes import Processes
+
+pytest.importorskip("diffusers")
+
+UNEVEN = (2, 12, 10)  # 60 tokens in partial tiles; three heads on two ranks
+PER_HEAD = fs.Union(
+    fs.PerHead(builders=(fs.VSA(top_k=2), fs.Dense()), heads=(0, 1, 0)), fs.SlidingTile(window=(1, 1, 1))
+)
+CASES: dict[str, tuple[bool | str, dict[str, Any]]] = {
+    "uncompiled": (False, {}),
+    "uneven": (False, {"sizes": [UNEVEN, (3, 6, 10)]}),
+    "checkpointing": (False, {"checkpointing": True}),
+    "a dense layer": (False, {"dense_layers": [1], "gates": False, "sizes": [UNEVEN]}),
+    "diffusers": (False, {"diffusers": True}),
+    "a builder a head": (False, {"builder": PER_HEAD, "gates": False}),
+    "autocast": (False, {"autocast": True, "gates": False}),
+    "fine gates": (False, {"fine_gates": True}),
+    "regional": ("regional", {}),
+}
+SLOW: dict[str, tuple[bool | str, dict[str, Any]]] = {
+    "whole": (True, {"full": True}),
+    "whole, uneven, checkpointing": (True, {"checkpointing": True, "sizes": [UNEVEN]}),
+    "regional, resolutions": ("regional", {"sizes": [UNEVEN, (3, 6, 10)]}),
+    "regional, checkpointing": ("regional", {"checkpointing": True}),
+    "whole, autocast": (True, {"autocast": True}),
+    "whole, fine gates": (True, {"fine_gates": True}),
+    "regional, diffusers": ("regional", {"diffusers": True}),
+    "a dense layer": (True, {"dense_layers": [1], "gates": False}),
+}
+
+
+def _check(processes: Processes, compile: bool | str, options: dict[str, Any]) -> None:
+    dense = bool(options.get("dense_layers"))
+    for rank, calls in enumerate(processes.run(training.same_model, compile, options, limit=300)):
+        heads = [2, 1][rank] if processes.size == 2 else 1
+        own = [(sparse, shape[1]) for name, sparse, shape in calls if name.endswith("attn1")]
+        assert own, calls
+        assert own[0] == (True, heads)
+        if len(own) > 1:
+            assert own[1] == (not dense, heads), "a dense layer is spread too"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wan(two: Processes, name: str) -> None:
+    _check(two, *CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_wan_slow(two: Processes, name: str) -> None:
+    _check(two, *SLOW[name])
+
+
+@pytest.mark.slow
+def test_three_ranks(three: Processes) -> None:
+    _check(three, "regional", {"sizes": [UNEVEN]})
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_their_context_parallelism_alone(two: Processes, compile: bool | str) -> None:
+    """Its backward recomputes attention outside of the model, where it would be dense."""
+    for message in two.run(training.said, "only_context_parallel", compile):
+        assert "flexsparse.distributed.ulysses(model)" in message
+
+
+def test_dense_steps(two: Processes) -> None:
+    two.run(training.same_dense)
+
+
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 1)])
+def test_modules_for_models_from_scratch(two: Processes, mesh: tuple[int, int]) -> None:
+    two.run(training.same_module, mesh)
+
+
+def test_a_model_that_is_not_wrapped() -> None:
+    with pytest.raises(ValueError, match="is not wrapped"):
+        fs.distributed.ulysses(training.wan())
+
+
+def test_without_a_mesh() -> None:
+    with pytest.raises(ValueError, match="give a DeviceMesh"):
+        fs.distributed.ulysses(training.wrapped(False))

@@ -1,0 +1,56 @@
+"""DDP and FSDP2: a wrapped model trains as in one process, compiled or not."""
+
+from __future__ import annotations
+
+import pytest
+
+from distributed import training
+from distributed.processes import Processes
+
+pytest.importorskip("diffusers")
+
+QUICK = [
+    ("ddp", False),
+    ("ddp", "regional"),
+    ("fsdp", False),
+    ("fsdp", "regional"),
+    ("fsdp root", False),
+    ("fsdp first", False),
+    ("fsdp ulysses", False),
+    ("fsdp ulysses", "regional"),
+]
+LONG = [("ddp", True), ("fsdp root", True), ("fsdp first", "regional")]
+
+
+@pytest.mark.parametrize("kind, compile", QUICK)
+def test_two_ranks(two: Processes, kind: str, compile: bool | str) -> None:
+    two.run(training.same_training, kind, compile)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, compile", LONG)
+def test_two_ranks_slow(two: Processes, kind: str, compile: bool | str) -> None:
+    two.run(training.same_training, kind, compile, limit=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, compile", [("ddp", False), ("ddp", "regional"), ("fsdp", False), ("fsdp", "regional")])
+def test_four_ranks(four: Processes, kind: str, compile: bool | str) -> None:
+    four.run(training.same_training, kind, compile, limit=300)
+
+
+@pytest.mark.parametrize("compile", [False, "regional"])
+def test_checkpointing(two: Processes, compile: bool | str) -> None:
+    two.run(training.same_training, "fsdp", compile, True)
+
+
+def test_gates_after_sharding(two: Processes) -> None:
+    for message in two.run(training.said, "gates_after_sharding"):
+        assert "wrap it before fully_shard" in message
+
+
+@pytest.mark.slow
+def test_blocks_of_a_whole_graph(two: Processes) -> None:
+    """FSDP2's hooks on blocks break the graph of a model that is compiled as a whole; it says what to do."""
+    for message in two.run(training.said, "same_training", "fsdp", True, limit=300):
+        assert "compile='regional'" in message

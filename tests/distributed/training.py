@@ -1,0 +1,235 @@
+"""A tiny diffusers Wan on several ranks against the same model in one process; runs on the ranks."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import flexsparse as fs
+
+WAN = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 3,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 32,
+    "ffn_dim": 64,
+    "num_layers": 2,
+    "cross_attn_norm": True,
+    "rope_max_seq_len": 64,
+}
+STEPS = 3
+
+
+def wan(checkpointing: bool = False) -> nn.Module:
+    """The same on every rank."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import WanTransformer3DModel
+
+        torch.manual_seed(0)
+        model = WanTransformer3DModel(**WAN)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
+
+
+def video(number: int, size: tuple[int, int, int] = (2, 16, 16)) -> dict[str, Any]:
+    """One sample."""
+    g = torch.Generator().manual_seed(number)
+    return {
+        "hidden_states": torch.randn(1, 4, *size, generator=g),
+        "timestep": torch.tensor([5.0 * number + 1]),
+        "encoder_hidden_states": torch.randn(1, 8, 16, generator=g),
+        "return_dict": False,
+    }
+
+
+def wrapped(
+    compile: bool | str, *, gates: bool = True, model: nn.Module | None = None, builder: Any = None, **options: Any
+) -> nn.Module:
+    """Gates are no longer zero; without Inductor."""
+    inner = {"inner": "aot_eager"} if compile else {}
+    model = wan() if model is None else model
+    fs.wrap(model, builder or fs.VSA(top_k=2), tile=(2, 4, 4), gates=gates, compile=compile, **inner, **options)
+    g = torch.Generator().manual_seed(1)
+    for parameter in fs.gate_parameters(model) if gates else ():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=g) / 10)
+    return model
+
+
+def train(model: nn.Module, batch: list[dict[str, Any]]) -> list[float]:
+    """A few steps on a batch; the losses."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        parts = [model(**sample)[0].square().mean() / len(batch) for sample in batch]
+        for part in parts:
+            part.backward()
+        optimizer.step()
+        losses.append(sum(float(part.detach()) for part in parts))
+    return losses
+
+
+def same_training(kind: str, compile: bool | str, checkpointing: bool = False) -> None:
+    """Training with a sample a rank ends at the parameters of training in one process with all of them.
+
+    Args:
+        kind: ``"ddp"``; ``"fsdp"``, sharded by block; ``"fsdp root"``, as a whole; ``"fsdp first"``, sharded before wrapping;
+            ``"fsdp ulysses"``, its tokens spread over the same ranks, and so one sample for all of them.
+        compile: as `fs.wrap`.
+        checkpointing: of activations.
+    """
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    batch = [video(0 if kind == "fsdp ulysses" else number) for number in range(ranks)]
+    gates = kind != "fsdp first"
+    alone = wrapped(False, gates=gates, model=wan(checkpointing))
+    wanted = train(alone, batch)
+    mesh = init_device_mesh("cpu", (ranks,))
+
+    def shard(model: nn.Module) -> nn.Module:
+        for block in model.blocks if kind != "fsdp root" else ():
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    if kind == "fsdp first":
+        model = run = wrapped(compile, gates=gates, model=shard(wan(checkpointing)))
+    else:
+        model = run = wrapped(compile, gates=gates, model=wan(checkpointing))
+        if kind == "fsdp ulysses":
+            fs.distributed.ulysses(model, mesh)
+        run = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else shard(model)
+    losses = torch.tensor(train(run, [batch[rank]]))
+    dist.all_reduce(losses)
+    torch.testing.assert_close(losses / ranks, torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+    parameters = dict(alone.named_parameters())
+    for name, parameter in model.named_parameters():
+        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        torch.testing.assert_close(whole.detach(), parameters[name].detach(), rtol=1e-4, atol=1e-6, msg=name)
+    calls = [call for call in fs.report(model).calls if call.sparse]
+    assert calls, "nothing was sparse"
+
+
+def said(function: str, *args: Any) -> str:
+    """What a function of this module raises here."""
+    try:
+        globals()[function](*args)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def gates_after_sharding() -> None:
+    """Gates that FSDP does not know of would be trained by each rank alone."""
+    model = fully_shard(wan(), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    fs.wrap(model, fs.VSA(top_k=2), tile=(2, 4, 4), gates=True, compile=False)
+
+
+def context_parallel(model: nn.Module) -> None:
+    """diffusers' own, which asks for an accelerator."""
+    from diffusers import ContextParallelConfig
+
+    count, torch.accelerator.device_count = torch.accelerator.device_count, lambda: 1
+    try:
+        model.set_attention_backend("native")
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
+    finally:
+        torch.accelerator.device_count = count
+
+
+def only_context_parallel(compile: bool | str) -> None:
+    """Its backward would be dense."""
+    model = wan()
+    context_parallel(model)
+    wrapped(compile, model=model)(**video(0))
+
+
+def same_model(compile: bool | str, options: dict[str, Any]) -> list[tuple[str, bool, tuple[int, ...]]]:
+    """A sequence parallel model has the output and, averaged over ranks, the gradients of the model in one process.
+
+    Args:
+        compile: as `fs.wrap`.
+        options: ``checkpointing``; ``diffusers``: by way of its own context parallelism; ``sizes`` of the latents, one after
+            the other; ``full``: Dynamo may not break the graph; ``autocast``: to bfloat16; the rest goes to `fs.wrap`.
+
+    Returns:
+        Name, whether it is sparse, and shape of every attention call.
+    """
+    options = dict(options)
+    checkpointing, theirs = options.pop("checkpointing", False), options.pop("diffusers", False)
+    low = options.pop("autocast", False)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=low)
+    sizes, full = options.pop("sizes", [(2, 16, 16)]), {"fullgraph": True} if options.pop("full", False) else {}
+    alone = wrapped(False, model=wan(checkpointing), **options)
+    model = wan(checkpointing)
+    if theirs:
+        context_parallel(model)
+    wrapped(compile, model=model, **options, **full)
+    fs.distributed.ulysses(model, None if theirs else init_device_mesh("cpu", (dist.get_world_size(),)))
+    for size in sizes:
+        with autocast:
+            wanted, got = (one(**video(3, size))[0] for one in (alone, model))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+        for one, out in ((alone, wanted), (model, got)):
+            one.zero_grad()
+            out.square().mean().backward()
+        gradients = {name: parameter.grad for name, parameter in alone.named_parameters()}
+        for name, parameter in model.named_parameters():
+            _same_gradient(
+                name, parameter, gradients[name], 2e-2 if low else 1e-4
+            )  # parts are rounded before they are summed
+    return [(call.name, call.sparse, call.shape) for call in fs.report(model).calls]
+
+
+def same_dense() -> None:
+    """While a wrapped model runs dense, its ranks compute the dense model's output."""
+    from flexsparse.wrap import state_of
+
+    wanted = wan()(**video(3))[0]
+    model = wrapped(False)
+    fs.distributed.ulysses(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    model(**video(3))
+    state_of(model).dense = True
+    torch.testing.assert_close(model(**video(3))[0], wanted)
+
+
+def same_module(mesh: tuple[int, int]) -> None:
+    """A model of `fs.nn.VideoSelfAttention` that spreads its own tokens: output, and gradients averaged over ranks."""
+    layout = fs.TileLayout(grid=(3, 7, 5), tile=(2, 4, 4), text_first=3)
+    torch.manual_seed(0)
+    attention = fs.nn.VideoSelfAttention(32, 4, fs.VSA(top_k=3), num_kv_heads=2)
+    for parameter in fs.gate_parameters(attention):
+        nn.init.normal_(parameter, std=0.1)
+    names = init_device_mesh("cpu", mesh, mesh_dim_names=("tiles", "ulysses"))
+    tiles, ulysses = (names[name] if names[name].size() > 1 else None for name in ("tiles", "ulysses"))
+    parallel = fs.distributed.SequenceParallel(ulysses=ulysses, tiles=tiles)
+    x = torch.randn(2, layout.seq_len, 32)
+    wanted = attention(x, layout)
+    wanted.square().mean().backward()
+    gradients = {name: parameter.grad for name, parameter in attention.named_parameters()}
+    attention.zero_grad()
+    got = parallel.unshard(attention(parallel.shard(x, layout), layout, parallel), layout)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    got.square().mean().backward()
+    for name, parameter in attention.named_parameters():
+        _same_gradient(name, parameter, gradients[name])
+
+
+def _same_gradient(name: str, parameter: Tensor, wanted: Tensor | None, share: float = 1e-4) -> None:
+    grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+    dist.all_reduce(grad)
+    wanted = torch.zeros_like(parameter) if wanted is None else wanted
+    limit = share * float(wanted.abs().max()) + 1e-8
+    error = float((grad / dist.get_world_size() - wanted).abs().max())
+    assert error < limit, (
+        f"the gradient of {name} is off by {error:.3g}, its largest value is {float(wanted.abs().max()):.3g}"
+    )
