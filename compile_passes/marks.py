@@ -33,13 +33,13 @@ def _(x: Tensor, T: int, H: int, W: int, first: int, last: int) -> Tensor:
 
 
 @torch.library.custom_op("flexsparse::mark_gate", mutates_args=())
-def mark_gate(x: Tensor, gate: Tensor, fine_gate: Tensor | None) -> Tensor:
+def mark_gate(x: Tensor, gate: Tensor, fine_gate: Tensor | None = None) -> Tensor:
     """Return ``x``; says that the next sparse attention call takes ``gate`` and ``fine_gate``, ``[B, S, H * D]``."""
     raise _not_rewritten()
 
 
 @mark_gate.register_fake
-def _(x: Tensor, gate: Tensor, fine_gate: Tensor | None) -> Tensor:
+def _(x: Tensor, gate: Tensor, fine_gate: Tensor | None = None) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -65,3 +65,8 @@ GATE = torch.ops.flexsparse.mark_gate
 def is_mark(target: Any, mark: Any) -> bool:
     """Whether a node's target is a mark; Dynamo's graphs hold the packet, later ones the overload."""
     return target is mark or target is mark.default
+
+
+def gates_of(node: Any) -> tuple[Any, Any]:
+    """The gates that a gate mark names: of the coarse and of the fine output, the latter perhaps None."""
+    return node.args[1], node.args[2] if len(node.args) > 2 else None

@@ -130,7 +130,7 @@ class RewriteSDPA:
                         f"a gate before {call_name(node)} has no sparse attention to go to: give wrap(..., gates=[names]) with "
                         "the attention modules that become sparse"
                     )
-                environment["gate"] = tuple(node.args[1:])
+                environment["gate"] = marks.gates_of(node)
                 remove(node, node.args[0])
             elif node.target is SDPA:
                 self._call(gm.graph, node, environment)

@@ -143,7 +143,7 @@ class Around:
         kv = own_kv if heads.spread(me) is None else own
         B, _, _, D = q.shape
         dtype = autocast_dtype(q.device.type) or q.dtype
-        gates = (None, None) if mark is None else mark.args[1:]
+        gates = (None, None) if mark is None else marks.gates_of(mark)
         with q.fake_mode:
             examples: list[Any] = [
                 q.new_empty((B, count, layout.seq_len, D), dtype=dtype, requires_grad=q.requires_grad)

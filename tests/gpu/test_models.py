@@ -162,14 +162,35 @@ def test_a_compiled_attention_launches_six_kernels() -> None:
 
 @pytest.mark.guards()
 def test_what_a_compiled_attention_saves_for_backward() -> None:
-    """q, k, v, o and lse in tile order, and little else; the gate counted apart."""
+    """q, k, v and lse in tile order, and little else: o is not read in low precision; the gate counted apart."""
     call, _ = attention(4)
     leaves = attention_inputs(requires_grad=True)
     call(*leaves)  # compile first
     layout = fs.TileLayout(grid=GRID)
-    needed = 2 * layout.padded_len * (4 * 64 * 2 + 4)
+    needed = 2 * layout.padded_len * (3 * 64 * 2 + 4)
     saved = memory.saved_bytes(lambda: call(*leaves), without=(leaves[3],))
     assert 0.9 * needed < saved < 1.35 * needed, f"{saved} bytes, {needed} needed"  # tiny: pooled vectors weigh more
+
+
+@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
+@pytest.mark.parametrize("name", ["hunyuan", "cogvideox", "ltx", "allegro"])
+def test_models_with_text_train(name: str) -> None:
+    """Joint and cross text, per-sample lengths from a mask: compiled, against the uncompiled model's gather backend."""
+    from models.zoo import ZOO
+
+    entry, grid, results = ZOO[name], (8, 8, 8), []
+    plain = entry.model().to(GPU)
+    given = {key: x.to(GPU) if isinstance(x, Tensor) else x for key, x in entry.inputs(grid, 2).items()}
+    for how in ({"compile": True}, {"compile": False, "attention": "gather"}):
+        model = fs.wrap(copy.deepcopy(plain), fs.VSA(top_k=3), gates=True, **how)
+        gates_to(model, 0.05)
+        out = model(**given, return_dict=False)[0]
+        out.square().mean().backward()
+        results.append((out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        assert {call.name for call in fs.report(model).calls if call.sparse} == set(entry.sparse)
+    (out, grads), (expected, wanted) = results
+    assert relative(out, expected) < 1e-3
+    assert_same_gradients({name: grads[name] for name in wanted}, wanted, 1e-3)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")

@@ -14,6 +14,7 @@ from tolerance import assert_as_good, assert_lse
 from torch import Tensor
 
 import flexsparse as fs
+from flexsparse.compile_passes.templates.columns import most_pieces
 from flexsparse.ops.choice import Rule, choose
 
 from .fine_inputs import inputs, on_gpu, selection_of
@@ -94,6 +95,29 @@ def test_two_runs_agree_bit_for_bit(dtype: torch.dtype, D: int, slots: int) -> N
     first = on_gpu(layout, tensors, selection, grad)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, on_gpu(layout, tensors, selection, grad)))
+
+
+@pytest.mark.guards(*FINE)
+@pytest.mark.parametrize("G", [1, 2])
+@pytest.mark.parametrize("D", [64, 128])
+def test_a_popular_tile_of_few_heads_is_split_and_stays_exact(D: int, G: int) -> None:
+    """Its column is walked in pieces, whose sums are added in a fixed order."""
+    layout = fs.TileLayout(grid=(8, 32, 32), tile=(4, 4, 4))
+    tensors = inputs(layout, torch.bfloat16, D, 4.0, G=G)
+    keep = selection_of(layout, 0.05).keep()[:, : tensors[0].shape[1]]
+    keep[..., 5] = True
+    selection = fs.TileSelection.from_mask(keep, layout)
+    heads, tiles = tensors[0].shape[0] * G, layout.num_tiles
+    group = tensors[0].shape[1] // G
+    assert most_pieces(heads, 1, tiles, group * tiles * selection.capacity, group * tiles) > 0
+    grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(5)).bfloat16()
+    first, again = (on_gpu(layout, tensors, selection, grad) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    exact = [x.double().requires_grad_() for x in tensors]
+    out = fs.sparse_attention(*exact, layout, selection, backend="gather")
+    for what, found, wanted in zip(("dq", "dk", "dv"), first[1:4], torch.autograd.grad(out, exact, grad.double())):
+        error = (found.cpu().double() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
+        assert error < 0.02, f"{what}: {error:.3f}"
 
 
 @pytest.mark.guards(*COARSE)
