@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from flexsparse.backends import Case, choose, flex, gather, reference, softmax_scale, triton
-from flexsparse.layout import TileLayout, is_tracing
+from flexsparse.layout import TileLayout
 from flexsparse.masks.base import CoarseInputs, MaskBuilder
 from flexsparse.ops import has_triton, tile_tokens  # noqa: F401
 from flexsparse.selection import TileSelection
+from flexsparse.tables import is_tracing
 
 log = logging.getLogger("flexsparse")
 

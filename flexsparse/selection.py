@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexsparse.layout import TileLayout, ceil_div, is_tracing
+from flexsparse.layout import TileLayout
+from flexsparse.tables import ceil_div, is_tracing
 
 WORD = 32
 

@@ -15,12 +15,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.layout import TileLayout, is_tracing
+from flexsparse.layout import TileLayout
 from flexsparse.ops.choice import Rule, masked_softmax
 from flexsparse.ops.coarse_select import pool_tiles
 from flexsparse.ops.select_tiles import allowed_bits, select_tiles
 from flexsparse.schedule import BoundRatio, SparsitySchedule
 from flexsparse.selection import TileSelection
+from flexsparse.tables import is_tracing
 
 
 def score_dtype(dtype: torch.dtype) -> torch.dtype:

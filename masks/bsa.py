@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from flexsparse.layout import MIN_SLOTS, TileLayout
+from flexsparse.layout import TileLayout
 from flexsparse.masks.base import (
     CoarseInputs,
     MaskBuilder,
@@ -32,6 +32,7 @@ from flexsparse.ops.prune_queries import prune_queries as pruning
 from flexsparse.ops.windows import Axes
 from flexsparse.schedule import Ratio, check_ratio, current, highest, rule_of, target
 from flexsparse.selection import KeptQueries, TileSelection
+from flexsparse.tables import MIN_SLOTS
 
 Fill = Literal["representative", "nearest", "zero"]
 Representative = Literal["center", "medoid"]

@@ -98,7 +98,7 @@ def _only_queries(name: str, selections: list[TileSelection]) -> KeptQueries | N
 def Union(*parts: MaskBuilder) -> MaskBuilder:
     """Keep what any of the builders keeps; static if all of them are.
 
-    >>> fs.masks.Union(fs.VSA(top_k=16), fs.masks.SlidingTile(window=(3, 3, 3)))     # VSA's "C&F&L", Table 1b
+    >>> builder = fs.Union(fs.VSA(top_k=16), fs.SlidingTile(window=(3, 3, 3)))     # VSA's "C&F&L", Table 1b
     """
     return _combine("Union", parts, "union")
 

@@ -11,9 +11,9 @@ import flexsparse as fs
 from flexsparse.attention import _log_once
 from flexsparse.backends import Case, choose
 from flexsparse.backends import triton as triton_backend
-from flexsparse.layout import _index
 from flexsparse.masks.base import _cached_mask
 from flexsparse.ops.windows import window_table
+from flexsparse.tables import token_tables
 
 LAYOUT = fs.TileLayout(grid=(2, 6, 7), tile=(2, 4, 4), text_last=4)
 
@@ -95,7 +95,7 @@ def test_a_layout_first_seen_in_inference_mode_can_be_trained_on(backend: str) -
     layout = fs.TileLayout(grid=(1, 5, 23), tile=(1, 4, 4))
     q, k, v = qkv(layout)
     for builder in (fs.VSA(top_k=1, within=fs.SlidingTile(window=(1, 1, 2))), fs.BSA(), fs.Radial()):
-        _index.cache_clear()
+        token_tables.cache_clear()
         window_table.cache_clear()
         _cached_mask.cache_clear()
         with torch.inference_mode():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import flexsparse as fs
 from flexsparse import TileLayout
-from flexsparse.layout import auto_tile, slots_of, tile_index
+from flexsparse.tables import auto_tile, slots_of, tile_index
 
 AXIS = st.integers(1, 70)
 

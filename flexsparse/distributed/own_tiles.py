@@ -19,7 +19,8 @@ from torch import Tensor
 from flexsparse.attention import sparse_attention
 from flexsparse.distributed.builders import of_rows
 from flexsparse.distributed.tokens import Ranks, Segments, bounds, gather_tokens, parts, segments_of
-from flexsparse.layout import TileLayout, _Reorder, is_tracing
+from flexsparse.layout import Reorder, TileLayout
+from flexsparse.tables import is_tracing
 
 
 def tokens_before(layout: TileLayout, tile: int) -> int:
@@ -191,7 +192,7 @@ def own_tile_attention(
     k, v = gather_tokens(torch.stack([k, v]), own.segments, own.ranks, -2).unbind(0)
 
     def pad(x: Tensor) -> Tensor:
-        return x if layout.whole else _Reorder.apply(x, padded, unpadded, True, False)
+        return x if layout.whole else Reorder.apply(x, padded, unpadded, True, False)
 
     gate, fine_gate = (None if x is None else pad(x) for x in gates)
     rows = of_rows(builder, layout, start, end, q_layout)
@@ -209,5 +210,5 @@ def own_tile_attention(
     )
     out, aux = out if isinstance(out, tuple) else (out, None)
     if not layout.whole:
-        out = _Reorder.apply(out, unpadded, padded, False, True)
+        out = Reorder.apply(out, unpadded, padded, False, True)
     return out if aux is None else (out, aux)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flexsparse.layout import ceil_div
+from flexsparse.tables import ceil_div
 
 Axes = tuple[int, int, int]
 
