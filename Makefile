@@ -61,4 +61,4 @@ kernels: $(VENV)/.installed
 	$(BIN)/python -m bench.kernels --offline
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -25,7 +25,7 @@ from flexsparse.compile_passes.templates.hopper_forward import _box, _boxes, _co
 from flexsparse.compile_passes.templates.launch import LOG2E, Compilation, launch
 
 if TYPE_CHECKING:
-    from flexsparse.compile_passes.templates.backward import Walk
+    from flexsparse.compile_passes.templates.walks import Walk
 
 ARCHS = ("sm_90a",)
 """What the kernels compile for."""

@@ -17,6 +17,7 @@ from .test_zoo import ALL, GRID, gradients, run, sparse_names, wrapped
 from .zoo import ZOO
 
 WAYS = [True, "regional", False]
+SLOWER = [True, pytest.param("regional", marks=pytest.mark.slow), False]
 WAN = ZOO["wan"]
 
 
@@ -32,7 +33,7 @@ def sample(model: nn.Module, entry: Any = WAN) -> torch.Tensor:
         return run(model, entry)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", SLOWER)
 @pytest.mark.parametrize(
     ("name", "layers", "left"),
     [
@@ -89,7 +90,7 @@ def test_gates_go_to_sparse_layers_only() -> None:
         torch.testing.assert_close(grad, expected[name], atol=2e-6, rtol=1e-3)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", SLOWER)
 def test_min_tokens(way: Any) -> None:
     assert sparse_names_after(wrapped(WAN, fs.VSA(top_k=2), way, min_tokens=256)) == list(WAN.sparse)
     with pytest.raises(Exception, match="256 tokens are below min_tokens=257"):
@@ -102,7 +103,7 @@ def sparse_names_after(model: nn.Module) -> list[str]:
     return sparse_names(model)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", SLOWER)
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
 def test_query_tiles_larger_than_key_tiles(way: Any, name: str) -> None:
     """BSA's 128-slot query tiles that keep half fill 64 rows; with text before the video as well."""

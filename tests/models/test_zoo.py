@@ -18,14 +18,12 @@ from .zoo import ZOO, Entry, Size
 GRID, OTHER = (4, 8, 8), (3, 8, 12)
 ALL = 4  # tiles of GRID
 COMPILED = [(name, way) for name, e in ZOO.items() for way, can in ((True, e.whole), ("regional", e.regional)) if can]
-IN_FULL = {
-    ("hunyuan", True),
-    ("cogvideox", True),
-    ("hunyuan15", "regional"),
-}  # the others' compiled forms are slow tests
-COMPILED_CASES = [
-    pytest.param(*c, marks=() if c in IN_FULL else pytest.mark.slow, id=f"{c[0]}-{c[1]}") for c in COMPILED
-]
+QUICK = {("hunyuan", True), ("cogvideox", True), ("hunyuan15", "regional")}  # the others' compiled forms are slow tests
+
+
+def cases(quick: set[tuple[str, Any]]) -> list[Any]:
+    """Every model and way; those that are not quick are marked slow."""
+    return [pytest.param(*c, marks=() if c in quick else pytest.mark.slow, id=f"{c[0]}-{c[1]}") for c in COMPILED]
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +101,7 @@ def assert_same(mine: dict[str, Tensor], other: dict[str, Tensor], gated: bool =
     assert bool(gates) == gated and all(grad.abs().sum() > 0 for grad in gates)
 
 
-@pytest.mark.parametrize(("name", "way"), COMPILED_CASES)
+@pytest.mark.parametrize(("name", "way"), cases({("hunyuan", True)}))
 def test_compiled_training_with_gates_equals_the_oracle(name: str, way: Any) -> None:
     entry = ZOO[name]
     model = wrapped(entry, fs.VSA(top_k=2), way, gates=True)
@@ -113,7 +111,7 @@ def test_compiled_training_with_gates_equals_the_oracle(name: str, way: Any) -> 
     assert all(call.fused and call.lowered for call in calls)
 
 
-@pytest.mark.parametrize(("name", "way"), COMPILED_CASES)
+@pytest.mark.parametrize(("name", "way"), cases(QUICK))
 def test_compiled_inference_all_tiles_equal_dense(name: str, way: Any) -> None:
     entry = ZOO[name]
     with torch.no_grad():

@@ -8,10 +8,11 @@ from tolerance import assert_as_good
 from torch import Tensor
 
 from flexsparse.compile_passes.templates import columns
-from flexsparse.compile_passes.templates.backward import add_pieces, add_pieces_reference, backward, backward_reference
+from flexsparse.compile_passes.templates.backward import backward, backward_reference
 from flexsparse.compile_passes.templates.columns import PROGRAMS, SHORTEST, most_pieces, pieces, pieces_reference
 from flexsparse.compile_passes.templates.forward import forward
 from flexsparse.compile_passes.templates.launch import count_launches
+from flexsparse.compile_passes.templates.walks import add_pieces, add_pieces_reference
 
 from .attention_cases import MEMORY, Case, build, moved, oracle
 

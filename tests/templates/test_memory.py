@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexsparse.compile_passes.templates import backward as backward_module
 from flexsparse.compile_passes.templates import forward as forward_module
-from flexsparse.compile_passes.templates import hopper_forward
+from flexsparse.compile_passes.templates import hopper_forward, walks
 from flexsparse.compile_passes.templates.attention_common import strides
 
 from .attention_cases import MEMORY, Case, Problem, build, in_memory, moved
@@ -103,7 +103,7 @@ def test_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
                 read.setdefault(kernel.__name__, set()).add(name)
         launch(kernel, grid, *args, **meta)
 
-    for module in (forward_module, backward_module):
+    for module in (forward_module, backward_module, walks):
         monkeypatch.setattr(module, "launch", watched)
     run(problem)
     assert {name: read[name] for name in ("_forward", "_delta", "_dq", "_dkdv")} == {

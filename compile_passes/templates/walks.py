@@ -1,0 +1,200 @@
+"""The two walks of the backward: dq along the lists of query tiles, dk and dv along the columns of KV tiles.
+
+By plain Triton, or by the Hopper kernels where a measurement chose them (`tuned`).
+Shape letters: B batch, H query heads, G KV heads, N query tiles, M KV video tiles, U all KV tiles, R query rows, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexsparse.compile_passes.templates import tuned
+from flexsparse.compile_passes.templates.attention_common import (
+    Blocks,
+    CappedBlocks,
+    padded_dim,
+    strides,
+    unaccelerated_blocks,
+)
+from flexsparse.compile_passes.templates.backward_kernels import _dq
+from flexsparse.compile_passes.templates.column_kernels import _add_pieces, _dkdv
+from flexsparse.compile_passes.templates.columns import most_pieces, pieces
+from flexsparse.compile_passes.templates.launch import LOG2E, launch
+
+
+def row_blocks(dtype: torch.dtype, D: int, query_rows: int, slots: int) -> Blocks:
+    """Block sizes of the kernels that walk the lists of query rows."""
+    if dtype == torch.float32:
+        return unaccelerated_blocks(D, query_rows, slots)
+    if D > 128:
+        return Blocks(rows=min(query_rows, 64), keys=min(slots, 32), num_warps=4, num_stages=2)
+    rows = min(query_rows, 128)
+    size = Blocks(rows=rows, keys=min(slots, 64), num_warps=8 if rows == 128 else 4, num_stages=3)
+    return CappedBlocks(**vars(size), registers=168) if rows == 32 and D == 128 else size
+
+
+def column_blocks(dtype: torch.dtype, D: int, query_rows: int, slots: int, group: int, partial: bool) -> Blocks:
+    """Block sizes of the kernel that walks the columns of KV tiles: its two accumulators leave few registers."""
+    if dtype == torch.float32:
+        return unaccelerated_blocks(D, query_rows, slots)
+    if D > 128:
+        return Blocks(rows=min(query_rows, 32), keys=min(slots, 32), num_warps=4, num_stages=2)
+    keys = min(slots, 128)
+    crowded = D > 64 and (group > 1 or padded_dim(D) > D)  # a second loop or more masks: 64 rows would spill
+    stages = 2 if D > 64 and partial and keys < 128 else 3
+    rows = min(query_rows, 32 if crowded else 64)
+    size = Blocks(rows=rows, keys=keys, num_warps=8 if keys == 128 else 4, num_stages=stages)
+    return CappedBlocks(**vars(size), registers=168) if D == rows == keys == 64 and not partial else size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """What the kernels of dq and of dk, dv read besides lists and columns.
+
+    Attributes:
+        rows: ``grad_out``, ``q``, ``k`` and ``v`` by name, as `backward` takes them; the last stride is 1.
+        lse_log2: float32 ``[B, H, R]``, the log-sum-exp in base 2, inf for a row that saw nothing.
+        delta: float32 ``[B, H, R]``, what d_weights are lessened by.
+        counts: int32 ``[B, H, N]``.
+        kv_counts: int32 ``[B, U]``.
+        query_rows: as in `backward`, like all that follow.
+        first_rows: extra rows before the video rows.
+        kv_first: extra KV tiles before the video tiles.
+        kv_video: M.
+        slots: slots of a KV tile.
+        capacity: most video tiles that a row keeps.
+        scale: softmax scale.
+        partial: False promises that every KV tile is full.
+        constants: by which all kernels are specialised.
+    """
+
+    rows: dict[str, Tensor]
+    lse_log2: Tensor
+    delta: Tensor
+    counts: Tensor
+    kv_counts: Tensor
+    query_rows: int
+    first_rows: int
+    kv_first: int
+    kv_video: int
+    slots: int
+    capacity: int
+    scale: float
+    partial: bool
+    constants: dict[str, Any]
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """The kernels' first arguments."""
+        return *self.rows.values(), self.lse_log2, self.delta
+
+
+def dq_of(walk: Walk, lists: Tensor) -> Tensor:
+    """dq, from the kept tiles of each row, int32 ``[B, H, N, capacity]``."""
+    q, k = walk.rows["q"], walk.rows["k"]
+    B, H, R, D = q.shape
+    hopper = tuned.hopper_blocks("dq", q, walk.query_rows, walk.slots)
+    if hopper is not None:
+        from flexsparse.compile_passes.templates import hopper_backward
+
+        return hopper_backward.dq(walk, lists, hopper)
+    dq = torch.empty_like(q)
+    size = row_blocks(q.dtype, D, walk.query_rows, walk.slots)
+    launch(
+        _dq,
+        (R // size.rows, H, B),
+        *walk.operands,
+        lists,
+        walk.counts,
+        walk.kv_counts,
+        dq,
+        *(walk.scale, walk.scale * LOG2E),
+        *(H, walk.counts.shape[2], walk.kv_video, k.shape[2] // walk.slots, R),
+        *(walk.first_rows, walk.kv_first, walk.capacity),
+        **strides(**walk.rows, dq=dq),
+        **walk.constants,
+        **size.meta(),
+    )
+    return dq
+
+
+def dkdv_of(walk: Walk, offsets: Tensor, columns: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """dk and dv, from the query tiles that keep each KV tile, as `transpose` says them."""
+    q, k, v = (walk.rows[name] for name in "qkv")
+    (B, H, R, D), G, N = q.shape, k.shape[1], walk.counts.shape[2]
+    U, M, query_tiles = k.shape[2] // walk.slots, walk.kv_video, R // walk.query_rows
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    hopper = tuned.hopper_blocks("dkdv", q, walk.query_rows, walk.slots)
+    size = hopper or column_blocks(q.dtype, D, walk.query_rows, walk.slots, H // G, walk.partial)
+    halves = walk.slots // size.keys
+    entries = N * min(walk.capacity, M) + (query_tiles - N) * M + (U - M) * query_tiles
+    most = most_pieces(B * G, halves, U, H // G * entries, H // G * query_tiles)
+    where = {"kv_first": walk.kv_first, "U": U, "query_tiles": query_tiles, "N": N}
+    work = pieces(columns, group=H // G, most=most, **where)
+    shape = (2, B, G, most, walk.slots, D)
+    workspace = torch.empty(shape, dtype=torch.float32, device=q.device) if most else None
+    if hopper is not None:
+        from flexsparse.compile_passes.templates import hopper_backward
+
+        hopper_backward.dkdv(walk, offsets, columns, indices, work, dk, dv, workspace, hopper)
+    else:
+        launch(
+            _dkdv,
+            ((U + most) * halves, G, B),
+            *walk.operands,
+            *(offsets, columns, indices, work),
+            walk.kv_counts,
+            *(dk, dv, workspace),
+            *(walk.scale, walk.scale * LOG2E),
+            *(N, M, U, R, walk.first_rows // walk.query_rows, walk.kv_first, G, most),
+            **strides(**walk.rows, dk=dk, dv=dv),
+            **walk.constants,
+            SPLIT=most > 0,
+            **size.meta(),
+        )
+    if workspace is not None:
+        add_pieces(work, workspace, dk, dv, walk.scale)
+    return dk, dv
+
+
+def add_pieces(work: Tensor, workspace: Tensor, dk: Tensor, dv: Tensor, scale: float) -> None:
+    """Write dk and dv of the columns that were split, their pieces added in order.
+
+    Args:
+        work: as `columns.pieces` returned it.
+        workspace: float32 ``[2, B, G, most, slots, D]``, sums of the first ``most`` pieces: dk before the scale, and dv.
+        dk: ``[B, G, U * slots, D]``, written in place.
+        dv: as dk.
+        scale: softmax scale.
+    """
+    _, B, G, most, slots, D = workspace.shape
+    keys = min(slots, 32)
+    launch(
+        _add_pieces,
+        (most * (slots // keys), G, B),
+        *(work, workspace, dk, dv, scale, work.shape[2] - most, G, most),
+        **strides(dk=dk, dv=dv),
+        D=D,
+        BLOCK_D=padded_dim(D),
+        SLOTS=slots,
+        KEYS=keys,
+        num_warps=4,
+    )
+
+
+def add_pieces_reference(work: Tensor, workspace: Tensor, dk: Tensor, dv: Tensor, scale: float) -> None:
+    """As `add_pieces`."""
+    _, B, G, most, slots, _ = workspace.shape
+    for b in range(B):
+        for g in range(G):
+            for row, (u, begin, _, parts) in enumerate(work[b, g, :most].tolist()):
+                if parts and begin == 0:
+                    at = slice(u * slots, (u + 1) * slots)
+                    total = torch.zeros_like(workspace[:, b, g, row])
+                    for part in range(parts):
+                        total += workspace[:, b, g, row + part]
+                    dk[b, g, at], dv[b, g, at] = total[0] * scale, total[1]
