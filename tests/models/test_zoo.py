@@ -73,6 +73,39 @@ def test_uncompiled_all_tiles_equal_dense_and_fewer_do_not(name: str) -> None:
     assert sparse_names(everything) == sorted(entry.sparse)
 
 
+class Watching:
+    """A builder that notes the layouts and the queries it is asked about."""
+
+    def __init__(self) -> None:
+        self.layouts: list[fs.TileLayout] = []
+        self.queries: list[Tensor] = []
+
+    def select(self, q: Tensor, k: Tensor, layout: fs.TileLayout, **options: Any) -> fs.TileSelection:
+        self.layouts.append(layout)
+        self.queries.append(q)
+        return fs.VSA(top_k=2).select(q, k, layout, **options)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_layout_says_where_video_and_text_are(name: str) -> None:
+    """In the first block, other text changes the queries of the text's places, and of no other."""
+    entry, watching = ZOO[name], Watching()
+    model = wrapped(entry, watching, False)
+    inputs = entry.inputs(GRID, 1)
+    with torch.no_grad():
+        model(**inputs, return_dict=False)
+        model(**{**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"] + 1}, return_dict=False)
+    assert {(one.grid, one.text_first, one.text_last) for one in watching.layouts} == {(GRID, *entry.text)}
+    before, after = watching.queries[0], watching.queries[len(watching.queries) // 2]
+    changed = (before != after).any(-1).any(1)[0]
+    first, last = entry.text
+    video = changed[first : changed.shape[0] - last]
+    if name != "mochi":  # its time embedding reads the text
+        assert not video.any()
+    assert changed[:first].all() if first else True
+    assert changed[changed.shape[0] - last :].any() if last else True
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_uncompiled_training_with_gates_equals_the_oracle(name: str) -> None:
     """A gate on every attention that sees the video, and on no other; two resolutions."""

@@ -1,0 +1,47 @@
+"""Gates and masks of a model's call, as the attention takes them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flexsparse as fs
+from flexsparse.calls import gates_of_heads, hide_text, text_counts
+
+LAYOUT = fs.TileLayout(grid=(2, 4, 6), tile=(2, 4, 4), text_first=3, text_last=70)
+N, H, D = LAYOUT.num_tokens, 2, 4
+
+
+def test_a_gate_of_the_video_is_padded_where_the_text_is() -> None:
+    q = torch.randn(1, H, LAYOUT.seq_len, D)
+    gates = torch.randn(1, N, H * D), torch.randn(1, N, H * D)
+    coarse, fine = gates_of_heads(gates, q, LAYOUT)
+    assert coarse is not None and fine is not None
+    video = slice(LAYOUT.text_first, LAYOUT.text_first + N)
+    for found, given, rest in ((coarse, gates[0], 0), (fine, gates[1], 1)):
+        assert torch.equal(found[:, :, video].transpose(1, 2).flatten(2), given)
+        assert (found[:, :, : video.start] == rest).all() and (found[:, :, video.stop :] == rest).all()
+    whole = torch.randn(1, LAYOUT.seq_len, H * D)
+    found, none = gates_of_heads((whole, None), q, LAYOUT)
+    assert none is None and found is not None and torch.equal(found.transpose(1, 2).flatten(2), whole)
+
+
+def test_a_gate_of_other_sizes_is_an_error() -> None:
+    q = torch.randn(1, H, LAYOUT.seq_len, D)
+    with pytest.raises(ValueError, match=r"the gate is \(1, 47, 8\), the attention's queries are \(1, 2, 121, 4\)"):
+        gates_of_heads((torch.randn(1, N - 1, H * D), None), q, LAYOUT)
+
+
+def test_masks_hide_text_of_each_sample() -> None:
+    """Counts of the text tiles, one partly and one wholly hidden, and what is hidden is zero, NaN or not."""
+    lengths = [(3, 70), (1, 64), (0, 5), (2, 0)]
+    position = torch.arange(LAYOUT.seq_len)
+    rows = [(position < a) | ((position >= 3) & (position < 3 + N + b)) for a, b in lengths]
+    mask = torch.stack(rows)[:, None, None]
+    slots, full = LAYOUT.slots, LAYOUT.tile_counts.tolist()
+    for found, (a, b) in zip(text_counts(mask, LAYOUT).tolist(), lengths):
+        last = [min(max(b - i * slots, 0), slots) for i in range(LAYOUT.tiles_last)]
+        assert found == [a, *full[1 : -LAYOUT.tiles_last], *last]
+    k = torch.randn(4, 1, LAYOUT.seq_len, D).masked_fill(~mask.transpose(2, 3), torch.nan)
+    hidden, same = hide_text(k, k, mask, LAYOUT)
+    assert torch.equal(hidden, same) and torch.equal(hidden, k.nan_to_num(0))
