@@ -7,6 +7,7 @@ what they were, and hooks, checkpointing, regional compilation and ``copy.deepco
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -285,6 +286,7 @@ def compile_region(module: nn.Module, options: dict[str, Any]) -> None:
             return _clear_errors(compiled, self, *geometry, args, kwargs)
 
     # forward, and not _compiled_call_impl, which would skip the module's hooks: FSDP2 gathers parameters in one
+    _takes_the_arguments_of(call, module.forward)
     module.__dict__["forward"] = types.MethodType(call, module)
 
 
@@ -293,15 +295,24 @@ def override(module: nn.Module, state: State, name: str, forward: Callable[..., 
     before = module.forward
     was_instance = "forward" in module.__dict__
 
-    @functools.wraps(module.forward)
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward(self, args, kwargs)
 
+    _takes_the_arguments_of(replaced, before)
     module.__dict__[STATE] = state
     module.__dict__["_flexsparse_name"] = name
     module.__dict__["_flexsparse_forward"] = before
     module.__dict__["_flexsparse_restore"] = was_instance
     module.__dict__["forward"] = types.MethodType(replaced, module)
+
+
+def _takes_the_arguments_of(function: Any, forward: Callable[..., Any]) -> None:
+    """Let a function show the signature of a bound forward: tools look at it (`functools.wraps` would lose an argument)."""
+    owner = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    given = inspect.signature(forward)
+    parameters = [owner.replace(kind=inspect.Parameter.POSITIONAL_ONLY), *given.parameters.values()]
+    function.__signature__ = given.replace(parameters=parameters)
+    function.__doc__ = forward.__doc__
 
 
 def restore(module: nn.Module) -> None:

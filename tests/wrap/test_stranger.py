@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -240,3 +241,11 @@ def test_a_checkpointed_function_would_be_redone_densely_and_is_refused(reentran
         model(x)
     with torch.no_grad():  # nothing is redone
         assert model(x).shape == x.shape
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_wrapped_forward_shows_its_arguments(stranger: Stranger, way: Any) -> None:
+    """Pipelines, peft and hooks look at signatures."""
+    before = [inspect.signature(module.forward) for module in (stranger, stranger.blocks[0])]
+    fs.wrap(stranger, fs.VSA(top_k=2), compile=way)
+    assert [inspect.signature(module.forward) for module in (stranger, stranger.blocks[0])] == before
