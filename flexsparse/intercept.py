@@ -145,7 +145,7 @@ class Interceptor:
         call = SDPACall.of(args, kwargs)
         q, k, v = call.query, call.key, call.value
         backend = self.backend
-        grid = self._geometry_of(q)
+        grid = self.geometry_of(q)
         layout, kv_layout = backend.layouts_of(grid)
         name = self.local.names[-1] if self.local.names else "."
         mask = key_mask(call.attn_mask)
@@ -182,7 +182,7 @@ class Interceptor:
         how = (call.scale, chosen[0], False, name, mask, kv_layout)
         return sparse_call(builder, q, k, v, gate or (None, None), layout, *how)
 
-    def _geometry_of(self, q: Tensor) -> Geometry:
+    def geometry_of(self, q: Tensor) -> Geometry:
         """The geometry of a call: the model's, with fewer text tokens where its samples run without their padding."""
         T, H, W, first, last = self.current_grid()
         text = q.shape[2] - T * H * W if q.dim() == 4 else -1

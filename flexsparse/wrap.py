@@ -42,7 +42,7 @@ OWN_OPTIONS = (
 )
 
 
-def _repeated(model: nn.Module) -> list[nn.Module]:
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """Blocks for regional compilation: what the model declares, else members of lists of one class."""
     declared = getattr(model, "_repeated_blocks", None)
     if declared:
@@ -117,7 +117,7 @@ def wrap(
             "use compile='regional' or compile=False for a model whose own code breaks the graph"
         )
     reader = geometry_reader(model, grid, text)
-    blocks = _repeated(model) if compile == "regional" else []
+    blocks = repeated_blocks(model) if compile == "regional" else []
     if compile == "regional" and not blocks:
         raise ValueError(f"compile is 'regional', but {type(model).__name__} has no repeated blocks: use compile=True")
     backend = Backend(builder, tile=tile, grid=None, gates=bool(gates), wrapped=True, **own)

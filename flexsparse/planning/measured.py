@@ -1,0 +1,70 @@
+"""A model's step, run once for every way that a plan needs: sparse and dense, with and without checkpointing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flexsparse.grids import Grid
+from flexsparse.planning.counting import Counts, PlanError, count, fake
+from flexsparse.planning.models import Source, build, example, find, grid_of, parameters
+from flexsparse.planning.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Counts of one model, grid and builder; they hold for any number of GPUs.
+
+    Attributes:
+        source: the model's configuration.
+        grid: tokens.
+        parameters: how many, gates included.
+        largest_block: parameters of the largest repeated block.
+        sparse: the step as planned.
+        dense: the same with dense attention and without gates.
+        plain: the sparse step without checkpointing; None for inference.
+        checkpointed: the sparse step with it; None for inference, and where the model has none.
+    """
+
+    source: Source
+    grid: Grid
+    parameters: int
+    largest_block: int
+    sparse: Counts
+    dense: Counts
+    plain: Counts | None
+    checkpointed: Counts | None
+
+
+def measure(settings: Settings) -> Measured:
+    """Run the model on fake tensors.
+
+    Raises:
+        PlanError: settings that do not fit the model.
+    """
+    source = find(settings.model)
+    training, gates = settings.training, settings.gates
+    with fake():
+        model = build(source, settings.torch_dtype)
+        grid = settings.grid or grid_of(model, settings.pixels or (1, 1, 1))
+        inputs = example(model, grid, settings.batch, settings.torch_dtype, settings.text)
+        how: dict[str, Any] = {"builder": settings.builder, "tile": settings.tile, "gates": gates, "training": training}
+        able = bool(getattr(model, "_supports_gradient_checkpointing", False))
+        own = training and settings.checkpointing
+        plain = count(model, inputs, **how) if not own or training else None
+        checkpointed = count(model, inputs, **how, checkpointing=True) if training and (own or able) else None
+        dense = count(model, inputs, tile=settings.tile, training=training, checkpointing=own)
+        size, block = parameters(model)
+    sparse = checkpointed if own else plain
+    if sparse is None:
+        raise PlanError(f"{source.kind}: nothing was counted")
+    return Measured(
+        source=source,
+        grid=grid,
+        parameters=size + sparse.gate_parameters,
+        largest_block=block,
+        sparse=sparse,
+        dense=dense,
+        plain=plain if training else None,
+        checkpointed=checkpointed,
+    )

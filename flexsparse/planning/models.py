@@ -1,0 +1,252 @@
+"""Which model: a preset, a transformer's folder or config.json; and the inputs of one call.
+
+Only configurations are read: the model is made on fake tensors, and no weights are looked at or fetched.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from flexsparse.grids import Grid, VideoInput, geometry_reader
+from flexsparse.models import known
+from flexsparse.planning.counting import PlanError
+from flexsparse.wrap import repeated_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What a class's pipeline in diffusers 0.42 adds to its configuration.
+
+    Attributes:
+        text: tokens of each text input, by argument; the pipeline's ``max_sequence_length``.
+        vae: pixels of a latent along (t, h, w), the first frame by itself; None where frames are counted otherwise.
+        stacked: whether text has an axis of its own after the batch.
+    """
+
+    text: Mapping[str, int]
+    vae: tuple[int, int, int] | None = (4, 8, 8)
+    stacked: bool = False
+
+
+TEXT = "encoder_hidden_states"
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "WanTransformer3DModel": Kind(text={TEXT: 512}),
+        "SkyReelsV2Transformer3DModel": Kind(text={TEXT: 512}),
+        "HunyuanVideoTransformer3DModel": Kind(text={TEXT: 256}),
+        "HunyuanVideo15Transformer3DModel": Kind(
+            text={TEXT: 1000, f"{TEXT}_2": 256, "image_embeds": 729}, vae=(4, 16, 16)
+        ),
+        "CogVideoXTransformer3DModel": Kind(text={TEXT: 226}),
+        "LTXVideoTransformer3DModel": Kind(text={TEXT: 128}, vae=(8, 32, 32)),
+        "MochiTransformer3DModel": Kind(text={TEXT: 256}, vae=(6, 8, 8)),
+        "AllegroTransformer3DModel": Kind(text={TEXT: 512}, vae=None, stacked=True),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A class of diffusers and its configuration.
+
+    Attributes:
+        name: as the user gave it.
+        kind: the class's name.
+        config: arguments of its constructor.
+        origin: where the configuration is from.
+    """
+
+    name: str
+    kind: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
+
+
+_WAN = "scripts/convert_wan_to_diffusers.py of diffusers"
+_COGVIDEOX = "scripts/convert_cogvideox_to_diffusers.py of diffusers, whose comments give the 5B's sizes"
+PRESETS: Mapping[str, Source] = MappingProxyType(
+    {
+        source.name: source
+        for source in (
+            Source(
+                name="wan2.1-1.3b",
+                kind="WanTransformer3DModel",
+                config={"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
+                origin=f"{_WAN}: Wan-T2V-1.3B",
+            ),
+            Source(
+                name="wan2.1-14b",
+                kind="WanTransformer3DModel",
+                config={"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40},
+                origin=f"{_WAN}: Wan-T2V-14B",
+            ),
+            Source(
+                name="hunyuanvideo",
+                kind="HunyuanVideoTransformer3DModel",
+                origin="the class's defaults in diffusers",
+            ),
+            Source(
+                name="cogvideox-5b",
+                kind="CogVideoXTransformer3DModel",
+                config={"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
+                origin=_COGVIDEOX,
+            ),
+        )
+    }
+)
+
+
+def find(name: str) -> Source:
+    """A preset, or the configuration in a folder or file.
+
+    Raises:
+        PlanError: there is none, or its class is unknown.
+    """
+    if name.lower() in PRESETS:
+        return PRESETS[name.lower()]
+    path = Path(name)
+    places = [path, path / "config.json", path / "transformer" / "config.json"]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise PlanError(
+            f"model {name!r} is no preset and no folder or file with a transformer's config.json: give a path, or one of "
+            f"{', '.join(PRESETS)}"
+        )
+    try:
+        config = json.loads(file.read_text())
+        kind = config["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PlanError(
+            f"{str(file)!r} is no configuration of a diffusers model ({type(error).__name__}: {error}): it needs _class_name"
+        ) from error
+    if kind not in KINDS:
+        raise PlanError(f"{str(file)!r} is of {kind}, whose inputs are not known: give one of {', '.join(KINDS)}")
+    plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    return Source(name=name, kind=kind, config=plain, origin=str(file))
+
+
+def build(source: Source, dtype: torch.dtype) -> nn.Module:
+    """The model, under `counting.fake`.
+
+    Raises:
+        PlanError: the configuration does not fit the class.
+    """
+    before = torch.get_default_dtype()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kind = getattr(importlib.import_module("diffusers"), source.kind)
+        try:
+            torch.set_default_dtype(dtype)  # as from_pretrained(torch_dtype=...) does
+            model: nn.Module = kind.from_config(dict(source.config))
+        except Exception as error:  # whatever the constructor says is the answer
+            raise PlanError(f"{source.origin or source.name}: {source.kind} cannot be made of it: {error}") from error
+        finally:
+            torch.set_default_dtype(before)
+    return model
+
+
+def grid_of(model: nn.Module, pixels: tuple[int, int, int]) -> Grid:
+    """The token grid of a video of (frames, rows, columns).
+
+    Raises:
+        PlanError: the sizes are no multiples, or how frames become latents is not known.
+    """
+    kind = type(model).__name__
+    vae = KINDS[kind].vae
+    if vae is None:
+        raise PlanError(f"how {kind}'s frames become latents is not known here: give --grid T,H,W in tokens")
+    reader = geometry_reader(model, None).grid
+    patch = reader.patch if isinstance(reader, VideoInput) else (1, 1, 1)
+    frames, rows, columns = pixels
+    if (frames - 1) % vae[0] or ((frames - 1) // vae[0] + 1) % patch[0]:
+        raise PlanError(f"frames is {frames}: {kind} takes a multiple of {vae[0] * patch[0]}, plus 1")
+    for name, size, side in zip(("height", "width"), (rows, columns), (vae[1] * patch[1], vae[2] * patch[2])):
+        if size < side or size % side:
+            raise PlanError(f"{name} is {size}: {kind} takes a multiple of {side}")
+    return (
+        ((frames - 1) // vae[0] + 1) // patch[0],
+        rows // (vae[1] * patch[1]),
+        columns // (vae[2] * patch[2]),
+    )
+
+
+def example(model: nn.Module, grid: Grid, batch: int, dtype: torch.dtype, text: int | None = None) -> dict[str, Any]:
+    """Keyword arguments of one call: fake, but for masks, which leave everything, and images, which there are none of.
+
+    Args:
+        model: made by `build`.
+        grid: tokens (T, H, W).
+        batch: samples.
+        dtype: of the floating inputs.
+        text: tokens of the first text; the pipeline's by default.
+    """
+    config: Any = model.config
+    kind = KINDS[type(model).__name__]
+    lengths = {**kind.text, **({} if text is None else {TEXT: text})}
+    extra = (1,) if kind.stacked else ()
+    widths = {
+        TEXT: _first(config, "text_dim", "text_embed_dim", "caption_channels"),
+        f"{TEXT}_2": config.get("text_embed_2_dim"),
+        "image_embeds": config.get("image_embed_dim"),
+    }
+    found: dict[str, Any] = {"timestep": torch.zeros(batch), "return_dict": False}
+    found["hidden_states"] = torch.empty(_video(model, grid, batch), dtype=dtype)
+    for name, length in lengths.items():
+        found[name] = torch.empty((batch, *extra, length, widths[name]), dtype=dtype)
+    names = _names(model)
+    masks = {"encoder_attention_mask": lengths[TEXT], "encoder_attention_mask_2": lengths.get(f"{TEXT}_2", 0)}
+    with unset_fake_temporarily():
+        kind_of_mask = torch.float32 if kind.stacked else torch.int64
+        for name, length in masks.items():
+            if name in names:
+                found[name] = torch.ones(batch, *extra, length, dtype=kind_of_mask)
+        if "image_embeds" in found:
+            found["image_embeds"] = torch.zeros(found["image_embeds"].shape, dtype=dtype)
+    if "pooled_projections" in names:
+        found["pooled_projections"] = torch.empty((batch, config["pooled_projection_dim"]), dtype=dtype)
+    if config.get("guidance_embeds"):
+        found["guidance"] = torch.empty(batch, dtype=dtype)
+    if config.get("image_dim"):
+        found["encoder_hidden_states_image"] = torch.empty((batch, 257, config["image_dim"]), dtype=dtype)
+    found |= {name: size for name, size in zip(("num_frames", "height", "width"), grid) if name in names}
+    return found
+
+
+def _video(model: nn.Module, grid: Grid, batch: int) -> tuple[int, ...]:
+    config: Any = model.config
+    channels: int = config["in_channels"]
+    reader = geometry_reader(model, None).grid
+    if not isinstance(reader, VideoInput):
+        return (batch, math.prod(grid), channels)
+    sizes = {"B": batch, "C": channels} | {axis: g * p for axis, g, p in zip("THW", grid, reader.patch)}
+    return tuple(sizes[axis] for axis in known(model).axes.split())
+
+
+def _names(model: nn.Module) -> list[str]:
+    return list(inspect.signature(type(model).forward).parameters)
+
+
+def _first(config: Any, *names: str) -> int:
+    return next(int(config[name]) for name in names if config.get(name))
+
+
+def parameters(model: nn.Module) -> tuple[int, int]:
+    """(parameters, the most that one repeated block has)."""
+
+    def size(module: nn.Module) -> int:
+        return sum(x.numel() for x in module.parameters())
+
+    return size(model), max((size(block) for block in repeated_blocks(model)), default=0)

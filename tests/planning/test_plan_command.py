@@ -1,0 +1,79 @@
+"""`flexsparse plan` as a user meets it."""
+
+import json
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("diffusers")
+from typer.testing import CliRunner
+
+from flexsparse.cli.app import app
+
+WAN = ("--grid", "4,8,8", "--top-k", "2")
+
+
+def _invoke(*arguments):
+    result = CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    return result
+
+
+def test_the_table_says_that_times_are_estimates(folder):
+    result = _invoke(folder("wan"), *WAN, "--ulysses", 2, "--fsdp", 2)
+    assert result.exit_code == 0, result.output
+    for text in ("WanTransformer3DModel", "fine stage", "all-to-alls", "AdamW", "speed-up", "assumed", "data sheet"):
+        assert text in result.output
+    assert "no measurements" in result.output and "nobody measured" in result.output
+
+
+@pytest.mark.parametrize("over", ["density", "gpus"])
+def test_json_and_plot(folder, tmp_path, over):
+    plot = tmp_path / "plan.png"
+    result = _invoke(folder("wan"), *WAN, "--inference", "--json", "--plot", plot, "--plot-over", over)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["settings"]["builder"]["name"] == "VSA" and found["settings"]["training"] is False
+    assert found["calls"] == [2, 2] and found["tiles"][:2] == [4, 2.0]
+    assert found["memory"]["weights"] == 2 * found["parameters"]
+    assert found["speedup"] == pytest.approx(found["dense"]["total"] / found["sparse"]["total"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bsa_and_text_that_joins_the_video(folder):
+    how = ("--grid", "4,8,8", "--method", "bsa", "--ulysses", 2, "--text", 12, "--json")
+    found = json.loads(_invoke(folder("hunyuan"), *how).stdout)
+    assert found["kind"] == "HunyuanVideoTransformer3DModel"
+    assert any("SequenceParallel" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nothing",), "is no preset"),
+        (("WAN", "--grid", "4,8"), "--grid is '4,8'"),
+        (("WAN", *WAN, "--tile", "a"), "--tile is 'a'"),
+        (("WAN", "--grid", "4,8,8", "--top-k", "99"), "top_k is 99"),
+        (("WAN", "--grid", "4,8,8", "--sparsity", "2"), "sparsity"),
+        (("WAN", *WAN, "--method", "sta"), "--method is 'sta'"),
+        (("WAN", *WAN, "--ulysses", "4"), "2 heads"),
+        (("WAN", *WAN, "--gpus", "3", "--fsdp", "2"), "does not divide"),
+        (("WAN", *WAN, "--plot", "x.doc"), "--plot is 'x.doc'"),
+        (("WAN", *WAN, "--plot", "/nowhere/x.png"), "not there"),
+        (("WAN", *WAN, "--plot", "x.png", "--plot-over", "text"), "--plot-over is 'text'"),
+        (("WAN", *WAN, "--results", "/nowhere"), "is no folder"),
+        (("WAN", "--frames", "80"), "frames is 80"),
+    ],
+)
+def test_errors_are_one_line(folder, arguments, message):
+    arguments = [folder("wan") if argument == "WAN" else argument for argument in arguments]
+    result = _invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"_class_name": "UNet"}'])
+def test_a_file_that_is_no_transformer(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    result = _invoke(tmp_path)
+    assert result.exit_code == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
