@@ -1,4 +1,4 @@
-"""The command line: `flexsparse demo` and `flexsparse info`. Nothing else in the package imports it."""
+"""The command line: `flexsparse demo`, `flexsparse finetune`, `flexsparse info`. Nothing else in the package imports it."""
 
 import sys
 

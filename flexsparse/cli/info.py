@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 import flexsparse as fs
-from flexsparse.demo.environment import PACKAGES, cpu_name, git_revision, versions
+from flexsparse.training.environment import PACKAGES, cpu_name, git_revision, versions
 
 BACKENDS = ("reference", "gather", "flex", "triton")
 _GRID, _TILE, _HEAD_DIM = (2, 8, 8), (2, 4, 4), 32

@@ -8,17 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexsparse.demo.flow import training_time
+from flexsparse.training.flow import training_time
+from flexsparse.training.windows import centre_cut, generator, random_cut
 
 HELD_OUT_TIMES = (0.5, 0.65, 0.8)
 _HELD_OUT_SHARE = 0.2
-_ZOOM = 1.15  # training crops move inside a frame this much larger than a window
-_SEED_STRIDE = 1_000_003  # keeps the streams of different seeds apart
-
-
-def decoded_size(height: int, width: int) -> tuple[int, int]:
-    """Pixel size to decode at, so that crops of `height` x `width` have room to move."""
-    return round(height * _ZOOM), round(width * _ZOOM)
 
 
 def frames_needed(frames: int) -> int:
@@ -59,30 +53,18 @@ class ClipData:
 
     def batch(self, step: int) -> Batch:
         """The training batch of one step, `B = 1`: a random window, crop and flip, noise and time."""
-        generator = torch.Generator().manual_seed(self.seed * _SEED_STRIDE + step + 1)
-        limits = [size - window for size, window in zip(self.train_video.shape[1:], self._window)]
-        start, top, left = (int(torch.randint(limit + 1, (), generator=generator)) for limit in limits)
-        clean = self._cut(self.train_video, start, top, left)
-        if torch.rand((), generator=generator) < 0.5:
-            clean = clean.flip(-1)
-        noise = torch.randn(clean.shape, generator=generator)
+        random = generator(self.seed, step)
+        clean = random_cut(self.train_video, self._window, random)
+        noise = torch.randn(clean.shape, generator=random)
         return Batch(clean=clean, noise=noise, t=training_time(step))
 
     def held_out(self) -> list[Batch]:
         """The held-out batches: the centre crop at the last window, fixed noise, one batch for each fixed
         time."""
-        video = self.held_out_video
-        limits = [size - window for size, window in zip(video.shape[1:], self._window)]
-        clean = self._cut(video, limits[0], limits[1] // 2, limits[2] // 2)
-        generator = torch.Generator().manual_seed(self.seed * _SEED_STRIDE)
-        noise = torch.randn(clean.shape, generator=generator)
+        clean = centre_cut(self.held_out_video, self._window, last=True)
+        noise = torch.randn(clean.shape, generator=generator(self.seed, -1))
         return [Batch(clean=clean, noise=noise, t=torch.tensor([t])) for t in HELD_OUT_TIMES]
 
     @property
     def _window(self) -> tuple[int, int, int]:
         return self.frames, self.height, self.width
-
-    def _cut(self, video: Tensor, start: int, top: int, left: int) -> Tensor:
-        """`[3, T, H, W]` -> one window `[1, 3, frames, height, width]`."""
-        time, rows, columns = (slice(first, first + size) for first, size in zip((start, top, left), self._window))
-        return video[:, time, rows, columns][None].contiguous()

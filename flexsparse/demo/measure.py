@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flexsparse as fs
-from flexsparse.demo import flow
 from flexsparse.demo.data import Batch
 from flexsparse.demo.methods import build_builder, build_model
 from flexsparse.demo.settings import Settings
 from flexsparse.demo.train import Training, synchronize
+from flexsparse.training import flow
 
 _REPEATS = 7
 

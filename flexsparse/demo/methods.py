@@ -1,12 +1,14 @@
 """The three ways to train: dense, VSA, BSA; same class, same initial weights, other attention."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 import flexsparse as fs
-from flexsparse.demo.errors import DemoError
 from flexsparse.demo.model import VideoDiT
 from flexsparse.demo.settings import Settings
+from flexsparse.training.errors import RunError
 
 
 def build_builder(method: str, settings: Settings) -> "fs.VSA | fs.BSA | None":
@@ -29,7 +31,7 @@ def build_model(method: str, settings: Settings, *, compiled: bool) -> VideoDiT:
         compiled: whether calls go through `torch.compile`.
 
     Raises:
-        DemoError: flexsparse refuses the combination of settings.
+        RunError: flexsparse refuses the combination of settings.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -40,7 +42,7 @@ def build_model(method: str, settings: Settings, *, compiled: bool) -> VideoDiT:
         if compiled:
             model.compile(dynamic=False)
         return model
-    options = {"dynamic": False} if compiled else {}
+    options: Any = {"dynamic": False} if compiled else {}
     try:
         fs.wrap(
             model,
@@ -52,7 +54,7 @@ def build_model(method: str, settings: Settings, *, compiled: bool) -> VideoDiT:
             **options,
         )
     except ValueError as error:
-        raise DemoError(f"{method}: {error}") from error
+        raise RunError(f"{method}: {error}") from error
     return model
 
 

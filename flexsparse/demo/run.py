@@ -12,17 +12,19 @@ import torch
 from rich.console import Console
 
 from flexsparse.demo import figures, measure, report
-from flexsparse.demo.checkpoint import load_checkpoint, save_checkpoint
-from flexsparse.demo.data import HELD_OUT_TIMES, ClipData, decoded_size, frames_needed
-from flexsparse.demo.environment import check_device, describe
-from flexsparse.demo.errors import DemoError
-from flexsparse.demo.files import printable, write_atomically
-from flexsparse.demo.folder import CHECKPOINT, METRICS, REPORT, check_folder, open_folder
+from flexsparse.demo.data import HELD_OUT_TIMES, ClipData, frames_needed
+from flexsparse.demo.folder import CHECKPOINT, METRICS, REPORT, open_folder
 from flexsparse.demo.methods import count_parameters
-from flexsparse.demo.progress import TrainingProgress
 from flexsparse.demo.settings import Settings
 from flexsparse.demo.train import Training, pack, start_trainings, train, unpack
-from flexsparse.demo.video import Source, decode, find_source
+from flexsparse.training.checkpoint import load_checkpoint, save_checkpoint
+from flexsparse.training.environment import check_device, describe
+from flexsparse.training.errors import RunError
+from flexsparse.training.files import printable, write_file
+from flexsparse.training.folder import check_folder
+from flexsparse.training.progress import TrainingProgress
+from flexsparse.training.video import Source, decode, find_source
+from flexsparse.training.windows import decoded_size
 
 _SHOWN_TIME = 0.5
 _LINES = 16  # plain progress lines of a whole run, where there is no terminal
@@ -61,14 +63,14 @@ def run_demo(
         What metrics.json holds.
 
     Raises:
-        DemoError: bad input; the message names the argument, its value and the remedy.
+        RunError: bad input; the message names the argument, its value and the remedy.
     """
     started = time.monotonic()
     if options.save_every < 1:
-        raise DemoError(f"--save-every {options.save_every} is too small: pass at least 1")
+        raise RunError(f"--save-every {options.save_every} is too small: pass at least 1")
     if options.threads is not None:
         if options.threads < 1:
-            raise DemoError(f"--threads {options.threads} is too small: pass at least 1")
+            raise RunError(f"--threads {options.threads} is too small: pass at least 1")
         torch.set_num_threads(options.threads)
     check_device(settings.device)
     check_folder(options.folder, resume=options.resume, force=options.force)
@@ -106,8 +108,8 @@ def run_demo(
     metrics["header"] = _header(settings, options, source, data) | {
         "seconds_in_this_process": round(time.monotonic() - started, 1)
     }
-    _write(options.folder / METRICS, json.dumps(metrics, indent=1).encode())
-    _write(options.folder / REPORT, report.render(metrics, pictures).encode())
+    write_file(options.folder / METRICS, json.dumps(metrics, indent=1).encode())
+    write_file(options.folder / REPORT, report.render(metrics, pictures).encode())
     return metrics
 
 
@@ -197,12 +199,3 @@ def _header(settings: Settings, options: Options, source: Source, data: ClipData
         "clip_frames": train_frames + held_out_frames,
         "held_out_frames": held_out_frames,
     } | describe(settings.device)
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        raise DemoError(
-            f"{str(path)!r} cannot be written ({error.strerror or error}): make room, then run again with --resume"
-        ) from error

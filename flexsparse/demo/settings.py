@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from flexsparse.demo.errors import DemoError
+from flexsparse.training.errors import RunError
 
 METHODS = ("dense", "vsa", "bsa")
 
@@ -56,32 +56,32 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("steps", "frames", "height", "width", "dim", "depth", "heads", "patch", "eval_every"):
             if getattr(self, name) < 1:
-                raise DemoError(f"--{_flag(name)} {getattr(self, name)} is too small: pass at least 1")
+                raise RunError(f"--{_flag(name)} {getattr(self, name)} is too small: pass at least 1")
         if self.frames < 2:
-            raise DemoError(f"--frames {self.frames} is no video: pass at least 2")
+            raise RunError(f"--frames {self.frames} is no video: pass at least 2")
         for name in ("height", "width"):
             if getattr(self, name) % self.patch:
-                raise DemoError(
+                raise RunError(
                     f"--{name} {getattr(self, name)} is not a multiple of the patch: pass a multiple of {self.patch}"
                 )
         if not 0 <= self.sparsity < 1:
-            raise DemoError(f"--sparsity {self.sparsity} is outside [0, 1): pass for example 0.875")
+            raise RunError(f"--sparsity {self.sparsity} is outside [0, 1): pass for example 0.875")
         if not 0 < self.keep_queries <= 1:
-            raise DemoError(f"--keep-queries {self.keep_queries} is outside (0, 1]: pass for example 0.5")
+            raise RunError(f"--keep-queries {self.keep_queries} is outside (0, 1]: pass for example 0.5")
         if self.learning_rate <= 0:
-            raise DemoError(f"--lr {self.learning_rate} is not positive: pass for example 0.002")
+            raise RunError(f"--lr {self.learning_rate} is not positive: pass for example 0.002")
         tiles = self.num_tiles
         if self.top_k is not None and not 1 <= self.top_k <= tiles:
-            raise DemoError(f"--top-k {self.top_k} is outside [1, {tiles}], the number of tiles: pass a value inside")
+            raise RunError(f"--top-k {self.top_k} is outside [1, {tiles}], the number of tiles: pass a value inside")
         if self.dim % self.heads or self.dim // self.heads % 8:
-            raise DemoError(f"--dim {self.dim} and --heads {self.heads}: pass heads of a multiple of 8 channels")
+            raise RunError(f"--dim {self.dim} and --heads {self.heads}: pass heads of a multiple of 8 channels")
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or not self.methods or len(set(self.methods)) < len(self.methods):
-            raise DemoError(
+            raise RunError(
                 f"--methods {','.join(self.methods)!r} is not understood: list some of {','.join(METHODS)}, each once"
             )
         if self.device not in ("cpu", "cuda"):
-            raise DemoError(f"--device {self.device!r} is unknown: pass cpu or cuda")
+            raise RunError(f"--device {self.device!r} is unknown: pass cpu or cuda")
 
     @property
     def grid(self) -> tuple[int, int, int]:

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flexsparse.demo.figures import LABELS
-from flexsparse.demo.files import printable
 from flexsparse.demo.folder import REPORT
+from flexsparse.training.files import printable
 
 
 def print_summary(metrics: dict[str, Any], folder: Path, console: Console) -> None:

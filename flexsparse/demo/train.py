@@ -14,19 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.demo import flow
-from flexsparse.demo.checkpoint import (
+from flexsparse.demo.data import Batch, ClipData
+from flexsparse.demo.methods import build_model
+from flexsparse.demo.model import VideoDiT
+from flexsparse.demo.settings import Settings
+from flexsparse.training import flow
+from flexsparse.training.checkpoint import (
     Checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
     save_checkpoint,
 )
-from flexsparse.demo.data import Batch, ClipData
-from flexsparse.demo.errors import DemoError
-from flexsparse.demo.methods import build_model
-from flexsparse.demo.model import VideoDiT
-from flexsparse.demo.progress import TrainingProgress
-from flexsparse.demo.settings import Settings
+from flexsparse.training.errors import RunError
+from flexsparse.training.progress import TrainingProgress
+from flexsparse.training.rate import warmup_cosine
 
 
 @dataclass(kw_only=True)
@@ -61,10 +62,7 @@ class Training:
 def learning_rate(step: int, settings: Settings) -> float:
     """Linear warm-up, then a cosine down to a tenth; a function of the step alone."""
     warmup = min(10, max(1, settings.steps // 10))
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, settings.steps - warmup)
-    return settings.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    return warmup_cosine(step, steps=settings.steps, warmup=warmup, peak=settings.learning_rate)
 
 
 def start_trainings(settings: Settings) -> list[Training]:
@@ -94,11 +92,11 @@ def unpack(checkpoint: Checkpoint, trainings: list[Training], settings: Settings
     """Puts a checkpoint's state into fresh trainings; returns the number of steps done.
 
     Raises:
-        DemoError: the run was made with other settings, or the checkpoint lacks something.
+        RunError: the run was made with other settings, or the checkpoint lacks something.
     """
     if checkpoint.state.get("digest") != settings.digest():
         differences = "; ".join(settings.differences(checkpoint.state.get("settings") or {}))
-        raise DemoError(
+        raise RunError(
             f"--resume with other settings ({differences or 'unknown'}): pass the settings of the run, or "
             "start afresh with --force"
         )
@@ -118,7 +116,7 @@ def unpack(checkpoint: Checkpoint, trainings: list[Training], settings: Settings
         return int(checkpoint.state["step"])
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise DemoError(f"the checkpoint does not fit this model ({reason}): start afresh with --force") from error
+        raise RunError(f"the checkpoint does not fit this model ({reason}): start afresh with --force") from error
 
 
 def train(
@@ -145,7 +143,7 @@ def train(
         after_step: called with the number of steps done; tests interrupt a run with it.
 
     Raises:
-        DemoError: a loss is not finite; a checkpoint cannot be written.
+        RunError: a loss is not finite; a checkpoint cannot be written.
     """
     device = torch.device(settings.device)
     held_out = [batch.to(device) for batch in data.held_out()]
@@ -157,7 +155,7 @@ def train(
                 progress.compiling(training.method)
             loss, seconds = _timed_step(training, batch, learning_rate(step, settings), device)
             if not math.isfinite(loss):
-                raise DemoError(f"{training.method}: the loss is {loss} at step {step + 1}: pass a smaller --lr")
+                raise RunError(f"{training.method}: the loss is {loss} at step {step + 1}: pass a smaller --lr")
             training.curves.loss.append(loss)
             training.curves.step_seconds.append(None if compiles else seconds)
             if compiles:

@@ -134,7 +134,8 @@ def test_missing_package_of_the_extra_is_one_line(tmp_path, missing):
 def test_library_and_help_import_no_more_than_they_need():
     code = (
         "import sys, flexsparse\n"
-        "print([m for m in sys.modules if m.startswith(('flexsparse.cli', 'flexsparse.demo'))])\n"
+        "commands = tuple(f'flexsparse.{name}' for name in ('cli', 'demo', 'finetune', 'training'))\n"
+        "print([m for m in sys.modules if m.startswith(commands)])\n"
         "from flexsparse.cli import main\nsys.argv = ['flexsparse', '--help']\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "print(sorted({'av', 'matplotlib', 'safetensors'} & sys.modules.keys()))"

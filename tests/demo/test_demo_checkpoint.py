@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flexsparse.demo import checkpoint as module
-from flexsparse.demo import files
-from flexsparse.demo.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from flexsparse.demo.errors import DemoError
+from flexsparse.training import checkpoint as module
+from flexsparse.training import files
+from flexsparse.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from flexsparse.training.errors import RunError
 
 
 def _checkpoint(step: int = 1) -> Checkpoint:
@@ -40,7 +40,7 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, function
     save_checkpoint(path, _checkpoint(1))
     with monkeypatch.context() as patched:
         patched.setattr(files.os, function, _disk_full)
-        with pytest.raises(DemoError, match=r"No space left.*previous checkpoint is intact.*--resume"):
+        with pytest.raises(RunError, match=r"No space left.*previous checkpoint is intact.*--resume"):
             save_checkpoint(path, _checkpoint(2))
     assert load_checkpoint(path).state["step"] == 1
     assert os.listdir(tmp_path) == [path.name], "the partial file is gone"
@@ -69,7 +69,7 @@ def test_full_disk_while_writing(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(files.os, "fdopen", open_full)
-        with pytest.raises(DemoError, match="No space left"):
+        with pytest.raises(RunError, match="No space left"):
             save_checkpoint(path, _checkpoint(2))
     assert load_checkpoint(path).state["step"] == 1
     assert os.listdir(tmp_path) == [path.name]
@@ -119,7 +119,7 @@ def test_corrupt_checkpoint_is_one_clear_error(tmp_path, monkeypatch, damage):
     path = tmp_path / "c.safetensors"
     save_checkpoint(path, _checkpoint())
     damage(path)
-    with pytest.raises(DemoError, match=r"checkpoint '.*c\.safetensors' is corrupt \(.*--force") as caught:
+    with pytest.raises(RunError, match=r"checkpoint '.*c\.safetensors' is corrupt \(.*--force") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
     assert not Path("exploded").exists()

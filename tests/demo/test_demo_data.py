@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from flexsparse.demo import flow
 from flexsparse.demo.data import HELD_OUT_TIMES, ClipData, frames_needed
+from flexsparse.training import flow
 
 
 def _clip(frames: int = 40) -> torch.Tensor:

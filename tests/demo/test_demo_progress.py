@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from flexsparse.demo.progress import TrainingProgress
+from flexsparse.training.progress import TrainingProgress
 
 
 def _train(console: Console, *, done: int = 0, steps: int = 12) -> str:

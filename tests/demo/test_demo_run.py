@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from flexsparse.demo import run as module
-from flexsparse.demo.checkpoint import load_checkpoint
-from flexsparse.demo.errors import DemoError
 from flexsparse.demo.run import Options, run_demo
 from flexsparse.demo.settings import Settings
+from flexsparse.training.checkpoint import load_checkpoint
+from flexsparse.training.errors import RunError
 
 TINY = {"steps": 6, "frames": 4, "height": 32, "width": 48, "depth": 2, "dim": 32, "eval_every": 2}
 QUIET = Console(file=io.StringIO(), width=200)
@@ -117,19 +117,19 @@ def test_resume_of_a_finished_run_only_writes_the_report(finished, tmp_path):
 
 def test_resume_with_other_settings_names_them(finished):
     folder, _ = finished
-    with pytest.raises(DemoError, match=r"--resume with other settings \(--seed is 5, the run has 0\)"):
+    with pytest.raises(RunError, match=r"--resume with other settings \(--seed is 5, the run has 0\)"):
         run_demo(_settings(seed=5), Options(folder=folder, resume=True), QUIET)
 
 
 def test_resume_with_another_clip_is_refused(finished, make_video):
     folder, _ = finished
-    with pytest.raises(DemoError, match=r"--video \(SHA-256\)"):
+    with pytest.raises(RunError, match=r"--video \(SHA-256\)"):
         run_demo(_settings(), Options(folder=folder, resume=True, video=make_video()), QUIET)
 
 
 def test_existing_folder_is_refused_and_untouched(tmp_path):
     (tmp_path / "keep.txt").write_text("mine")
-    with pytest.raises(DemoError, match=r"output folder .* exists: continue with --resume, replace it with --force"):
+    with pytest.raises(RunError, match=r"output folder .* exists: continue with --resume, replace it with --force"):
         run_demo(_settings(), Options(folder=tmp_path), QUIET)
     assert os.listdir(tmp_path) == ["keep.txt"]
 
@@ -154,14 +154,14 @@ def test_folder_errors(tmp_path):
         (Options(folder=tmp_path / "x", save_every=0), "--save-every 0 is too small"),
         (Options(folder=tmp_path / "x", threads=0), "--threads 0 is too small"),
     ]:
-        with pytest.raises(DemoError, match=message):
+        with pytest.raises(RunError, match=message):
             run_demo(_settings(), options, QUIET)
     assert not (tmp_path / "x").exists()
 
 
 def test_corrupt_checkpoint(tmp_path):
     (tmp_path / "checkpoint.safetensors").write_bytes(b"broken" * 20)
-    with pytest.raises(DemoError, match=r"checkpoint .* is corrupt .*--force"):
+    with pytest.raises(RunError, match=r"checkpoint .* is corrupt .*--force"):
         run_demo(_settings(), Options(folder=tmp_path, resume=True), QUIET)
 
 
@@ -177,14 +177,14 @@ def test_full_disk_in_the_middle_keeps_the_last_checkpoint(finished, tmp_path, m
 
     with monkeypatch.context() as patched:
         patched.setitem(module.save_checkpoint.__globals__, "write_atomically", sometimes_full)
-        with pytest.raises(DemoError, match=r"No space left on device.*previous checkpoint is intact"):
+        with pytest.raises(RunError, match=r"No space left on device.*previous checkpoint is intact"):
             run_demo(_settings(), Options(**options), QUIET)
     resumed = run_demo(_settings(), Options(**options, resume=True), QUIET)
     assert _curves(resumed) == _curves(finished[1])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(DemoError, match=r"dense: the loss is nan at step .*--lr"):
+    with pytest.raises(RunError, match=r"dense: the loss is nan at step .*--lr"):
         run_demo(_settings(learning_rate=float("nan"), methods=("dense",)), Options(folder=tmp_path / "x"), QUIET)
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from flexsparse.demo.environment import check_device
-from flexsparse.demo.errors import DemoError
 from flexsparse.demo.settings import Settings
+from flexsparse.training.environment import check_device
+from flexsparse.training.errors import RunError
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ from flexsparse.demo.settings import Settings
     ],
 )
 def test_bad_values(values, message):
-    with pytest.raises(DemoError, match=message):
+    with pytest.raises(RunError, match=message):
         Settings(**values)
 
 
@@ -49,5 +49,5 @@ def test_differences_and_digest():
 
 def test_cuda_without_cuda(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(DemoError, match=r"--device cuda: torch .* sees no CUDA device: use --device cpu"):
+    with pytest.raises(RunError, match=r"--device cuda: torch .* sees no CUDA device: use --device cpu"):
         check_device("cuda")

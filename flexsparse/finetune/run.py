@@ -1,0 +1,225 @@
+"""One fine-tuning run: from a folder of clips to weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import flexsparse as fs
+from flexsparse.compile_passes import RewriteError
+from flexsparse.finetune import clips as clip_files
+from flexsparse.finetune import state
+from flexsparse.finetune.export import GATES, LORA, TRANSFORMER, export
+from flexsparse.finetune.inputs import Family, family_of
+from flexsparse.finetune.interrupts import Interrupts
+from flexsparse.finetune.launch import make_accelerator, together
+from flexsparse.finetune.model import Encoder, config_of, load_model, prepare_model
+from flexsparse.finetune.samples import Samples
+from flexsparse.finetune.saving import METRICS, resume, save, skipped, write_metrics
+from flexsparse.finetune.settings import Options, Settings
+from flexsparse.finetune.train import Curves, Training, hold_out, train
+from flexsparse.training.errors import RunError
+from flexsparse.training.files import write_file
+from flexsparse.training.folder import check_folder
+from flexsparse.training.progress import TrainingProgress
+
+SETTINGS = "settings.json"
+LOGS = "tensorboard"
+_LINES = 20  # plain progress lines of a whole run, where there is no terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What became of a run."""
+
+    steps: int
+    """Steps done, in all processes that this run had."""
+    curves: Curves
+    """Losses of every step."""
+    bad: dict[str, str]
+    """Why clips were skipped, by name."""
+    written: list[Path]
+    """Weights; empty for an interrupted run, and on other processes than the first."""
+    interrupted: int | None
+    """The signal that ended the run early."""
+    main: bool
+    """Whether this is the first process, which writes and prints."""
+
+
+def finetune(
+    settings: Settings,
+    options: Options,
+    console: Console,
+    *,
+    family: Family | None = None,
+    after_step: Callable[[int], None] | None = None,
+) -> Result:
+    """Trains a video transformer with sparse attention; every process of an `accelerate launch` calls it.
+
+    Args:
+        settings: what shapes the curve.
+        options: where to write, and how to use the machine.
+        console: shows progress.
+        family: how the model is called, for a class that `inputs.FAMILIES` does not have.
+        after_step: see `train`.
+
+    Raises:
+        RunError: bad input; the message names the argument, its value and the remedy.
+    """
+    had_group = torch.distributed.is_initialized()
+    accelerator = make_accelerator(settings, options)
+    main = accelerator.is_main_process
+    folder = options.folder
+    together(accelerator, lambda: check_folder(folder, resume=options.resume, force=options.force), main)
+    clips = clip_files.find_clips(settings)
+    about = {"settings": settings.as_dict(), "clips": clip_files.digest(clips), "flexsparse": fs.__version__}
+    if options.resume:
+        _check_same(folder, settings, about)
+    samples = Samples(settings, clips)
+    encoder = Encoder(settings) if settings.vae is not None else None
+    channels = encoder.channels if encoder is not None else samples.channels
+    pixels = encoder is None and not clips[0].latent
+    model = load_model(settings, channels=channels, text_dim=samples.text_dim, pixels=pixels)
+    family = family if family is not None else family_of(model)
+    together(accelerator, lambda: _open(folder, options, about), main)
+    training = _prepare(settings, options, accelerator, model, family, samples, encoder)
+    _check_window(training)
+    first_step = resume(training) if options.resume else 0
+    hold_out(training)
+    accelerator.init_trackers(LOGS, init_kwargs={"tensorboard": {"purge_step": first_step + 1}})
+    if main:
+        console.print(_plan(training, len(clips), first_step), markup=False, highlight=False)
+    shown = console if main else Console(quiet=True)
+    every = max(1, settings.steps // _LINES)
+    bars = TrainingProgress(shown, (settings.method,), steps=settings.steps, done=first_step, lines_every=every)
+    with Interrupts() as interrupts, bars as progress:
+        try:
+            done = train(
+                training,
+                first_step=first_step,
+                save=lambda done: save(training, done),
+                progress=progress,
+                interrupts=interrupts,
+                after_step=after_step,
+            )
+        except RewriteError as error:
+            raise RunError(f"--compile {options.compile!r}: {' '.join(str(error).split())}") from error
+    written: list[Path] = []
+    if done == settings.steps:
+        together(accelerator, lambda: written.extend(export(training, folder)))
+    bad = skipped(training)
+    together(accelerator, lambda: write_metrics(training, done, bad), main)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    if not had_group and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return Result(
+        steps=done,
+        curves=training.curves,
+        bad=bad,
+        written=written,
+        interrupted=interrupts.signal if done < settings.steps else None,
+        main=main,
+    )
+
+
+def _check_same(folder: Path, settings: Settings, about: dict[str, Any]) -> None:
+    path = folder / SETTINGS
+    try:
+        stored = json.loads(path.read_text())
+        differences = settings.differences(stored["settings"])
+        same_clips = stored["clips"] == about["clips"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{str(path)!r} cannot be read ({' '.join(str(error).split())}): pass the folder of a run, or start with --force"
+        ) from error
+    if differences:
+        raise RunError(
+            f"--resume with other settings ({'; '.join(differences)}): pass the settings of the run, or start with --force"
+        )
+    if not same_clips:
+        raise RunError(
+            f"--data {settings.data!r} has other clips than the run began with: put them back, or start with --force"
+        )
+
+
+def _open(folder: Path, options: Options, about: dict[str, Any]) -> None:
+    """Makes the output folder ready; with `force` what an old run wrote goes, all else stays."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if options.force:
+            for name in (SETTINGS, METRICS, GATES, LORA):
+                (folder / name).unlink(missing_ok=True)
+            for name in (state.FOLDER, TRANSFORMER, LOGS):
+                shutil.rmtree(folder / name, ignore_errors=True)
+    except OSError as error:
+        raise RunError(
+            f"output folder {str(folder)!r} cannot be made ({error.strerror}): pass another --out"
+        ) from error
+    if not options.resume:
+        write_file(folder / SETTINGS, json.dumps(about, indent=1).encode())
+
+
+def _prepare(
+    settings: Settings,
+    options: Options,
+    accelerator: Any,
+    model: torch.nn.Module,
+    family: Family,
+    samples: Samples,
+    encoder: Encoder | None,
+) -> Training:
+    kind, config = type(model), config_of(model)
+    schedules = prepare_model(model, settings, options)
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    core = accelerator.unwrap_model(prepared)
+    average = state.MovingAverage(core, settings.ema_decay) if settings.ema_decay else None
+    return Training(
+        settings=settings,
+        options=options,
+        accelerator=accelerator,
+        model=prepared,
+        core=core,
+        kind=kind,
+        config=config,
+        family=family,
+        optimizer=optimizer,
+        samples=samples,
+        encoder=encoder,
+        schedules=schedules,
+        average=average,
+        curves=Curves(),
+    )
+
+
+def _check_window(training: Training) -> None:
+    """Raise for a window that the model cannot cut into its patches."""
+    clean, _ = training.clean_and_noise([training.samples.sample(0)])
+    patch = training.config.get("patch_size") or 1
+    sides = (training.config.get("patch_size_t") or 1, patch, patch) if isinstance(patch, int) else tuple(patch)
+    for name, size, side in zip(("frames", "height", "width"), clean.shape[2:], sides):
+        if size % side:
+            raise RunError(
+                f"--{name} gives the model {size}, and its patches take multiples of {side}: pass a window that fits"
+            )
+
+
+def _plan(training: Training, clips: int, first_step: int) -> str:
+    s = training.settings
+    trained = sum(p.numel() for p in training.core.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in training.core.parameters())
+    begin = f", continuing after step {first_step}" if first_step else ""
+    return (
+        f"{training.kind.__name__}: {total:,} parameters, {trained:,} trained; {clips} clip(s), {len(training.held_out)} held "
+        f"out here; {s.steps} steps of {s.method} to sparsity {s.sparsity:g}{begin}"
+    )

@@ -1,0 +1,236 @@
+"""One training step, one validation, and the loop around them.
+
+Letters: B batch, C channels, T frames, H and W rows and columns of what the model sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from flexsparse.finetune.inputs import Family, collate, in_thousandths
+from flexsparse.finetune.interrupts import Interrupts
+from flexsparse.finetune.model import Encoder
+from flexsparse.finetune.samples import Sample, Samples
+from flexsparse.finetune.settings import Options, Schedules, Settings
+from flexsparse.finetune.state import MovingAverage
+from flexsparse.training import flow
+from flexsparse.training.errors import RunError
+from flexsparse.training.progress import TrainingProgress
+from flexsparse.training.rate import warmup_cosine
+from flexsparse.training.windows import SEED_STRIDE
+
+
+@dataclass(kw_only=True)
+class Curves:
+    """What a run logs; JSON values only."""
+
+    loss: list[float] = field(default_factory=list)
+    """Training loss of each step, over all processes."""
+    sparsity: list[float] = field(default_factory=list)
+    """Share of the KV tiles that each step left out."""
+    held_out: list[dict[str, Any]] = field(default_factory=list)
+    """`{"step": int, "losses": [one for each noise level], "mean": float}`."""
+
+
+@dataclass(kw_only=True)
+class Training:
+    """A run in memory.
+
+    Attributes:
+        model: what is called in training: the model itself, or DDP around it.
+        core: the model itself, wrapped by flexsparse.
+        held_out: (sample, clean, noise) of this process's held-out clips, and how much each counts.
+    """
+
+    settings: Settings
+    options: Options
+    accelerator: Any
+    model: nn.Module
+    core: nn.Module
+    kind: type[nn.Module]
+    config: Any
+    family: Family
+    optimizer: Any
+    samples: Samples
+    encoder: Encoder | None
+    schedules: Schedules
+    average: MovingAverage | None
+    curves: Curves
+    held_out: list[tuple[Sample, Tensor, Tensor, float]] = field(default_factory=list)
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes of one process in one step."""
+        return self.settings.batch // (self.options.micro_batch * self.accelerator.num_processes)
+
+    def sparsity(self) -> float:
+        """Share of the KV tiles that attention leaves out now."""
+        tiles = self.schedules.tiles
+        if tiles is None:
+            return self.settings.sparsity
+        return self.settings.sparsity if tiles.finished else abs(tiles.value - tiles.start)
+
+    def clean_and_noise(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """What the model is to make, and noise of that shape: float32 `[B, C, T, H, W]`, on the device."""
+        clean = torch.stack([sample.clean for sample in samples]).to(self.accelerator.device)
+        if self.encoder is not None:
+            clean = self.encoder(clean)
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=sample.random) for sample in samples])
+        return clean, noise.to(clean.device)
+
+    def loss(self, model: nn.Module, samples: Sequence[Sample], clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Flow matching loss at times `[B]`, a 0-d tensor."""
+        t = in_thousandths(t).to(clean.device)
+        batch = collate(samples, flow.noisy(clean, noise, t), t, self.settings.text_tokens, self.family, self.config)
+        return flow.velocity_loss(self.family.velocity(model, self.config, batch).float(), clean, noise)
+
+
+def numbers(training: Training, first_step: int) -> Iterator[int]:
+    """The numbers of this process's samples from a step on."""
+    batch, processes = training.settings.batch, training.accelerator.num_processes
+    mine = batch // processes
+    for step in itertools.count(first_step):
+        first = step * batch + training.accelerator.process_index * mine
+        yield from range(first, first + mine)
+
+
+def train(
+    training: Training,
+    *,
+    first_step: int,
+    save: Callable[[int], None],
+    progress: TrainingProgress,
+    interrupts: Interrupts,
+    after_step: Callable[[int], None] | None = None,
+) -> int:
+    """Trains from `first_step` to the last one, or until a signal comes.
+
+    Args:
+        training: changed in place.
+        first_step: steps done before.
+        save: writes a checkpoint after so many steps.
+        progress: told about every step.
+        interrupts: whether a signal came, here or in another process.
+        after_step: called with the number of steps done; tests interrupt a run with it.
+
+    Returns:
+        Steps done in all; checkpointed.
+
+    Raises:
+        RunError: a loss is not finite; a checkpoint cannot be written; no clip can be used.
+    """
+    s, options = training.settings, training.options
+    saved = first_step
+    samples = training.samples.ahead(numbers(training, first_step))
+    with contextlib.closing(samples):  # type: ignore[type-var]
+        for step in range(first_step, s.steps):
+            if step == first_step and options.compile != "off":
+                progress.compiling(s.method)
+            loss, norm, stop = _step(training, step, samples, interrupts)
+            if not math.isfinite(loss):
+                raise RunError(f"the loss is {loss} at step {step + 1}: start again with --force and a smaller --lr")
+            done = step + 1
+            training.curves.loss.append(loss)
+            training.curves.sparsity.append(training.sparsity())
+            rate = training.optimizer.param_groups[0]["lr"]
+            log = {
+                "train/loss": loss,
+                "train/gradient_norm": norm,
+                "train/lr": rate,
+                "train/sparsity": training.sparsity(),
+            }
+            progress.stepped(s.method, loss)
+            if training.held_out and (done % s.eval_every == 0 or done == s.steps):
+                found = validate(training, done)
+                training.curves.held_out.append(found)
+                log |= {f"held_out/noise {level:g}": x for level, x in zip(s.noise_levels, found["losses"])}
+                log["held_out/mean"] = found["mean"]
+            training.accelerator.log(log, step=done)
+            if done % options.save_every == 0 or done == s.steps or stop:
+                save(done)
+                saved = done
+            progress.step_done(done)
+            if after_step:
+                after_step(done)
+            if stop:
+                break
+    return saved
+
+
+def _step(
+    training: Training, step: int, samples: Iterator[Sample], interrupts: Interrupts
+) -> tuple[float, float, bool]:
+    """One optimizer step: the loss over all processes, the gradient's norm, whether any process is to stop."""
+    s, accelerator, optimizer = training.settings, training.accelerator, training.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = warmup_cosine(step, steps=s.steps, warmup=s.warmup, peak=s.learning_rate)
+    training.schedules.seek(step)
+    torch.manual_seed(s.seed * SEED_STRIDE + step * accelerator.num_processes + accelerator.process_index)
+    total = torch.zeros((), device=accelerator.device)
+    for turn in range(training.accumulation):
+        some = [next(samples) for _ in range(training.options.micro_batch)]
+        clean, noise = training.clean_and_noise(some)
+        last = turn == training.accumulation - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(training.model):
+            loss = training.loss(training.model, some, clean, noise, torch.cat([sample.t for sample in some]))
+            loss = loss / training.accumulation
+            accelerator.backward(loss)
+        total += loss.detach()
+    norm = accelerator.clip_grad_norm_([p for p in training.core.parameters() if p.requires_grad], s.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if training.average is not None:
+        training.average.update(step)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    said = torch.stack([total, torch.tensor(float(interrupts.signal is not None), device=total.device)])
+    loss_value, stop = accelerator.reduce(said, reduction="mean").tolist()
+    return loss_value, float(norm), stop > 0
+
+
+def hold_out(training: Training) -> None:
+    """Prepares this process's share of the held-out clips: every process gets equally many, and none counts twice."""
+    accelerator = training.accelerator
+    samples = training.samples.held_out()
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    for index in range(rank, len(samples) + (-len(samples)) % processes, processes):
+        sample = samples[index % len(samples)]
+        clean, noise = training.clean_and_noise([sample])
+        training.held_out.append((sample, clean.cpu(), noise.cpu(), float(index < len(samples))))
+
+
+def validate(training: Training, step: int) -> dict[str, Any]:
+    """Held-out losses over all processes, one for each noise level, and their mean.
+
+    Gradients stay enabled for a compiled model, which would be compiled a second time without; but FSDP2 waits for a backward.
+    """
+    accelerator = training.accelerator
+    graph = training.options.compile != "off" and not accelerator.is_fsdp2
+    drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in training.core.modules())
+    training.core.train(not drops)
+    losses = torch.zeros(len(training.settings.noise_levels), dtype=torch.float64)
+    with torch.set_grad_enabled(graph):
+        for sample, clean, noise, weight in training.held_out:
+            clean, noise = clean.to(accelerator.device), noise.to(accelerator.device)
+            for index, level in enumerate(training.settings.noise_levels):
+                loss = training.loss(training.core, [sample], clean, noise, torch.tensor([level]))
+                losses[index] += weight * float(loss.detach())
+    training.core.train()
+    for (
+        module
+    ) in training.core.modules():  # without a backward, parameters stay gathered, and a checkpoint would take them so
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    weights = sum(weight for *_, weight in training.held_out)
+    both = torch.cat([losses, torch.tensor([weights], dtype=torch.float64)]).to(accelerator.device)
+    *sums, count = accelerator.reduce(both, reduction="sum").tolist()
+    means = [value / count for value in sums]
+    return {"step": step, "losses": means, "mean": sum(means) / len(means)}

@@ -1,0 +1,248 @@
+"""Clips, samples and how models are called: order, windows, latents, text, a VAE."""
+
+import warnings
+
+import pytest
+import torch
+from models.zoo import ZOO
+from safetensors.torch import save_file
+
+from finetune.tiny import settings, tuned, write_video
+from flexsparse.finetune import inputs
+from flexsparse.finetune.clips import digest, find_clips
+from flexsparse.finetune.inputs import collate, family_of
+from flexsparse.finetune.model import Encoder, load_model
+from flexsparse.finetune.samples import Sample, Samples
+from flexsparse.training.errors import RunError
+
+
+def _latents(folder, count=3, shape=(4, 2, 8, 8), **others):
+    folder.mkdir(exist_ok=True)
+    for index in range(count):
+        tensors = {"latents": torch.randn(shape, generator=torch.Generator().manual_seed(index)), **others}
+        save_file(tensors, str(folder / f"{index}.safetensors"))
+    return folder
+
+
+def _samples(folder, **others) -> Samples:
+    told = settings(data=str(folder), **others)
+    return Samples(told, find_clips(told))
+
+
+def test_every_clip_once_in_an_epoch_in_another_order_each_time(tmp_path):
+    samples = _samples(_latents(tmp_path, 6))
+    firsts = [float(samples.sample(number).clean.flatten()[0]) for number in range(15)]
+    epochs = [firsts[start : start + 5] for start in (0, 5, 10)]
+    assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1 and len(set(firsts)) == 5
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    held_out = samples.held_out()
+    assert len(held_out) == 1 and float(held_out[0].clean.flatten()[0]) not in firsts
+
+
+def test_a_sample_depends_on_its_number_alone(tmp_path):
+    data = write_video(tmp_path / "a.mp4", frames=20).parent
+    one, other = _samples(data), _samples(data)
+    for number in (7, 0, 3):
+        a, b = one.sample(number), other.sample(number)
+        assert torch.equal(a.clean, b.clean) and a.t == b.t
+        assert torch.equal(torch.randn(9, generator=a.random), torch.randn(9, generator=b.random))
+    assert not torch.equal(one.sample(1).clean, one.sample(2).clean)
+    ahead = [sample.clean for sample, _ in zip(one.ahead(iter(range(4))), range(4))]
+    assert all(torch.equal(clean, other.sample(number).clean) for number, clean in enumerate(ahead))
+
+
+def test_a_single_video_holds_out_its_end(tmp_path):
+    data = write_video(tmp_path / "a.mp4", frames=20).parent
+    samples = _samples(data)
+    assert samples.train == find_clips(settings(data=str(data)))
+    assert samples._of_one == 4 and samples._held_out[0].video.shape[1] == 20
+    assert samples.sample(0).clean.shape == samples.held_out()[0].clean.shape == (3, 4, 32, 32)
+    assert -1 <= samples.sample(0).clean.min() < samples.sample(0).clean.max() <= 1
+    used = samples._held_out[0].video.float() / 127.5 - 1
+    assert torch.equal(samples.held_out()[0].clean, used[:, -4:, 2:34, 2:34]), "the centre of the last frames"
+
+
+def test_training_never_sees_the_held_out_frames(tmp_path):
+    samples = _samples(write_video(tmp_path / "a.mp4", frames=12).parent)
+    samples._held_out[0].video[:, -4:] = 255  # the clip is kept in memory once
+    seen = [samples.sample(number).clean for number in range(40)]
+    assert max(float(clean[:, -1].mean()) for clean in seen) < 0.9
+    assert float(samples.held_out()[0].clean.min()) == 1
+
+
+def test_time_shift_moves_times_to_noise(tmp_path):
+    folder = _latents(tmp_path)
+    plain, shifted = (_samples(folder, time_shift=shift) for shift in (1.0, 3.0))
+    for number in range(5):
+        t = plain.sample(number).t
+        torch.testing.assert_close(shifted.sample(number).t, 3 * t / (1 + 2 * t))
+
+
+def test_latents_with_text_train(tmp_path):
+    folder = _latents(tmp_path / "latents", text=torch.randn(3, 16), pooled=torch.randn(8))
+    torch.save({"latents": torch.randn(1, 4, 2, 8, 8)}, folder / "x.pt")
+    torch.save(torch.randn(2, 16), folder / "x.text.pt")
+    samples = _samples(folder)
+    assert [clip.name for clip in find_clips(settings(data=str(folder)))][-1] == "x.pt"
+    assert samples.reader.read(find_clips(settings(data=str(folder)))[-1]).text.shape == (2, 16)
+    assert samples.channels == 4 and samples.text_dim == 16
+    result = tuned(tmp_path / "run", data=str(folder), steps=3, sparsity=0.25)
+    assert len(result.curves.loss) == 3 and not result.bad
+
+
+def test_latents_that_do_not_fit_are_skipped_with_a_reason(tmp_path):
+    folder = _latents(tmp_path, 2)
+    save_file({"latents": torch.randn(4, 2, 8, 16)}, str(folder / "wide.safetensors"))
+    save_file({"latents": torch.full((4, 2, 8, 8), float("nan"))}, str(folder / "nan.safetensors"))
+    save_file({"z": torch.randn(4, 2, 8, 8)}, str(folder / "named.safetensors"))
+    (folder / "cut.safetensors").write_bytes((folder / "0.safetensors").read_bytes()[:-9])
+    (folder / "evil.pt").write_bytes(b"cos\nsystem\n(S'touch /tmp/evil'\ntR.")
+    told = settings(data=str(folder), held_out=0)
+    samples = Samples(told, find_clips(told))
+    for clip in samples.train:
+        samples.reader.read(clip)
+    reasons = samples.reader.bad
+    assert sorted(reasons) == ["cut.safetensors", "evil.pt", "named.safetensors", "nan.safetensors", "wide.safetensors"]
+    assert "(4, 2, 8, 16), the first clip's (4, 2, 8, 8)" in reasons["wide.safetensors"]
+    assert (
+        "not finite" in reasons["nan.safetensors"] and "no tensor 'latents' (it has z)" in reasons["named.safetensors"]
+    )
+    assert {float(samples.sample(n).clean.sum()) for n in range(14)} == {
+        float(samples.sample(n).clean.sum()) for n in (0, 1, 2, 3, 4, 5, 6)
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], r"holds no clip: put videos \(\.mp4"),
+        (["a.mp4", "b.pt"], r"mixes videos \(a\.mp4\) and latents \(b\.pt\)"),
+    ],
+)
+def test_folders_that_cannot_serve(tmp_path, files, message):
+    for name in files:
+        (tmp_path / name).touch()
+    (tmp_path / "a.text.pt").touch()
+    with pytest.raises(RunError, match=message):
+        find_clips(settings(data=str(tmp_path)))
+    with pytest.raises(RunError, match=r"--data '.*nowhere' does not exist"):
+        find_clips(settings(data=str(tmp_path / "nowhere")))
+
+
+def test_too_few_clips_to_hold_some_out(tmp_path):
+    with pytest.raises(RunError, match=r"--held-out 1 leaves nothing to train of 1 clips"):
+        _samples(_latents(tmp_path, 1))
+    assert len(_samples(tmp_path, held_out=0).held_out()) == 0
+
+
+def test_digest_sees_names_sizes_and_text(tmp_path):
+    folder = _latents(tmp_path, 2)
+    told = settings(data=str(folder))
+    first = digest(find_clips(told))
+    assert digest(find_clips(told)) == first
+    torch.save(torch.zeros(1, 4), folder / "0.text.pt")
+    assert digest(find_clips(told)) != first
+
+
+def test_text_is_cut_filled_up_and_masked():
+    model = ZOO["wan"].model()
+    random = torch.Generator()
+    text = [torch.ones(2, 16), None, torch.ones(9, 16)]
+    some = [Sample(clean=torch.zeros(1), text=t, pooled=None, t=torch.zeros(1), random=random) for t in text]
+    batch = collate(some, torch.zeros(3, 4, 1, 4, 4), torch.full((3,), 0.5), 5, inputs.WAN, model.config)
+    assert batch.text.sum((1, 2)).tolist() == [32, 0, 80] and batch.lengths.tolist() == [2, 0, 5]
+    assert batch.mask.sum(1).tolist() == [2, 1, 5] and batch.timestep.tolist() == [500] * 3
+    wrong = Sample(clean=torch.zeros(1), text=torch.ones(2, 8), pooled=None, t=torch.zeros(1), random=random)
+    with pytest.raises(RunError, match="text embeddings have 8 channels, --model takes 16"):
+        collate([wrong], torch.zeros(1, 4, 1, 4, 4), torch.zeros(1), 5, inputs.WAN, model.config)
+
+
+@pytest.mark.parametrize("name", ["wan", "skyreels", "hunyuan", "ltx", "mochi"])
+def test_every_family_gives_a_velocity(name):
+    model = ZOO[name].model()
+    family = family_of(model)
+    channels, size = model.config["in_channels"], (2, 4, 8) if name in ("ltx", "hunyuan") else (2, 8, 16)
+    sample = Sample(
+        clean=torch.zeros(1), text=torch.ones(3, 16), pooled=torch.ones(8), t=torch.zeros(1), random=torch.Generator()
+    )
+    z = torch.randn(1, channels, *size, requires_grad=True)
+    tokens = 16 if name == "mochi" else 12
+    batch = collate([sample], z, torch.tensor([0.25]), tokens, family, model.config)
+    out = family.velocity(model, model.config, batch)
+    assert out.shape == z.shape and bool(out.isfinite().all())
+    if name == "ltx":
+        z2 = z.detach().clone()
+        z2[..., 0, 0] += 5
+        changed = family.velocity(
+            model, model.config, collate([sample], z2, torch.tensor([0.25]), tokens, family, model.config)
+        )
+        most = (changed - out).detach().abs().sum(1)[0, 0].flatten().argmax()
+        assert most == 0, "tokens go back to where they came from"
+    if name == "mochi":
+        kwargs = {
+            "encoder_hidden_states": batch.text,
+            "encoder_attention_mask": batch.mask.bool(),
+            "return_dict": False,
+        }
+        torch.testing.assert_close(out, -model(z, timestep=torch.tensor([750]), **kwargs)[0])
+
+
+def test_other_families_are_refused_or_given():
+    with pytest.raises(RunError, match="CogVideoXTransformer3DModel, which this recipe cannot call"):
+        family_of(ZOO["cogvideox"].model())
+
+
+def test_a_model_of_other_channels_or_no_model(tmp_path):
+    ZOO["wan"].model().save_pretrained(tmp_path / "pipe" / "transformer")
+    told = settings(model=str(tmp_path / "pipe"))
+    assert load_model(told, channels=4, text_dim=None, pixels=False).config["in_channels"] == 4
+    with pytest.raises(RunError, match=r"takes 4 channels, videos as pixels have 3: pass --vae"):
+        load_model(told, channels=3, text_dim=None, pixels=True)
+    (tmp_path / "config.json").write_text('{"_class_name": "Nothing"}')
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(RunError, match="is no folder of a diffusers transformer"):
+            load_model(settings(model=str(folder)), channels=3, text_dim=None, pixels=True)
+    (tmp_path / "pipe" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
+    with pytest.raises(RunError, match=r"--model .* cannot be read"):
+        load_model(told, channels=4, text_dim=None, pixels=False)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    from diffusers import AutoencoderKLWan
+
+    folder = tmp_path_factory.mktemp("vae")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoencoderKLWan(
+            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1] * 4, latents_std=[2.0] * 4
+        )
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_videos_are_encoded_by_a_vae(vae, tmp_path):
+    told = settings(vae=str(vae), frames=5)
+    encoder = Encoder(told)
+    video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    with torch.no_grad():
+        wanted = (encoder.vae.encode(video).latent_dist.mode() - 0.1) / 2
+    torch.testing.assert_close(encoder(video), wanted)
+    assert wanted.shape == (1, 4, 2, 4, 4)
+    write_video(tmp_path / "clips" / "a.mp4", frames=12)
+    others = {"vae": str(vae), "data": str(tmp_path / "clips"), "frames": 5, "tile": (2, 2, 2)}
+    assert len(tuned(tmp_path / "run", steps=2, anneal=False, **others).curves.loss) == 2
+
+
+def test_a_vae_that_cannot_serve(vae, tmp_path):
+    with pytest.raises(RunError, match=r"--frames 4: --vae takes 4 \* n \+ 1 frames"):
+        Encoder(settings(vae=str(vae)))
+    with pytest.raises(RunError, match=r"--width 36: --vae takes multiples of 8"):
+        Encoder(settings(vae=str(vae), frames=5, width=36))
+    with pytest.raises(RunError, match=r"--vae .* is no folder of an AutoencoderKLWan"):
+        Encoder(settings(vae=str(tmp_path)))
+
+
+def test_a_window_that_no_patch_fits(tmp_path):
+    with pytest.raises(RunError, match=r"--height gives the model 30, and its patches take multiples of 4"):
+        tuned(tmp_path / "run", height=30)
