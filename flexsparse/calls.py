@@ -113,11 +113,12 @@ def sparse_call(
 
 def with_text_counts(selection: TileSelection, mask: Tensor | None) -> TileSelection:
     """A selection whose text tiles hold what a key mask leaves; the video tiles, which it chose from, are the layout's."""
-    return (
-        selection
-        if mask is None
-        else dataclasses.replace(selection, tile_counts=text_counts(mask, selection.kv_layout))
-    )
+    if mask is None:
+        return selection
+    counts = text_counts(mask, selection.kv_layout).expand(
+        selection.counts.shape[0], -1
+    )  # a mask may serve all samples
+    return dataclasses.replace(selection, tile_counts=counts)
 
 
 Tables = Sequence[Tensor] | None

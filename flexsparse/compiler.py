@@ -68,9 +68,8 @@ class Backend:
         self.geometry: Geometry | None = None if grid is None else (*grid, text_first, text_last)  # type: ignore[assignment]
         self.ragged = False
         self.parallel: Any = None  # set by `distributed.ulysses`: all-to-alls around the calls of one rank's tokens
-        self.layouts_of(
-            self.geometry or (1, 1, 1, text_first, text_last)
-        )  # raises for a tile, grid or text length that makes no sense
+        # raises for a tile, grid or text length that makes no sense
+        self.layouts_of(self.geometry or (1, 1, 1, text_first, text_last))
         self.expect, self.min_tokens, self.attention, self.gates = expect, min_tokens, attention, gates
         self.fuse_selection, self.lower_flex, self.keep_tiles = fuse_selection, lower_flex, keep_tiles
         self.inner, self.wrapped = inner, wrapped

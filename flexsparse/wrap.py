@@ -46,9 +46,8 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """Blocks for regional compilation: what the model declares, else members of lists of one class."""
     declared = getattr(model, "_repeated_blocks", None)
     if declared:
-        return [
-            m for m in model.modules() if any(kind.__name__ in declared for kind in type(m).__mro__)
-        ]  # FSDP2 derives classes
+        # by every class that a module's is derived from: FSDP2 derives one of its own
+        return [m for m in model.modules() if any(kind.__name__ in declared for kind in type(m).__mro__)]
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
     blocks = [b for members in lists for b in members if len(members) > 1 and len({type(x) for x in members}) == 1]
     inner = {id(child) for block in blocks for child in block.modules() if child is not block}

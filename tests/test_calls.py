@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flexsparse as fs
-from flexsparse.calls import gates_of_heads, hide_text, text_counts
+from flexsparse.calls import gates_of_heads, hide_text, sparse_call, text_counts
 
 LAYOUT = fs.TileLayout(grid=(2, 4, 6), tile=(2, 4, 4), text_first=3, text_last=70)
 N, H, D = LAYOUT.num_tokens, 2, 4
@@ -45,3 +45,14 @@ def test_masks_hide_text_of_each_sample() -> None:
     k = torch.randn(4, 1, LAYOUT.seq_len, D).masked_fill(~mask.transpose(2, 3), torch.nan)
     hidden, same = hide_text(k, k, mask, LAYOUT)
     assert torch.equal(hidden, same) and torch.equal(hidden, k.nan_to_num(0))
+
+
+@pytest.mark.parametrize("backend", ["gather", "reference"])
+def test_one_mask_for_all_samples(backend: str) -> None:
+    """All tiles kept: dense attention under the same mask."""
+    q, k, v = (torch.randn(2, H, LAYOUT.seq_len, D) for _ in range(3))
+    mask = (torch.arange(LAYOUT.seq_len) < 3 + N + 9)[None, None, None]
+    builder = fs.VSA(top_k=LAYOUT.num_tiles)
+    out = sparse_call(builder, q, k, v, (None, None), LAYOUT, None, backend, False, mask=mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
