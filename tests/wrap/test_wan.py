@@ -62,7 +62,7 @@ def test_resolutions_in_turn_cost_two_graphs(wan: Make, way: Any) -> None:
         assert sparse and all(call.fused and call.lowered for call in sparse)
 
 
-@pytest.mark.parametrize("way", [True, "regional"])
+@pytest.mark.parametrize("way", [True, pytest.param("regional", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("builder", [fs.VSA(top_k=2), fs.BSA(keep_queries=0.5, kv_density=0.3)], ids=["vsa", "bsa"])
 def test_any_number_of_tiles_costs_two_graphs(wan: Make, way: Any, builder: Any) -> None:
     """Above and below 32 KV tiles, which fill a word of the bitmask; a size of 1 would be a graph of its own to torch."""
@@ -163,7 +163,7 @@ def test_annealing_changes_no_graph_and_ends_at_the_target(wan: Make, way: Any) 
         assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [True, pytest.param("regional", marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("builder", [fs.BSA(kv_density=0.3), fs.VSA(top_k=2, within=fs.SlidingTile(window=(1, 2, 2)))])
 def test_other_builders_train(wan: Make, way: Any, builder: Any) -> None:
     model = fs.wrap(wan(), builder, **options(way))
