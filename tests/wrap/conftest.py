@@ -10,23 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from models.zoo import WAN
 from torch import Tensor, nn
 
 import flexsparse as fs
 
-WAN = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 16,
-    "freq_dim": 32,
-    "ffn_dim": 64,
-    "num_layers": 2,
-    "cross_attn_norm": True,
-    "rope_max_seq_len": 64,
-}
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
