@@ -102,16 +102,25 @@ class VideoDiT(nn.Module):
     directly.
     """
 
-    def __init__(self, *, dim: int = 128, depth: int = 4, heads: int = 4, patch: int = 8, mlp_ratio: int = 4) -> None:
+    def __init__(
+        self,
+        *,
+        dim: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        patch: int = 8,
+        mlp_ratio: int = 4,
+        channels: int = 3,
+    ) -> None:
         super().__init__()
         self.patch_size = (1, patch, patch)
         self.dim = dim
         self.head_dim = dim // heads
-        self.patch_in = nn.Linear(3 * patch * patch, dim)
+        self.patch_in = nn.Linear(channels * patch * patch, dim)
         self.time_in = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
         self.norm_out = nn.LayerNorm(dim)
-        self.patch_out = nn.Linear(dim, 3 * patch * patch)
+        self.patch_out = nn.Linear(dim, channels * patch * patch)
         nn.init.zeros_(self.patch_out.weight)
         nn.init.zeros_(self.patch_out.bias)
 
@@ -119,11 +128,11 @@ class VideoDiT(nn.Module):
         """Velocity of the flow at time `t`.
 
         Args:
-            video: noisy video, float `[B, 3, T, H, W]`; H and W multiples of the patch.
+            video: noisy video, float `[B, C, T, H, W]`; H and W multiples of the patch.
             t: diffusion time, float `[B]`, 0 for clean and 1 for noise.
 
         Returns:
-            Float `[B, 3, T, H, W]`: the estimate of noise - clean.
+            Float `[B, C, T, H, W]`: the estimate of noise - clean.
         """
         _, p, q = self.patch_size
         frames, rows, columns = video.shape[2], video.shape[3] // p, video.shape[4] // q

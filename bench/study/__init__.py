@@ -1,0 +1,1 @@
+"""Does sparse attention keep quality? A study that anyone can repeat: `python -m bench.study --help`."""
