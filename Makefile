@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 SOURCES := flexsparse masks compile_passes tests bench docs/conf.py
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile  # a file stays in one process: its fixtures are made once
 
-.PHONY: help demo test test-full lint typecheck docs bench bench-report kernels clean
+.PHONY: help demo test test-full lint typecheck docs bench bench-report study study-report kernels clean
 
 help:
 	@echo "make demo       train a small video transformer on a real clip: dense, VSA, BSA; writes runs/demo/report.html"
 	@echo "make test       lint, types, tests (under 15 minutes on 2 cores)"
 	@echo "make test-full  the above, slow tests and mutations of the code"
 	@echo "make docs       renders docs/ into docs/_build/index.html"
+	@echo "make study      trains dense, VSA, BSA and others side by side on the sample clips: runs/study; hours, goes on where it stopped"
+	@echo "make study-report  renders bench/results/study/: bench/STUDY.md, bench/plots/study/, the README's table"
 	@echo "make kernels    compiles the Triton templates for sm_90a, no GPU needed; registers, spills, wgmma"
 	@echo "make bench      CPU benchmark; writes bench/results/ and the README's table"
 	@echo "make bench-report  renders bench/results/ of GPU runs: bench/REPORT.md, bench/plots/, the README's GPU table"
@@ -56,6 +58,12 @@ bench: $(VENV)/.installed
 
 bench-report: $(VENV)/.installed
 	$(BIN)/python -m bench.report
+
+study: $(VENV)/.installed
+	$(BIN)/python -m bench.study --preset cpu --out runs/study $(STUDY)
+
+study-report: $(VENV)/.installed
+	$(BIN)/python -m bench.study.report --readme README.md
 
 kernels: $(VENV)/.installed
 	$(BIN)/python -m bench.kernels --offline

@@ -1,6 +1,7 @@
-"""The study's page: `python -m bench.study.report [--check]`.
+"""The study's page: `python -m bench.study.report [--check]`, or `make study-report`.
 
-Renders the result files of `bench.study` below bench/results/study into bench/STUDY.md and bench/plots/study/. Every number
+Renders the result files of `bench.study` below bench/results/study into bench/STUDY.md and bench/plots/study/, and with
+`--readme FILE` the table of question 1 into that file, between its two marks. Every number
 comes from a row, but for the papers' (`bench.study.paper`); what no row says is "not run".
 """
 
@@ -15,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from bench.header import ROOT
+from bench.marks import replaced
 from bench.report import table
 from bench.study import plots, tables, tables_parts, tables_probes, tables_schedule
 from bench.study.evidence import Row, Study
 from bench.study.rows import key, load
-from bench.study.statistics import CLAIM, LEVEL, Comparison, family
+from bench.study.statistics import CLAIM, LEVEL, Comparison, equal_flops, family, gap_text, verdict
 from bench.study.tables import Section
 from flexsparse.training.errors import RunError
 
+BEGIN, END = "<!-- study -->", "<!-- /study -->"
 QUESTIONS = (
     tables.quality,
     tables.noise_levels,
@@ -116,7 +119,14 @@ def files_table(files: Sequence[File]) -> str:
         git = str(h.get("git_revision"))[:13] + (" with changes" if h.get("git_dirty") else "")
         again = h.get("continued") or []
         line = [f"`{file.name}`", h.get("preset"), h.get("date"), f"{len(again)} times" if again else "no", git]
-        line += [h.get("torch"), machine(h), h.get("threads"), h.get("compiled"), h.get("data"), len(file.rows)]
+        line += [
+            h.get("torch"),
+            machine(h),
+            h.get("threads"),
+            h.get("compiled"),
+            str(h.get("data"))[:12],
+            len(file.rows),
+        ]
         body.append([str(cell) for cell in line])
     return table(heading, body)
 
@@ -141,7 +151,11 @@ def counted(study: Study) -> str:
     models = {row["model"] for row in study.rows if "model" in row}
     sizes = ", ".join(study.sizes("evaluation")) or "none"
     left = f", {len(curves - done)} of them not finished" if curves - done else ""
-    return f"On file: {len(curves)} trainings{left}, at sizes {sizes}; probes of {len(models)} trained models."
+    text = f"On file: {len(curves)} trainings{left}, at sizes {sizes}; probes of {len(models)} trained models."
+    tests = [size for size in study.sizes("evaluation") if study.presets.get(size) == "smoke"]
+    return text + (
+        f" Size {', '.join(tests)}: of the preset smoke, a test that says nothing about quality." if tests else ""
+    )
 
 
 def page(files: Sequence[File], figures: Sequence[str], where: str) -> str:
@@ -178,6 +192,30 @@ def page(files: Sequence[File], figures: Sequence[str], where: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def readme_block(study: Study) -> str:
+    """What the README shows: dense, VSA and BSA at each size, with intervals, and where the rest is."""
+    link = "[`bench/STUDY.md`](bench/STUDY.md)"
+    body = []
+    for size in tables.main_sizes(study):
+        dense = study.curves(size, "dense")
+        for method in tables.MAIN:
+            gap = tables.against(study, size, method)
+            whole = equal_flops(size, study.curves(size, method), dense)
+            flops = study.flops_ratio(size, method)
+            run = next(iter(study.of("run", size=size, method=method)), None)
+            if run is not None and gap.gap is not None:
+                tokens = "x".join(map(str, run["grid"]))
+                shape = f"{tokens} tokens, {run['parameters'] / 1e6:.2f}M parameters, {gap.step} steps"
+                cost = [tables.times(flops[i]) if flops else "" for i in (0, 1)]
+                body.append([shape, method, tables.seeds(gap), gap_text(gap), verdict(gap), gap_text(whole), *cost])
+    if not body:
+        return f"Nothing was trained yet; {link} says how the study works."
+    heading = ["size", "method", "seeds", "loss against dense, equal steps", "", "the same, equal FLOPs"]
+    heading += ["attention FLOPs", "all FLOPs"]
+    what = "Held-out flow-matching loss; in brackets the 95 % interval over seeds. Negative is better than dense."
+    return f"{table(heading, body)}\n\n{what} Everything else that was asked, and what was not shown: {link}."
+
+
 def contradictions(sections: Sequence[Section], study: Study) -> list[str]:
     """Each with the command that reproduces it."""
     found = [pair for section in sections for pair in section.contradictions]
@@ -193,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=bench / "results" / "study", help="folder of the result files")
     parser.add_argument("--page", type=Path, default=bench / "STUDY.md", help="the page")
     parser.add_argument("--plots", type=Path, default=bench / "plots" / "study", help="folder of the figures")
+    parser.add_argument("--readme", type=Path, help="a page that gets the short table, between its marks")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something is out of date")
     options = parser.parse_args(argv)
     try:
@@ -206,10 +245,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures = plots.wanted(study)
         old = options.page.read_text() if options.page.is_file() else ""
         drawn = {path.stem for path in options.plots.glob("*.png")}
-        stale = [path.name for path, same in (
+        made = [
             (options.page, page(files, figures, where) == old),
             (options.plots, drawn == set(figures)),
-        ) if not same]  # fmt: skip
+        ]
+        if options.readme is not None:
+            text = options.readme.read_text()
+            made.append((options.readme, replaced(text, readme_block(study), BEGIN, END) == text))
+        stale = [path.name for path, same in made if not same]
         if stale:
             print(f"out of date: {', '.join(stale)}; run `python -m bench.study.report`")
         return int(bool(stale))
@@ -220,6 +263,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     options.page.parent.mkdir(parents=True, exist_ok=True)
     options.page.write_text(page(files, figures, where))
+    if options.readme is not None:
+        text = options.readme.read_text()
+        options.readme.write_text(replaced(text, readme_block(study), BEGIN, END))
     print(counted(study))
     return 0
 

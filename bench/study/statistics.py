@@ -162,7 +162,16 @@ def window_spread(method: Curve, anchor: Curve, step: int) -> float | None:
 
 def percent(value: float) -> str:
     """``+0.31 %``."""
-    return f"{100 * value:+.2f} %"
+    return f"{_hundredths(value)} %"
+
+
+def _hundredths(value: float) -> str:
+    return f"{round(100 * value, 2) + 0.0:+.2f}"  # + 0.0: no minus before zero
+
+
+def many(count: int, what: str) -> str:
+    """``1 seed``, ``3 seeds``."""
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def interval_text(estimate: Estimate | None) -> str:
@@ -172,7 +181,7 @@ def interval_text(estimate: Estimate | None) -> str:
     found = estimate.interval()
     if found is None:
         return f"{percent(estimate.mean)} (one seed)"
-    return f"{percent(estimate.mean)} ({100 * found[0]:+.2f} to {100 * found[1]:+.2f})"
+    return f"{percent(estimate.mean)} ({_hundredths(found[0])} to {_hundredths(found[1])})"
 
 
 def gap_text(comparison: Comparison) -> str:

@@ -18,8 +18,8 @@ PARTS: dict[str, str] = {
     "vsa_tile128": "tiles of 128",
     "vsa_tile256": "tiles of 256",
     "vsa_max": "max pooling",
-    "vsa_top4": "half as many tiles kept",
-    "vsa_top16": "twice as many tiles kept",
+    "vsa_half_k": "half as many tiles kept",
+    "vsa_double_k": "twice as many tiles kept",
 }
 ODD: dict[str, str] = {
     "vsa": "tile 4x4x4, last tiles partly filled: what the others are compared with",

@@ -11,7 +11,7 @@ from typing import Any
 from bench.report import table
 from bench.study import paper
 from bench.study.evidence import Row, Study
-from bench.study.statistics import NOT_RUN, Comparison, Estimate, gap_text, shown, verdict
+from bench.study.statistics import NOT_RUN, Comparison, Estimate, gap_text, many, shown, verdict
 from bench.study.tables import Section, against, anchor_line, at, number, seeds
 from bench.study.tables_parts import PARTS_SIZE
 
@@ -88,7 +88,7 @@ def rules(study: Study) -> Section:
             if best is not None:
                 error = ratio_over_models("", found[best], default, "error")
                 answers.append(
-                    f"BSA's rules at size {size}, {models(found[best])} models: of single changes, `{best[0]}` "
+                    f"BSA's rules at size {size}, {many(models(found[best]), 'model')}: of single changes, `{best[0]}` "
                     f"has the least output error, {gap_text(error)} against the default ({verdict(error)}); "
                     f"densities differ, see the table."
                 )
@@ -158,7 +158,7 @@ def training_free(study: Study) -> Section:
             if key[0] in ("vsa", "bsa", "bsa_kv") and key[1] == 0.125 and rows:
                 answers.append(
                     f"Without training, {key[0]} at density {fmean(kept):.3f} on models trained dense at size {size} "
-                    f"({models(rows)} models): output error {fmean(values(rows, 'error')):.3f}, attention mass kept "
+                    f"({many(models(rows), 'model')}): output error {fmean(values(rows, 'error')):.3f}, attention mass kept "
                     f"{number(fmean(values(rows, 'recall')), 3) if values(rows, 'recall') else 'not known'}, "
                     f"held-out loss {gap_text(change)}{' against dense' if change.gap else ''}."
                 )

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from bench.report import table
 from bench.study.evidence import Study
-from bench.study.statistics import NOT_RUN, Comparison, gap_text, shown, verdict
+from bench.study.statistics import NOT_RUN, Comparison, gap_text, many, shown, verdict
 from bench.study.tables import Section, against, number, seeds
 
 SCHEDULES = ("vsa_abrupt", "vsa_annealed", "bsa_abrupt", "bsa_annealed")
@@ -39,7 +39,7 @@ def schedules(study: Study) -> Section:
             gap = comparisons[-1]
             if gap.gap:
                 answers.append(
-                    f"{name} from a dense model at size {size}, {seeds(gap)} seeds: annealed against abrupt "
+                    f"{name} from a dense model at size {size}, {many(int(seeds(gap)), 'seed')}: annealed against abrupt "
                     f"{gap_text(gap)} after {gap.step} steps: {verdict(gap)}."
                 )
             if gap.gap and gap.gap.mean > 0 and shown(gap):

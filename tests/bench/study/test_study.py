@@ -237,12 +237,12 @@ def test_the_presets_are_of_the_sizes_that_were_asked_for() -> None:
         assert low < study.models.count_parameters(model) < high
     seeds = {(run.size.name, run.method.name, run.seed) for run in cpu.items if isinstance(run, Run)}
     for method in ("dense", "vsa", "bsa", "fine_only", "top_p", "sliding_tile", "spatial_temporal"):
-        assert {seed for size, name, seed in seeds if (size, name) == ("base", method)} == {0, 1, 2}
+        assert {seed for size, name, seed in seeds if (size, name) == ("small", method)} == {0, 1, 2}
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--preset", "cpu", "--list", "--only", "base/vsa/s0"]) == 0
-    assert capsys.readouterr().out.split() == ["base/vsa/s0@240", "probe/base/vsa/s0", "base/vsa/s0@960"]
+    assert command.main(["--preset", "cpu", "--list", "--only", "small/vsa/s0"]) == 0
+    assert capsys.readouterr().out.split() == ["small/vsa/s0@960", "probe/small/vsa/s0@960", "small/vsa/s0@4080"]
     assert command.main(["--out", str(tmp_path), "--only", "nothing"]) == 1
     assert "--only 'nothing' matches nothing in preset smoke: it has smoke/dense/s0" in capsys.readouterr().err
     with pytest.raises(SystemExit):
