@@ -85,8 +85,8 @@ def odd_methods() -> dict[str, Method]:
 
 
 COMPARED = ("fine_only", "own_tile", "sliding_tile", "spatial_temporal", "top_p", "spatial_full", "compressed_kv")
-"""Of these `own_tile`, in which no tile sees another, is the floor: where it does as well as dense, attention does not matter, and
-nothing else that is compared there says anything."""
+"""Of these `own_tile`, in which no tile sees another, is the floor: where it does as well as dense, attention does not matter
+there, and no other comparison says anything."""
 PARTS = ("vsa_tile16", "vsa_tile256", "vsa_max", "vsa_tile128", "vsa_half_k", "vsa_double_k")
 RULES = ("bsa_zero", "bsa_tile_window", "bsa_nearest", "bsa_mass", "bsa_medoid")
 SCHEDULES = ("dense_more", "vsa_abrupt", "vsa_annealed", "bsa_abrupt", "bsa_annealed")
