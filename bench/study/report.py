@@ -18,7 +18,7 @@ from typing import Any
 from bench.header import ROOT
 from bench.marks import replaced
 from bench.report import table
-from bench.study import plots, tables, tables_parts, tables_probes, tables_schedule
+from bench.study import plots, tables, tables_along, tables_parts, tables_probes, tables_schedule
 from bench.study.evidence import Row, Study
 from bench.study.rows import key, load
 from bench.study.statistics import CLAIM, LEVEL, Comparison, equal_flops, family, gap_text, verdict
@@ -28,6 +28,7 @@ from flexsparse.training.errors import RunError
 BEGIN, END = "<!-- study -->", "<!-- /study -->"
 QUESTIONS = (
     tables.quality,
+    tables_along.along,
     tables.noise_levels,
     tables_parts.order,
     tables_parts.parts,
@@ -92,8 +93,8 @@ def read(folder: Path) -> list[File]:
 
 
 def newest(files: Sequence[File]) -> Study:
-    """All files as one study: of a run that several files hold, the newest file's rows alone; of other rows, the "
-    "newest."""
+    """All files as one study: of a run that several files hold, the newest file's rows alone; of other rows, the
+    newest."""
     owner = {row["run"]: file.name for file in files for row in file.rows if "run" in row}
     rows: dict[tuple[Any, ...], Row] = {}
     presets: dict[str, str] = {}

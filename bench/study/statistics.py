@@ -90,8 +90,8 @@ Curves = Mapping[int, Curve]
 
 
 def equal_steps(name: str, method: Curves, anchor: Curves) -> Comparison:
-    """At the last step that any seed has of both; seeds that do not have it yet are left out, and ``why`` counts "
-    "them."""
+    """At the last step that any seed has of both; seeds that do not have it yet are left out, and ``why`` counts
+    them."""
     common = {seed: set(method[seed].steps) & set(anchor[seed].steps) for seed in method.keys() & anchor.keys()}
     step = max((max(steps) for steps in common.values() if steps), default=None)
     if step is None:

@@ -23,6 +23,7 @@ from bench.study.statistics import (
 )
 
 MAIN = ("vsa", "bsa")
+FLOOR = "own_tile"
 COMPARED = ("fine_only", "own_tile", "sliding_tile", "top_p", "spatial_temporal", "spatial_full", "compressed_kv")
 
 

@@ -1,5 +1,5 @@
-"""Tables of question 1b and 2 (the papers' comparison points and their order; which parts matter), made from rows "
-"only."""
+"""Tables of question 1b and 2 (the papers' comparison points and their order; which parts matter), made from rows
+only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ODD: dict[str, str] = {
     "vsa_auto": 'tile="auto"',
     "vsa_bias": "partial tiles weighed by their tokens (log-count bias)",
 }
-PARTS_SIZE, ODD_SIZE = "base", "odd"
+PARTS_SIZE, ODD_SIZE = "small", "odd"
 """Sizes that the presets run the parts and the grid question on; named where nothing is on file."""
 
 

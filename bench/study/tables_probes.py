@@ -1,5 +1,5 @@
-"""Tables of questions 3, 4 and 5 (BSA's rules; training-free and schedules; overlap of neighbours), made from "
-"rows only."""
+"""Tables of questions 3, 4 and 5 (BSA's rules; training-free and schedules; overlap of neighbours), made from
+rows only."""
 
 from __future__ import annotations
 

@@ -337,3 +337,16 @@ def test_what_is_committed_is_up_to_date() -> None:
 
 def test_the_readme_without_rows() -> None:
     assert "Nothing was trained yet" in report.readme_block(Study([]))
+
+
+def test_gaps_along_training_and_the_floor() -> None:
+    """At each of dense's steps: the gap there, and at the FLOPs that dense took up to there."""
+    points = {"dense": [(10, 4e9, 0.4), (20, 8e9, 0.2)], "vsa": [(10, 1e9, 0.44), (20, 2e9, 0.3), (40, 4e9, 0.1)]}
+    points["own_tile"] = [(20, 1e9, 0.25)]
+    rows = [evaluation("base", m, 0, step, loss, flops) for m, found in points.items() for step, flops, loss in found]
+    text = page(rows).split("## Gap along training")[1].split("\n## ")[0]
+    assert cells(text, "10")[2:4] == ["+10.00 % (one seed)", "-75.00 % (one seed)"]
+    assert cells(text, "20")[2] == "+50.00 % (one seed)" and "not measured" in cells(text, "20")[3]
+    assert [cells(text, step)[-1] for step in ("10", "20")] == ["no seed and step in common", "+25.00 % (one seed)"]
+    assert "Attention within tiles alone (own_tile) at size base, step 20: loss +25.00 %" in page(rows)
+    assert "Whether attention between tiles matters at size base at step 20: not run" in page(rows[:2])
