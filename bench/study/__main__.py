@@ -32,6 +32,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vae", type=Path, help="diffusers folder of a VAE: train on its latents instead of pixels")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda for --preset gpu, else cpu")
     parser.add_argument("--compile", action="store_true", help="train through torch.compile (default for --preset gpu)")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast (default for --preset gpu)")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes, ready to go on")
     parser.add_argument("--threads", type=int, help="CPU threads; a study must go on with as many")
     parser.add_argument(
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             vae=options.vae,
             device=options.device or ("cuda" if gpu else "cpu"),
             compiled=options.compile or gpu,
+            bf16=options.bf16 or gpu,
             seconds=None if options.minutes is None else 60 * options.minutes,
             only=options.only,
             say=lambda line: print(line, flush=True),

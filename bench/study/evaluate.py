@@ -12,6 +12,7 @@ from torch import nn
 
 from bench.study.batch import Batch
 from bench.study.flops import observe
+from bench.study.models import velocity
 from flexsparse.training.flow import velocity_loss
 
 
@@ -38,18 +39,19 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Sequence[Batch]) -> Evaluation:
+def evaluate(model: nn.Module, batches: Sequence[Batch], bf16: bool = False) -> Evaluation:
     """Velocity loss of an uncompiled model.
 
     Args:
         model: in evaluation or training mode, it makes no difference to it.
         batches: `Clips.held_out`: all levels of one window, then of the next.
+        bf16: under autocast, as in training.
     """
     by_level: dict[str, list[float]] = defaultdict(list)
     losses = []
     with observe(model) as seen:
         for batch in batches:
-            loss = velocity_loss(model(batch.noisy, batch.t), batch.clean, batch.noise).item()
+            loss = velocity_loss(velocity(model, batch.noisy, batch.t, bf16), batch.clean, batch.noise).item()
             by_level[f"{batch.t.item():.4f}"].append(loss)
             losses.append(loss)
     each = len(by_level)

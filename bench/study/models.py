@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import flexsparse as fs
 from bench.study.factorized import CompressedKV, SpatialAttention, TemporalAttention
@@ -168,6 +168,13 @@ def _moves(steps: int) -> int:
     """How many equal moves fill so many steps exactly: the divisor nearest to ten, by ratio, of at least five."""
     divisors = [n for n in range(min(5, steps), steps + 1) if steps % n == 0]
     return min(divisors, key=lambda n: max(n / MOVES, MOVES / n))
+
+
+def velocity(model: nn.Module, noisy: Tensor, t: Tensor, bf16: bool) -> Tensor:
+    """What the model says of noisy video: float32, computed under bfloat16 autocast where asked for."""
+    with torch.autocast(noisy.device.type, torch.bfloat16, enabled=bf16):
+        found: Tensor = model(noisy, t)
+    return found.float()
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -56,8 +56,8 @@ class Results:
         self.header = {"suite": SUITE, **header}
         if path.exists():
             found, rows = load(path)
-            for name in ("preset", "data", "device", "gpu", "cpu", "torch", "threads", "compiled"):
-                if found.get(name) != self.header.get(name):
+            for name in ("preset", "data", "device", "gpu", "cpu", "torch", "threads", "compiled", "bf16"):
+                if (found.get(name) or None) != (self.header.get(name) or None):
                     raise RunError(
                         f"--out {str(path.parent)!r} holds results with {name} {found.get(name)!r}, and now it is "
                         f"{self.header.get(name)!r}: rows of both cannot be compared; pass another --out"

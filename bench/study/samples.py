@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bench.study.models import velocity
 from bench.study.settings import Size
 from flexsparse.training.files import write_file
 
@@ -17,13 +18,13 @@ SHOWN = 4
 
 
 @torch.no_grad()
-def sample(model: nn.Module, size: Size, channels: int, device: str) -> Tensor:
+def sample(model: nn.Module, size: Size, channels: int, device: str, bf16: bool = False) -> Tensor:
     """Euler steps along the flow from fixed noise: float32 ``[C, T, H, W]``."""
     random = torch.Generator().manual_seed(SEED)
     video = torch.randn(1, channels, size.frames, size.height, size.width, generator=random).to(device)
     times = torch.linspace(1, 0, STEPS + 1, device=device)
     for now, then in pairwise(times):
-        video = video + (then - now) * model(video, now.expand(1))
+        video = video + (then - now) * velocity(model, video, now.expand(1), bf16)
     return video[0].float().cpu()
 
 

@@ -35,6 +35,7 @@ class Study:
         vae: folder of a diffusers VAE; None for pixels.
         device: "cpu" or "cuda".
         compiled: whether models train through `torch.compile`.
+        bf16: whether models run under bfloat16 autocast; probes are float32.
         seconds: when to stop, after the step that is under way; None for never.
         only: words; an item is done where its name holds one of them, or where there are none.
         say: prints a line.
@@ -47,6 +48,7 @@ class Study:
     vae: Path | None = None
     device: str = "cpu"
     compiled: bool = False
+    bf16: bool = False
     seconds: float | None = None
     only: Sequence[str] = ()
     say: Callable[[str], None] = print
@@ -111,6 +113,7 @@ class Study:
             device=self.device,
             threads=torch.get_num_threads(),
             compiled=self.compiled,
+            bf16=self.bf16,
             sources=clips.sources,
             vae=None if self.vae is None else self.vae.name,
         )
@@ -145,7 +148,7 @@ class Study:
         if isinstance(item, Probe):
             return self._probe(item)
         clips = self._clips_of(item.size)
-        how = {"device": self.device, "compiled": self.compiled}
+        how = {"device": self.device, "compiled": self.compiled, "bf16": self.bf16}
         batch = clips.batch(0, 0).to(self.device)
         for row in timing.measure(item, batch, clips.channels, **how, stop=lambda: self.stopping):
             self.results.put(row)
@@ -164,7 +167,9 @@ class Study:
             if not weights.exists():
                 self.say(f"  left out: {name} has not been trained to step {steps} here")
                 return True
-        training = train.start(run, clips.channels, device=self.device, compiled=self.compiled, weights=weights)
+        training = train.start(
+            run, clips.channels, device=self.device, compiled=self.compiled, weights=weights, bf16=self.bf16
+        )
         checkpoint = folder / train.CHECKPOINT
         if checkpoint.exists():
             train.unpack(training, load_checkpoint(checkpoint))
@@ -191,7 +196,7 @@ class Study:
         if done:
             losses = [row["loss"] for row in self.results.of("evaluation") if row["run"] == run.name]
             self.say(f"  held-out loss {losses[-1]:.5f}")
-            video = samples.sample(training.averaged, run.size, clips.channels, self.device)
+            video = samples.sample(training.averaged, run.size, clips.channels, self.device, self.bf16)
             samples.save(video, folder / "sample.png")
         return done
 

@@ -23,6 +23,7 @@ def measure(
     *,
     device: str,
     compiled: bool,
+    bf16: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Row]:
     """Rows "timing", one a method.
@@ -33,12 +34,13 @@ def measure(
         channels: of the batch.
         device: "cpu" or "cuda".
         compiled: as in the trainings.
+        bf16: as in the trainings.
         stop: asked before each method.
     """
 
     def fresh(method: Method) -> Training:
         run = Run(size=timing.size, method=method, seed=0, steps=1, question="timing")
-        training = start(run, channels, device=device, compiled=compiled, weights=None)
+        training = start(run, channels, device=device, compiled=compiled, weights=None, bf16=bf16)
         for number in range(WARM):
             step(training, batch, number)
         return training

@@ -61,6 +61,7 @@ class Training:
         averaged: the same with averaged weights, uncompiled: what is evaluated.
         schedules: of the annealing; shared by both models.
         optimizer: AdamW.
+        bf16: whether models run under bfloat16 autocast; weights, loss and optimizer are float32.
         progress: of the run.
     """
 
@@ -69,6 +70,7 @@ class Training:
     averaged: nn.Module
     schedules: Sequence[fs.SparsitySchedule]
     optimizer: torch.optim.Optimizer
+    bf16: bool = False
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -77,7 +79,9 @@ class Training:
         return [name for name, _ in self.model.named_parameters()]
 
 
-def start(run: Run, channels: int, *, device: str, compiled: bool, weights: Path | None) -> Training:
+def start(
+    run: Run, channels: int, *, device: str, compiled: bool, weights: Path | None, bf16: bool = False
+) -> Training:
     """A fresh training.
 
     Args:
@@ -86,6 +90,7 @@ def start(run: Run, channels: int, *, device: str, compiled: bool, weights: Path
         device: "cpu" or "cuda".
         compiled: whether the model goes through `torch.compile`.
         weights: checkpoint of averaged weights to start from, for a run with ``start``.
+        bf16: see `Training`.
     """
     builder, schedules = models.scheduled(run.method, run.steps)
     model, averaged = (
@@ -100,7 +105,7 @@ def start(run: Run, channels: int, *, device: str, compiled: bool, weights: Path
     averaged.load_state_dict(model.state_dict())
     averaged.requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
-    return Training(run=run, model=model, averaged=averaged, schedules=schedules, optimizer=optimizer)
+    return Training(run=run, model=model, averaged=averaged, schedules=schedules, optimizer=optimizer, bf16=bf16)
 
 
 def step(training: Training, batch: Batch, number: int) -> Tensor:
@@ -109,7 +114,8 @@ def step(training: Training, batch: Batch, number: int) -> Tensor:
         schedule.seek(number)
     for group in training.optimizer.param_groups:
         group["lr"] = training.run.rate * min(1.0, (number + 1) / WARMUP)
-    loss = velocity_loss(training.model(batch.noisy, batch.t), batch.clean, batch.noise)
+    velocity = models.velocity(training.model, batch.noisy, batch.t, training.bf16)
+    loss = velocity_loss(velocity, batch.clean, batch.noise)
     training.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
@@ -185,7 +191,7 @@ def train(
     run, progress = training.run, training.progress
     device = next(training.model.parameters()).device
     if not progress.measured:
-        _measured(training, evaluate(training.averaged, held_out), clips.channels, results)
+        _measured(training, evaluate(training.averaged, held_out, training.bf16), clips.channels, results)
     while progress.step < until:
         batch = clips.batch(run.seed, progress.step).to(device)
         loss = step(training, batch, progress.step).item()
@@ -195,7 +201,7 @@ def train(
         progress.train_loss.append(loss)
         told(progress.step, loss)
         if progress.step % run.evaluate_every == 0 or progress.step == until:
-            _measured(training, evaluate(training.averaged, held_out), clips.channels, results)
+            _measured(training, evaluate(training.averaged, held_out, training.bf16), clips.channels, results)
         stopping = stop()
         if progress.step % save_every == 0 or progress.step == until or stopping:
             save_checkpoint(folder / CHECKPOINT, pack(training))

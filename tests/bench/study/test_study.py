@@ -107,6 +107,16 @@ def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, method: str) -
     assert all(torch.equal(one[name], other[name]) for name in one) and one.keys() == other.keys()
 
 
+@pytest.mark.parametrize("method", ["dense", "vsa", "bsa"])
+def test_low_precision_trains_about_the_same(tmp_path: Path, method: str) -> None:
+    for bf16 in (False, True):
+        assert make(tmp_path / str(bf16), *runs(method), bf16=bf16).run()
+    whole, low = ([row["loss"] for row in rows_of(tmp_path / str(bf16), "evaluation")] for bf16 in (False, True))
+    assert whole != low and low == pytest.approx(whole, rel=0.02)
+    with pytest.raises(RunError, match="bf16 True, and now it is False"):
+        make(tmp_path / "True", *runs(method), bf16=False).run()
+
+
 def test_a_longer_run_continues_the_shorter_one(tmp_path: Path) -> None:
     short, longer = runs("vsa", steps=4)[0], runs("vsa", steps=6)[0]
     assert make(tmp_path / "both", short, longer).run()
