@@ -60,11 +60,15 @@ def gate_heads(gate: Tensor, q: Tensor, layout: TileLayout, rest: float) -> Tens
 def hide_text(k: Tensor, v: Tensor, mask: Tensor, layout: TileLayout) -> tuple[Tensor, Tensor]:
     """k and v with the text that a key mask hides zeroed: what lies there may be anything, NaN included."""
     lengths = torch.ops.flexsparse.text_lengths(mask, layout.text_first, layout.text_last)
-    position = torch.arange(layout.seq_len, device=k.device)
-    after = position - (layout.text_first + layout.num_tokens)
-    hidden = (position < layout.text_first) & (position >= lengths[:, :1]) | (after >= lengths[:, 1:])
-    hidden = hidden[:, None, :, None]
+    hidden = hidden_text(lengths, layout)[:, None, :, None]
     return k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+
+
+def hidden_text(lengths: Tensor, layout: TileLayout) -> Tensor:
+    """Which tokens are text past its lengths ``[B, 2]``: bool ``[B, S]``."""
+    position = torch.arange(layout.seq_len, device=lengths.device)
+    after = position - (layout.text_first + layout.num_tokens)
+    return (position < layout.text_first) & (position >= lengths[:, :1]) | (after >= lengths[:, 1:])
 
 
 def text_counts(mask: Tensor, layout: TileLayout) -> Tensor:

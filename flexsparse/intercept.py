@@ -32,7 +32,7 @@ class _Local(threading.local):
         self.grid: Geometry | None = None
         self.depth = 0
         self.names: list[str] = []
-        self.crossing: list[bool] = []
+        self.crossing: list[frozenset[int]] = []
         self.gate: Gates | None = None
 
 
@@ -54,16 +54,21 @@ class Interceptor:
         Raises:
             RuntimeError: a part of the model runs by itself.
         """
-        if self.local.grid is not None:
-            return self.local.grid
-        if torch._C._current_graph_task_id() != -1 and self.backward_grid is not None:
-            return self.backward_grid
-        if self.backend.geometry is not None:
-            return self.backend.geometry
+        grid = self.known_grid()
+        if grid is not None:
+            return grid
         raise RuntimeError(
             "a part of a wrapped model runs outside of the model's forward, where the grid is not known: call the whole "
             "model, or give wrap(..., grid=(T, H, W))"
         )
+
+    def known_grid(self) -> Geometry | None:
+        """As `current_grid`; None outside of both."""
+        if self.local.grid is not None:
+            return self.local.grid
+        if torch._C._current_graph_task_id() != -1 and self.backward_grid is not None:
+            return self.backward_grid
+        return self.backend.geometry
 
     @contextmanager
     def forward(self, grid: Geometry) -> Iterator[None]:
@@ -101,13 +106,13 @@ class Interceptor:
             finally:
                 self.local.depth = 1
 
-    def call(self, name: str, run: Callable[[], Any], crossing: bool, gate: Gates | None) -> Any:
+    def call(self, name: str, run: Callable[[], Any], crossing: frozenset[int], gate: Gates | None) -> Any:
         """Run a module of the model, entering the mode where backward redoes it.
 
         Args:
             name: the module's path.
             run: its forward.
-            crossing: whether it was given two token sequences (`two_sequences`).
+            crossing: lengths of which it was given two token sequences (`two_sequences`).
             gate: its gates ``[B, S, H * D]``, or None.
         """
         local = self.local
@@ -151,7 +156,7 @@ class Interceptor:
         mask = key_mask(call.attn_mask)
         text = layout.text_first + layout.text_last
         reason = call.stays_dense(q, k, v, layout.seq_len, backend.min_tokens, mask, text)
-        if reason is None and any(self.local.crossing[-1:]):
+        if reason is None and self.crosses(q):
             reason = "its module was given two sequences of this length (cross-attention)"
         if reason is None and mask is not None:
             reason = stays_dense(mask, layout.text_first, layout.text_last)
@@ -174,13 +179,17 @@ class Interceptor:
                     f"gates are on, but {name} became sparse without one: its module was not recognised as self-attention; "
                     "give wrap(..., gates=[names]) with the names of the attention modules"
                 )
-            gate, self.local.gate = _of_samples(gate, q.shape[0]) if backend.ragged else (gate, None)
+            gate, self.local.gate = of_samples(gate, q.shape[0]) if backend.ragged else (gate, None)
         gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         chosen = backend.choose_backend(q, grid, compiled=False, gradients=gradients)
         builder = backend.rules.builders[number]
         backend.calls.record(backend.describe(_numbered(backend, name, True), q, k, grid, None, chosen, builder))
         how = (call.scale, chosen[0], False, name, mask, kv_layout)
         return sparse_call(builder, q, k, v, gate or (None, None), layout, *how)
+
+    def crosses(self, q: Tensor) -> bool:
+        """Whether the module that is running was given two sequences of the length of a call's queries."""
+        return any(q.shape[2] in lengths for lengths in self.local.crossing[-1:])
 
     def geometry_of(self, q: Tensor) -> Geometry:
         """The geometry of a call: the model's, with fewer text tokens where its samples run without their padding."""
@@ -206,7 +215,7 @@ def key_mask(mask: Tensor | None) -> Tensor | None:
     return key_mask_of(mask)
 
 
-def _of_samples(gates: Gates, count: int) -> tuple[Gates, Gates | None]:
+def of_samples(gates: Gates, count: int) -> tuple[Gates, Gates | None]:
     """The gates of the next samples of a model that runs them one by one, and those of the samples after them."""
     (coarse, fine), more = gates, None
     if coarse is not None and coarse.shape[0] > count:
@@ -233,11 +242,11 @@ def _numbered(backend: Backend, name: str, sparse: bool) -> str:
     return name if known.get(name, sparse) == sparse else f"{name} (2)"
 
 
-def two_sequences(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a module was given two different token sequences of one shape, as cross-attention may be."""
+def two_sequences(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[int]:
+    """Lengths of which a module was given two different token sequences of one shape, as cross-attention may be."""
     sequences = {id(x): x.shape for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() == 3}
     shapes = list(sequences.values())
-    return any(shapes[0] == shape for shape in shapes[1:]) if shapes else False
+    return frozenset(shapes[0][1:2]) if any(shapes[0] == shape for shape in shapes[1:]) else frozenset()
 
 
 class _Mode(TorchFunctionMode):

@@ -6,11 +6,53 @@ Another model needs nothing if its input is ``hidden_states [B, C, T, H, W]`` an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of video tokens, of which each rank of a sequence takes its part; as diffusers' `ContextParallelInput`.
+
+    Attributes:
+        split_dim: dimension of the tokens.
+        expected_dims: dimensions of the tensor; one with others is left whole.
+    """
+
+    split_dim: int
+    expected_dims: int
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A tensor that is put together from all ranks' parts; as diffusers' `ContextParallelOutput`.
+
+    Attributes:
+        gather_dim: dimension of the tokens.
+    """
+
+    gather_dim: int
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A tensor of video tokens and the text that joins them (a key mask): a rank takes its part of the video, and all text.
+
+    Attributes:
+        split_dim: dimension of the tokens.
+        expected_dims: dimensions of the tensor; one with others is left whole.
+    """
+
+    split_dim: int
+    expected_dims: int
+
+
+@dataclass(frozen=True)
+class Leading:
+    """An int: the first so many video tokens; for a rank those of them that it holds. Not every variant of a class takes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +66,8 @@ class Known:
         text_at: whether they come before or after the video's.
         ragged: whether a call may have fewer of them (a model that runs each sample by itself, without its padding).
         gates: name patterns of the attention modules that see the video; () to recognise them by their projections.
+        plan: where sequence parallelism cuts video tokens, and joins them (`distributed.ulysses`); text is never cut. {} for
+            the class's own ``_cp_plan``.
     """
 
     axes: str = "B C T H W"
@@ -32,24 +76,51 @@ class Known:
     text_at: Literal["first", "last"] = "last"
     ragged: bool = False
     gates: tuple[str, ...] = ()
+    plan: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _plan(
+    first: str, tables: Mapping[str, Any], more: Mapping[str, Any] | None = None, last: str = "proj_out"
+) -> Mapping[str, Any]:
+    """A plan: hidden states are cut before the block ``first``, and joined after the module ``last``."""
+    return MappingProxyType({**tables, first: {"hidden_states": Part(1, 3)}, last: Whole(1), **(more or {})})
 
 
 TEXT = ("encoder_hidden_states",)
-COGVIDEO = Known(axes="B T C H W", text=TEXT, text_at="first", gates=("transformer_blocks.*.attn1",))
+BLOCK = "transformer_blocks.0"
+ROTARY = {"rope": {0: Part(0, 2), 1: Part(0, 2)}}
+COGVIDEO_PLAN = _plan(BLOCK, {"": {"image_rotary_emb": Part(0, 2)}})
+ATTN1 = ("transformer_blocks.*.attn1",)
+COGVIDEO = Known(axes="B T C H W", text=TEXT, text_at="first", gates=ATTN1, plan=COGVIDEO_PLAN)
 HUNYUAN_GATES = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
+HUNYUAN_BLOCKS = {
+    f"{blocks}.*": {"attention_mask": Joined(3, 4), "num_tokens": Leading()}
+    for blocks in ("transformer_blocks", "single_transformer_blocks")
+}
 
 KNOWN: Mapping[str, Known] = MappingProxyType(
     {
         "CogVideoXTransformer3DModel": COGVIDEO,
         "ConsisIDTransformer3DModel": COGVIDEO,
-        "HunyuanVideoTransformer3DModel": Known(text=TEXT, gates=HUNYUAN_GATES),
+        "HunyuanVideoTransformer3DModel": Known(
+            text=TEXT, gates=HUNYUAN_GATES, plan=_plan(BLOCK, ROTARY, HUNYUAN_BLOCKS)
+        ),
         "HunyuanVideo15Transformer3DModel": Known(
-            text=(*TEXT, "encoder_hidden_states_2", "image_embeds"), gates=HUNYUAN_GATES[:1]
+            text=(*TEXT, "encoder_hidden_states_2", "image_embeds"), gates=HUNYUAN_GATES[:1], plan=_plan(BLOCK, ROTARY)
         ),
-        "LTXVideoTransformer3DModel": Known(
-            sizes=("num_frames", "height", "width"), gates=("transformer_blocks.*.attn1",)
+        "LTXVideoTransformer3DModel": Known(sizes=("num_frames", "height", "width"), gates=ATTN1),
+        "MochiTransformer3DModel": Known(
+            text=TEXT,
+            ragged=True,
+            gates=ATTN1,
+            plan=_plan(BLOCK, {"rope": {0: Part(0, 3), 1: Part(0, 3)}}),
         ),
-        "MochiTransformer3DModel": Known(text=TEXT, ragged=True, gates=("transformer_blocks.*.attn1",)),
+        "AllegroTransformer3DModel": Known(plan=_plan(BLOCK, {"": {"image_rotary_emb": (None, Part(1, 2))}})),
+        "SkyReelsV2Transformer3DModel": Known(  # joined early: what follows may take a time of each token (diffusion forcing)
+            plan=_plan(
+                "blocks.0", {"rope": {0: Part(1, 4), 1: Part(1, 4)}}, {"blocks.*": {"temb": Part(2, 4)}}, "blocks.-1"
+            )
+        ),
     }
 )
 

@@ -2,6 +2,8 @@
 
 Each self-attention call of a rank's own tokens becomes one of all tokens and some heads; what makes it sparse sees an ordinary
 call. One that stays dense is spread as well: among a rank's own tokens it would be another attention.
+Text that joins the video is whole on every rank: its queries, keys and values are taken by heads without travelling, and its
+outputs go to every rank. So each rank's text has that rank's share of the gradient; the shares add up like any parameter's.
 Shape letters: B batch, H query heads, L tokens of one rank, S tokens of all ranks, D head dim.
 """
 
@@ -13,15 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from flexsparse.calls import Gates, autocast_dtype
-from flexsparse.compile_passes import RewriteError, marks, multi_head
+from flexsparse.calls import Gates, autocast_dtype, hidden_text
+from flexsparse.compile_passes import RewriteError, marks, multi_head, origins
 from flexsparse.compile_passes.graphs import finish, graph_modules, remove, value_of
-from flexsparse.compile_passes.origins import from_different_tensors
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
 from flexsparse.distributed.heads import Exchange
 from flexsparse.distributed.parallel import SequenceParallel
+from flexsparse.distributed.tokens import parts
+from flexsparse.intercept import key_mask, of_samples
 from flexsparse.layout import TileLayout
+from flexsparse.ops.text_lengths import mask_shape, stays_dense
 
 
 class Around:
@@ -40,21 +45,57 @@ class Around:
         return q.dim() == 4 and k.dim() == 4 and q.shape[2] == k.shape[2] == length
 
     def enter(self, exchange: Exchange, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> list[Tensor | None]:
-        """``[B, H, L, D]`` to ``[B, own heads, S, D]``, and gates ``[B, L, H * D]`` to ``[B, S, own heads * D]``."""
+        """``[B, H, L, D]`` to ``[B, own heads, S, D]``, and gates ``[B, L, H * D]`` to ``[B, S, own heads * D]``.
+
+        A gate of a rank's video tokens only leaves text as it is: 0 of the coarse output, 1 of the fine one.
+        """
         dtype = autocast_dtype(q.device.type)
         if dtype is not None:  # attention would cast them: half of the bytes
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        heads = [None if gate is None else gate.unflatten(-1, (q.shape[1], -1)).transpose(1, 2) for gate in gates]
+        full = [None if gate is None else self.of_all(gate, exchange, q, rest) for gate, rest in zip(gates, (0.0, 1.0))]
+        heads = [None if gate is None else gate.unflatten(-1, (q.shape[1], -1)).transpose(1, 2) for gate in full]
         q, k, v, moved = exchange.to_heads(q, k, v, (heads[0], heads[1]))
         return [q, k, v, *(None if gate is None else gate.transpose(1, 2).flatten(2) for gate in moved)]
 
-    def check(self, call: SDPACall, name: str) -> None:
-        """Raise a `RewriteError` for a call whose mask or dropout says nothing of all tokens."""
-        if call.attn_mask is not None or call.is_causal or call.dropout_p:
+    def of_all(self, gate: Tensor, exchange: Exchange, q: Tensor, rest: float) -> Tensor:
+        """A gate of all tokens of this rank."""
+        first, *video, last = [segment.sizes[exchange.ranks.rank] for segment in exchange.segments]
+        if gate.shape[1] == q.shape[2] or gate.shape[1] != sum(video):
+            return gate
+        return torch.nn.functional.pad(gate, (0, 0, first, last), value=rest)
+
+    def check(self, call: SDPACall, mask: Any, layout: TileLayout, name: str) -> None:
+        """Raise a `RewriteError` for a call whose mask or dropout says nothing of all tokens.
+
+        Args:
+            call: the call.
+            mask: the key mask that stands for its mask, or a fake of it: of all tokens, or of this rank's.
+            layout: of all tokens.
+            name: of the call.
+        """
+        lengths = (layout.seq_len, self.parallel.length(layout))
+        masked = call.attn_mask is not None and (mask is None or all(mask_shape(mask, n) for n in lengths))
+        if masked or call.is_causal or call.dropout_p:
             raise RewriteError(
-                f"{name} is attention of this rank's tokens with a mask, causal or with dropout, which cannot be spread over "
-                "ranks: leave them out, or run the model on one rank"
+                f"{name} is attention of this rank's tokens with a mask over video tokens, causal or with dropout, which "
+                "cannot be spread over ranks: leave them out, or run the model on one rank"
             )
+
+    def whole_mask(self, mask: Tensor, layout: TileLayout) -> Tensor:
+        """A key mask ``[B, 1, 1, S]`` from one of this rank's tokens: ranks hold the same text, and no video is hidden."""
+        lengths = torch.ops.flexsparse.text_lengths(mask, layout.text_first, layout.text_last)
+        return ~hidden_text(lengths, layout)[:, None, None]
+
+    def _layout_of(self, interceptor: Any, q: Tensor) -> TileLayout:
+        """The layout of all tokens of a call; a model that runs each sample by itself leaves out the padding of its text."""
+        geometry = interceptor.current_grid()
+        T, H, W, first, last = geometry
+        if interceptor.backend.ragged and q.dim() == 4:
+            ranks = self.parallel.ulysses
+            text = q.shape[2] - parts(T * H * W, ranks.size)[ranks.rank]
+            if 0 <= text < first + last:
+                geometry = (T, H, W, text, 0) if first else (T, H, W, 0, text)
+        return interceptor.backend.layout_of(geometry)
 
     def intercepted(self, interceptor: Any, sdpa: Any, *args: Any, **kwargs: Any) -> Tensor:
         """A scaled_dot_product_attention call of an uncompiled model.
@@ -67,18 +108,26 @@ class Around:
         """
         call, local = SDPACall.of(args, kwargs), interceptor.local
         q, k, v = call.query, call.key, call.value
-        layout = interceptor.backend.layout_of(interceptor.current_grid())
-        if not self.is_local(q, k, layout) or any(local.crossing[-1:]):
+        layout = self._layout_of(interceptor, q)
+        if not self.is_local(q, k, layout) or interceptor.crosses(q):
             return sdpa(*args, **kwargs)
-        self.check(call, local.names[-1] if local.names else "the model")
+        name = local.names[-1] if local.names else "the model"
+        mask = key_mask(call.attn_mask)
+        self.check(call, mask, layout, name)
+        if mask is not None and mask.shape[3] != layout.seq_len:
+            reason = stays_dense(mask, layout.text_first, layout.text_last)
+            if reason is not None:
+                raise RewriteError(f"{name} cannot be spread over ranks, as {reason}: run the model on one rank")
+            mask = self.whole_mask(mask, layout)
         exchange = self.parallel.exchange(q, k, layout)
         gates = local.gate
-        q, k, v, *moved = self.enter(exchange, q, k, v, gates or (None, None))  # type: ignore[assignment]
+        these, others = of_samples(gates, q.shape[0]) if gates and interceptor.backend.ragged else (gates, None)
+        q, k, v, *moved = self.enter(exchange, q, k, v, these or (None, None))  # type: ignore[assignment]
         own = None if gates is None else tuple(moved)
         local.gate = own
-        out = sdpa(q, k, v, scale=call.scale, enable_gqa=call.enable_gqa)
-        if own is not None and local.gate is own:
-            local.gate = gates  # not used: the interceptor says so
+        out = sdpa(q, k, v, attn_mask=mask, scale=call.scale, enable_gqa=call.enable_gqa)
+        if own is not None:
+            local.gate = gates if local.gate is own else others  # not used: the interceptor says so
         return exchange.to_tokens(out)
 
     def rewrite(self, gm: GraphModule, backend: Any) -> None:
@@ -92,7 +141,7 @@ class Around:
         After::
 
             q1, k1, v1, g1, f1 = enter(q, k, v, gate, fine_gate)
-            o1 = scaled_dot_product_attention(mark_gate(q1, g1, f1), k1, v1) # S tokens
+            o1 = scaled_dot_product_attention(mark_gate(q1, g1, f1), k1, v1) # S tokens; a key mask becomes one of them
             o  = leave(o1)
         """
         nodes = [node for module in graph_modules(gm) for node in module.graph.nodes if node.op == "call_function"]
@@ -121,13 +170,38 @@ class Around:
             elif node.target is SDPA:
                 call = SDPACall.of(node.args, node.kwargs)
                 q, k = value_of(call.query), value_of(call.key)
-                if self.is_local(q, k, layout) and not from_different_tensors(call.query, call.key):
-                    self.check(call, node.name)
-                    self._spread(gm, node, call, gate, layout)
+                if any(free_unbacked_symbols(size) for x in (q, k) for size in x.shape):
+                    raise RewriteError(
+                        f"how many tokens {node.name} has depends on data (each sample by itself, without its padding), so "
+                        "that it cannot be spread over ranks in a compiled model: give wrap(..., compile=False)"
+                    )
+                if self.is_local(q, k, layout) and not origins.from_different_tensors(call.query, call.key):
+                    mask = origins.key_mask(call.attn_mask)
+                    self.check(call, value_of(mask), layout, node.name)
+                    self._spread(gm, node, call, mask, gate, layout)
                     matches, gate = matches + 1, None
         return matches
 
-    def _spread(self, gm: GraphModule, node: Node, call: SDPACall, mark: Node | None, layout: TileLayout) -> None:
+    def _mask(self, gm: GraphModule, node: Node, mask: Node, layout: TileLayout) -> Node:
+        """A node of the key mask of all tokens."""
+        like = value_of(mask)
+        if like.shape[3] == layout.seq_len:
+            return mask
+        whole_mask = self.whole_mask
+
+        def flexsparse_whole_mask(mask: Tensor) -> Tensor:
+            return whole_mask(mask, layout)
+
+        with gm.graph.inserting_before(node):
+            new = gm.graph.call_function(flexsparse_whole_mask, (mask,))
+        with like.fake_mode:
+            example = like.new_empty((like.shape[0], 1, 1, layout.seq_len), dtype=torch.bool)
+        new.meta = dict(node.meta, example_value=example)
+        return new
+
+    def _spread(
+        self, gm: GraphModule, node: Node, call: SDPACall, mask: Node | None, mark: Node | None, layout: TileLayout
+    ) -> None:
         q, k = value_of(call.query), value_of(call.key)
         exchange = self.parallel.exchange(q, k, layout)
         enter = self.enter
@@ -157,19 +231,20 @@ class Around:
         with graph.inserting_before(node):
             entered = graph.call_function(flexsparse_enter, (call.query, call.key, call.value, *gates))
             entered.meta = dict(node.meta, example_value=tuple(examples))
-            parts: list[Any] = [None] * len(examples)
+            pieces: list[Any] = [None] * len(examples)
             for index, example in enumerate(examples):
                 if example is not None:
-                    parts[index] = graph.call_function(operator.getitem, (entered, index))
-                    parts[index].meta = dict(node.meta, example_value=example)
-            first = parts[0]
+                    pieces[index] = graph.call_function(operator.getitem, (entered, index))
+                    pieces[index].meta = dict(node.meta, example_value=example)
+            first = pieces[0]
             if mark is not None:
-                first = graph.call_function(marks.GATE, (first, *parts[3:]))
-                first.meta = dict(parts[0].meta)
+                first = graph.call_function(marks.GATE, (first, *pieces[3:]))
+                first.meta = dict(pieces[0].meta)
+            more = {} if mask is None else {"attn_mask": self._mask(gm, node, mask, layout)}
             attention = graph.call_function(
-                SDPA, (first, *parts[1:3]), {"scale": call.scale, "enable_gqa": call.enable_gqa}
+                SDPA, (first, *pieces[1:3]), {**more, "scale": call.scale, "enable_gqa": call.enable_gqa}
             )
-            attention.meta = dict(parts[0].meta)
+            attention.meta = dict(pieces[0].meta)
             left = graph.call_function(flexsparse_leave, (attention,))
         left.meta = dict(node.meta)
         remove(node, left)

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -17,8 +18,9 @@ from flexsparse.distributed.around import Around
 from flexsparse.distributed.builders import of_heads
 from flexsparse.distributed.heads import Heads
 from flexsparse.distributed.parallel import SequenceParallel
-from flexsparse.distributed.tokens import gather_tokens, own_part, parts, segments_of
+from flexsparse.distributed.tokens import Segments, bounds, gather_tokens, own_part, parts, segments_of
 from flexsparse.masks.combine import Combination, PerHead
+from flexsparse.models import Joined, Leading, known
 from flexsparse.wrap import state_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -28,36 +30,67 @@ Plan = Mapping[str, Any]
 class Cut:
     """Hooks that cut a sequence of tokens into the ranks' parts and put it together again.
 
+    Only the video's tokens are cut: text is whole on every rank.
+
     Args:
         parallel: how they are spread.
         state: of the wrapped model; while it runs dense, nothing is cut, and every rank computes all.
+        text_first: whether text comes before the video where they are joined.
 
     Attributes:
-        tokens: S of the forward that is running; what the last cut saw.
+        tokens: video tokens of the forward that is running; what the last cut saw.
     """
 
-    def __init__(self, parallel: SequenceParallel, state: Any) -> None:
-        self.ranks, self.state = parallel.ulysses, state
+    def __init__(self, parallel: SequenceParallel, state: Any, text_first: bool) -> None:
+        self.ranks, self.state, self.text_first = parallel.ulysses, state, text_first
         self.tokens = 0
 
     def cut(self, x: Any, entry: Any) -> Any:
-        """This rank's tokens of a tensor; as it is where it has other dimensions than the plan expects."""
-        if (
-            self.state.dense
-            or not isinstance(x, Tensor)
-            or (entry.expected_dims is not None and x.dim() != entry.expected_dims)
-        ):
+        """This rank's tokens of a tensor, or of each of several; one with other dimensions than planned is left whole."""
+        if self.state.dense or entry is None:
             return x
+        if isinstance(entry, Leading):
+            return x if x is None else self.leading(x)
+        if isinstance(x, tuple | list):
+            entries = entry if isinstance(entry, Sequence) else [entry] * len(x)
+            return type(x)(self.cut(one, its) for one, its in zip(x, entries, strict=True))
+        if not isinstance(x, Tensor) or (entry.expected_dims is not None and x.dim() != entry.expected_dims):
+            return x
+        if isinstance(entry, Joined):
+            count = self.video() or self.tokens
+            text = x.shape[entry.split_dim] - count
+            first, last = (text, 0) if self.text_first else (0, text)
+            return own_part(x, self.segments(count, first, last), self.ranks.rank, entry.split_dim)
         self.tokens = x.shape[entry.split_dim]
-        segments = segments_of(0, parts(self.tokens, self.ranks.size), 0, "replicated")
-        return own_part(x, segments, self.ranks.rank, entry.split_dim)
+        video = self.video()
+        if video is not None and self.tokens != video:
+            raise ValueError(
+                f"the plan cuts dimension {entry.split_dim} of a tensor {tuple(x.shape)}, but the grid has {video} tokens: cut "
+                "the video's tokens only; every rank holds all text"
+            )
+        return own_part(x, self.segments(self.tokens), self.ranks.rank, entry.split_dim)
+
+    def segments(self, video: int, first: int = 0, last: int = 0) -> Segments:
+        """Of a sequence of video tokens, with text before or after them."""
+        return segments_of(first, parts(video, self.ranks.size), last, "replicated")
+
+    def video(self) -> int | None:
+        """Video tokens of the forward that runs or is redone; None where that is not known yet, or seen by a compiler only."""
+        if torch.compiler.is_compiling():
+            return None
+        grid = self.state.interceptor.known_grid()
+        return None if grid is None else grid[0] * grid[1] * grid[2]
+
+    def leading(self, count: int) -> int:
+        """How many of the first ``count`` video tokens this rank holds."""
+        start, end = bounds(parts(self.video() or self.tokens, self.ranks.size), self.ranks.rank)
+        return min(max(count - start, 0), end - start)
 
     def join(self, x: Any, entry: Any) -> Any:
         """All tokens."""
         if self.state.dense or entry is None or not isinstance(x, Tensor):
             return x
-        segments = segments_of(0, parts(self.tokens, self.ranks.size), 0, "replicated")
-        return gather_tokens(x, segments, self.ranks, entry.gather_dim)
+        return gather_tokens(x, self.segments(self.tokens), self.ranks, entry.gather_dim)
 
     def register(self, module: nn.Module, entry: Any) -> None:
         """Hook one module of a plan."""
@@ -65,7 +98,12 @@ class Cut:
             inputs = {name: one for name, one in entry.items() if isinstance(name, str)}
             outputs = {index: one for index, one in entry.items() if isinstance(index, int)}
             names = list(inspect.signature(type(module).forward).parameters)[1:]  # an instance's own may hide them
-            places = {names.index(name): one for name, one in inputs.items()}
+            absent = [name for name, one in inputs.items() if name not in names]
+            if any(not isinstance(inputs[name], Leading) for name in absent):
+                raise ValueError(
+                    f"the plan cuts {absent[0]!r} of {type(module).__name__}, whose forward takes {names}: mend plan="
+                )
+            places = {names.index(name): one for name, one in inputs.items() if name not in absent}
 
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 new = {name: self.cut(x, inputs[name]) if name in inputs else x for name, x in kwargs.items()}
@@ -102,41 +140,55 @@ def ulysses(model: Model, mesh: DeviceMesh | None = None, plan: Plan | None = No
         model: a wrapped model.
         mesh: the ranks, a mesh of one dimension; None for that of diffusers' ``model.enable_parallelism(
             config=ContextParallelConfig(ulysses_degree=...))``, which this takes over.
-        plan: where tokens are cut and joined, as diffusers' ``_cp_plan``, which is the default: module names to ``{argument
-            name or output index: object with split_dim and expected_dims}``, or to an object with ``gather_dim``.
+        plan: where video tokens are cut and joined, as diffusers' ``_cp_plan``: module names to ``{argument name or output
+            index: object with split_dim and expected_dims}``, or to an object with ``gather_dim``. By default what
+            `models.KNOWN` says of the class, else its ``_cp_plan`` without what that says of text. Text stays whole.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: a model that is not wrapped, or is sequence parallel already; no mesh; no plan; a plan for text tokens that
-            join the video in attention.
+        ValueError: a model that is not wrapped, or is sequence parallel already; no mesh; no plan; a plan that cuts text.
     """
     state = state_of(model)
     if state.backend.parallel is not None:
         raise ValueError(f"{type(model).__name__} is sequence parallel already: unwrap and wrap it first")
-    plan = getattr(model, "_cp_plan", None) if plan is None else plan
+    plan = _plan_of(model) if plan is None else plan
     if not plan:
         raise ValueError(
             f"{type(model).__name__} has no _cp_plan that says where its tokens are cut and joined: give plan=, or call "
             "SequenceParallel.shard, attention and unshard in the model's own code"
         )
-    if state.reader.text.arguments:
-        raise ValueError(
-            f"{type(model).__name__} joins text with the video in attention, which ulysses(model) does not cut: call "
-            "SequenceParallel.attention in the model's own code"
-        )
+    text = sorted({name for entry in plan.values() if isinstance(entry, Mapping) for name in entry if _is_text(name)})
+    if text:
+        raise ValueError(f"the plan cuts {text[0]}, which is text: every rank holds all of it; leave it out of plan=")
     if mesh is None:
         mesh = _take_over(model)
     parallel = SequenceParallel(ulysses=mesh)
     _localize(state.backend, parallel)
-    cut = Cut(parallel, state)
+    cut = Cut(parallel, state, known(model).text_at == "first")
     for name, entry in plan.items():
         for module in _named(model, name):
             cut.register(module, entry)
     state.options["dynamic"] = False  # the ranks' parts are numbers of the graph
     state.backend.parallel = Around(parallel)
     return model
+
+
+def _is_text(name: Any) -> bool:
+    return isinstance(name, str) and name.startswith("encoder_")  # as diffusers calls it
+
+
+def _plan_of(model: nn.Module) -> Plan:
+    """What the table says of a model's class, or the class itself: the latter's text stays whole here."""
+
+    def without_text(entry: Any) -> Any:
+        if not isinstance(entry, Mapping):
+            return entry
+        return {name: one for name, one in entry.items() if not _is_text(name)}
+
+    theirs = getattr(model, "_cp_plan", None) or {}
+    return known(model).plan or {module: without_text(entry) for module, entry in theirs.items()}
 
 
 def _take_over(model: nn.Module) -> DeviceMesh:
@@ -184,8 +236,11 @@ def _localize(backend: Any, parallel: SequenceParallel) -> None:
 
 
 def _named(model: nn.Module, name: str) -> list[nn.Module]:
-    """Modules of a plan's name, in which ``*`` stands for every member of a list."""
+    """Modules of a plan's name, in which ``*`` stands for every member of a list, and ``-1`` for the last one."""
     found = [model]
     for part in filter(None, name.split(".")):
-        found = [child for module in found for child in (module.children() if part == "*" else [getattr(module, part)])]
+        if part in ("*", "-1"):
+            found = [child for module in found for child in list(module.children())[-1 if part == "-1" else 0 :]]
+        else:
+            found = [getattr(module, part) for module in found]
     return found

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexsparse.distributed.traffic import traffic
+from flexsparse.layout import TileLayout
 from flexsparse.planning.attention import Call
 from flexsparse.planning.measured import Measured
 from flexsparse.planning.settings import Settings
@@ -73,6 +74,11 @@ def head_share(heads: int, ranks: int) -> float:
     return math.ceil(heads / ranks) / heads
 
 
+def token_share(layout: TileLayout, ranks: int) -> float:
+    """A GPU's share of the tokens: its part of the video, and all text that joins it."""
+    return (layout.num_tokens / ranks + layout.text_first + layout.text_last) / layout.seq_len
+
+
 def memory_of(settings: Settings, measured: Measured, calls: list[Call]) -> Memory:
     """Memory of a step."""
     R, F, size = settings.ulysses, settings.fsdp, settings.torch_dtype.itemsize
@@ -83,10 +89,11 @@ def memory_of(settings: Settings, measured: Measured, calls: list[Call]) -> Memo
         copies = 2.0 * measured.largest_block * size
     elif training and size != MASTER:
         copies = float(P * size)
-    plain = measured.plain.saved / R if measured.plain else 0.0
+    share = token_share(calls[0].layout, R)
+    plain = measured.plain.saved * share if measured.plain else 0.0
     checkpointed = None
     if measured.checkpointed is not None and measured.plain is not None:
-        checkpointed = (measured.checkpointed.saved + measured.plain.largest_block) / R
+        checkpointed = (measured.checkpointed.saved + measured.plain.largest_block) * share
     own = checkpointed if settings.checkpointing and checkpointed is not None else plain
     of = [head_share(call.heads, R) for call in calls]
     bitmasks = [call.bitmask_bytes * h for call, h in zip(calls, of)]
@@ -96,7 +103,7 @@ def memory_of(settings: Settings, measured: Measured, calls: list[Call]) -> Memo
         compute_weights=copies,
         gradients=training * P * MASTER / F,
         optimizer=training * 2 * P * MASTER / F,
-        activations=own if training else measured.sparse.peak / R,
+        activations=own if training else measured.sparse.peak * share,
         plain=plain,
         checkpointed=checkpointed,
         bitmasks=math.fsum(bitmasks) if training else max(bitmasks),

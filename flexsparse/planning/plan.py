@@ -181,14 +181,11 @@ def _notes(settings: Settings, measured: Measured, found: Shares) -> tuple[str, 
         )
     else:
         notes.append("Times are estimates: a roofline with shares of the peaks that result files of this GPU say.")
-    text = measured.sparse.sparse[0].layout
-    if settings.ulysses > 1 and text.text_first + text.text_last:
-        notes.append(
-            f"{measured.source.kind} joins text with the video: fs.distributed.ulysses does not take it as it is "
-            "(docs/distributed.md); the plan is that of SequenceParallel in its code."
-        )
     if settings.ulysses > 1:
-        notes.append("What is not attention is taken to be spread evenly over the GPUs of a sequence, text included.")
+        notes.append(
+            "What is not attention is taken to be spread over the GPUs of a sequence as the tokens are: text that joins the "
+            "video is on each of them, everything else is divided evenly."
+        )
     if settings.training:
         notes.append(
             "Weights, gradients and AdamW's averages are taken to be float32, all of them trained; what travels and what a "

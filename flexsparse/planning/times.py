@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from flexsparse.planning.attention import BACKWARD, Call, dense_flops
-from flexsparse.planning.costs import Communication
+from flexsparse.planning.costs import Communication, token_share
 from flexsparse.planning.machines import Shares
 from flexsparse.planning.measured import Measured
 from flexsparse.planning.settings import Settings
@@ -101,13 +101,12 @@ def rates(settings: Settings, shares: Shares) -> Rates:
 
 
 def _around(
-    settings: Settings, products: Counter[tuple[float, int]], backward: Counter[tuple[float, int]], rate: Rates
+    share: float, products: Counter[tuple[float, int]], backward: Counter[tuple[float, int]], rate: Rates
 ) -> tuple[float, float]:
-    """Seconds of matrix products and of what lies between them."""
+    """Seconds of matrix products and of what lies between them, for a share of the tokens."""
     every = products + backward
-    R = settings.ulysses
-    work = math.fsum(n * max(flops / rate.products, moved / rate.memory) for (flops, moved), n in every.items()) / R
-    return work, math.fsum(n * moved / rate.memory for (_, moved), n in every.items()) / R
+    work = math.fsum(n * max(flops / rate.products, moved / rate.memory) for (flops, moved), n in every.items())
+    return share * work, share * math.fsum(n * moved / rate.memory for (_, moved), n in every.items())
 
 
 def _attention(flops: float, moved: float, speeds: tuple[float, float], settings: Settings, memory: float) -> float:
@@ -121,7 +120,8 @@ def _common(
 ) -> dict[str, float]:
     counts = measured.dense if dense else measured.sparse
     size = settings.torch_dtype.itemsize
-    products, elementwise = _around(settings, counts.products, counts.backward, rate)
+    share = token_share(measured.sparse.sparse[0].layout, settings.ulysses)
+    products, elementwise = _around(share, counts.products, counts.backward, rate)
     calls = 0.0
     for call in measured.sparse.dense:
         B, H, queries, keys, D = call.shape

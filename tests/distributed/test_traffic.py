@@ -21,6 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ulysses": {"gate": True},
     "uneven": {"heads": 5, "kv_heads": 5, "grid": (3, 7, 5), "gate": True, "fine_gate": True, "batch": 2},
     "GQA": {"heads": 6, "kv_heads": 2, "last": 4},
+    "replicated text": {"first": 3, "last": 5, "gate": True},
     "split text": {"heads": 3, "kv_heads": 3, "text": "split", "first": 3, "last": 5},
     "tiles": {"mesh": (2, 1), "grid": (3, 7, 5), "first": 3, "text": "split"},
 }
@@ -74,6 +75,16 @@ def test_the_even_case_is_the_known_formula() -> None:
     found = fs.distributed.traffic(layout, heads=8, head_dim=64, ulysses=4)
     assert found.total == 4 * (256 // 4) * 8 * 64 * 2 * 3 // 4
     assert fs.distributed.traffic(layout, heads=8, head_dim=64).total == 0
+
+
+def test_replicated_text_adds_its_outputs() -> None:
+    """They go to every rank; its queries, keys, values and gates stay where they are."""
+    sizes = {"heads": 8, "head_dim": 64, "ulysses": 4, "gates": 1}
+    with_text, without = (
+        fs.distributed.traffic(fs.TileLayout(grid=(4, 8, 8), text_last=last), **sizes) for last in (16, 0)
+    )
+    assert with_text.enter == without.enter
+    assert with_text.leave - without.leave == 8 * 3 // 4 * 16 * 64 * 2
 
 
 def test_more_ranks_than_heads() -> None:

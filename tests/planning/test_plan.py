@@ -101,6 +101,22 @@ def test_ulysses_bytes_are_those_of_the_exchange(planned, how, times, gates):
     assert each == 2 * 2 * elements
 
 
+def test_text_that_joins_the_video_is_on_every_gpu(folder):
+    settings = Settings(model=str(folder("hunyuan")), grid=GRID, builder=fs.VSA(top_k=2), checkpointing=False)
+    counts = measure(settings)
+    one, two = (evaluate(dataclasses.replace(settings, gpus=n, ulysses=n), counts) for n in (1, 2))
+    calls = counts.sparse.sparse
+    video, text = calls[0].layout.num_tokens, calls[0].layout.text_last
+    assert len(calls) == 2 and text > 0
+    for heads, dim in ((call.heads, call.head_dim) for call in calls):
+        assert (heads, dim) == (2, 16)
+    each = (3 * video / 2 + video / 2 + text) * 16 * 2  # q, k, v of the video, and outputs of both, of the other's head
+    assert two.communication.ulysses == 2 * 2 * each  # forward and backward of two calls
+    share = (video / 2 + text) / (video + text)
+    assert two.memory.activations == pytest.approx(one.memory.activations * share)
+    assert two.sparse.products == pytest.approx(one.sparse.products * share)
+
+
 @pytest.mark.parametrize(("gpus", "fsdp"), [(2, 2), (4, 4), (4, 2), (4, 1)])
 def test_fsdp_bytes_are_the_others_shards(planned, gpus, fsdp):
     settings, counts = planned(gpus=gpus, fsdp=fsdp)
