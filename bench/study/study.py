@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -171,11 +172,18 @@ class Study:
             run, clips.channels, device=self.device, compiled=self.compiled, weights=weights, bf16=self.bf16
         )
         checkpoint = folder / train.CHECKPOINT
-        if checkpoint.exists():
-            train.unpack(training, load_checkpoint(checkpoint))
-            self.say(f"  goes on after step {training.progress.step}")
-        else:
+        found = load_checkpoint(checkpoint) if checkpoint.exists() else None
+        if found is not None and not self._has_rows_of(run, found.state["progress"]):
+            self.say("  there is a checkpoint, but its rows are gone: starts again")
+            found = None
+        if found is None:
             self.results.drop(run.name)
+        else:
+            train.unpack(training, found)
+            self.say(f"  goes on after step {training.progress.step}")
+            if training.progress.step > run.steps:
+                self.say("  left out: it has been trained further than that")
+                return True
         begin, first = time.monotonic(), training.progress.step
 
         def told(step: int, loss: float) -> None:
@@ -194,11 +202,19 @@ class Study:
             told=told,
         )
         if done:
-            losses = [row["loss"] for row in self.results.of("evaluation") if row["run"] == run.name]
-            self.say(f"  held-out loss {losses[-1]:.5f}")
+            loss = [row["loss"] for row in self.results.of("evaluation") if row["run"] == run.name][-1]
+            if loss is None:
+                self.say(f"  diverged at step {training.progress.step}: lower the size's learning rate")
+                return True
+            self.say(f"  held-out loss {loss:.5f}")
             video = samples.sample(training.averaged, run.size, clips.channels, self.device, self.bf16)
             samples.save(video, folder / "sample.png")
         return done
+
+    def _has_rows_of(self, run: Run, progress: dict[str, Any]) -> bool:
+        """Whether the evaluations that a checkpoint has behind it are on file."""
+        steps = {row["step"] for row in self.results.of("evaluation") if row["run"] == run.name}
+        return {step for step, *_ in progress["measured"]} <= steps
 
     def _probe(self, item: Probe) -> bool:
         run, clips = item.run, self._clips_of(item.run.size)

@@ -183,10 +183,10 @@ def train(
         told: called after each step with the number of steps done and the loss.
 
     Returns:
-        Whether ``until`` was reached.
+        Whether ``until`` was reached, or the loss was not finite: then the rows say so, and nothing goes on from there.
 
     Raises:
-        RunError: a loss is not finite; a file cannot be written.
+        RunError: a file cannot be written.
     """
     run, progress = training.run, training.progress
     device = next(training.model.parameters()).device
@@ -196,9 +196,10 @@ def train(
         batch = clips.batch(run.seed, progress.step).to(device)
         loss = step(training, batch, progress.step).item()
         progress.step += 1
-        if not math.isfinite(loss):
-            raise RunError(f"{run.name}: the loss is {loss} at step {progress.step}: lower the size's learning rate")
         progress.train_loss.append(loss)
+        if not math.isfinite(loss):
+            results.put(*_diverged(training, clips.channels, until))
+            return True
         told(progress.step, loss)
         if progress.step % run.evaluate_every == 0 or progress.step == until:
             _measured(training, evaluate(training.averaged, held_out, training.bf16), clips.channels, results)
@@ -216,6 +217,20 @@ def train(
 def weights_of(folder: Path, steps: int) -> Path:
     """Where a run leaves its averaged weights after so many steps."""
     return folder / f"averaged-{steps}.safetensors"
+
+
+def _diverged(training: Training, channels: int, until: int) -> list[Row]:
+    """The last rows of a run whose loss is not finite: an evaluation without a loss, and a summary."""
+    run, progress = training.run, training.progress
+    before, attention, selection, total = progress.measured[-1]
+    progress.flops += (progress.step - before) * total
+    progress.attention_flops += (progress.step - before) * (attention + selection)
+    nothing: Row = {"loss": None, "levels": {}, "windows": [], "density": None}
+    flops = {"flops": progress.flops, "attention_flops": progress.attention_flops}
+    last = {"kind": "evaluation", **_labels(run), "step": progress.step, **flops, **nothing}
+    losses = [loss for loss in progress.train_loss if math.isfinite(loss)]
+    summary = _summary(training, channels) | {"steps": until, "train_loss": losses}
+    return [last, summary | {"finished": False, "diverged": progress.step}]
 
 
 def _measured(training: Training, found: Evaluation, channels: int, results: Results) -> None:

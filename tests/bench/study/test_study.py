@@ -12,7 +12,7 @@ import torch
 
 import bench.study.__main__ as command
 import flexsparse as fs
-from bench.study import presets, study, train
+from bench.study import presets, report, study, train
 from bench.study.presets import PRESETS, Maker, Preset, Probe, Timing, methods
 from bench.study.rows import KEYS, Results, describe, load
 from bench.study.settings import Method, Run, Size
@@ -200,9 +200,44 @@ def test_no_result_file_of_a_study(tmp_path: Path) -> None:
 
 
 def test_a_diverging_run_says_so(tmp_path: Path) -> None:
+    """The study goes on with the next one, and does not try again."""
     size = dataclasses.replace(TINY, learning_rate=float("nan"))
-    with pytest.raises(RunError, match=r"tiny/dense/s0: the loss is nan at step 2: lower"):
-        make(tmp_path, dataclasses.replace(runs("dense")[0], size=size)).run()
+    items = [dataclasses.replace(runs("dense")[0], size=size), *runs("vsa")]
+    made = make(tmp_path, *items)
+    assert made.run() and any("diverged at step 2" in line for line in made.lines)  # type: ignore[attr-defined]
+    assert [(row["step"], row["loss"] is None) for row in rows_of(tmp_path, "evaluation")[:2]] == [
+        (0, False),
+        (2, True),
+    ]
+    bad, good = rows_of(tmp_path, "run")
+    assert (bad["finished"], bad["diverged"], good["finished"]) == (False, 2, True)
+    again = make(tmp_path, *items)
+    assert again.run() and again.lines == []  # type: ignore[attr-defined]
+    page = report.page([report.File(name="a.json", header={}, rows=load(tmp_path / "study.json")[1])], [], "plots")
+    assert "1 of 1 seeds diverged" in page
+
+
+def test_a_checkpoint_without_its_rows_starts_again(tmp_path: Path) -> None:
+    assert make(tmp_path, *runs("dense", steps=4)).run()
+    whole = rows_of(tmp_path, "evaluation")
+    (tmp_path / "study.json").unlink()
+    made = make(tmp_path, *runs("dense", steps=4))
+    assert made.run() and any("its rows are gone: starts again" in line for line in made.lines)  # type: ignore[attr-defined]
+    assert rows_of(tmp_path, "evaluation") == whole
+
+
+def test_a_run_that_is_further_is_left_alone(tmp_path: Path) -> None:
+    assert make(tmp_path, *runs("dense", steps=6)).run()
+    rows = load(tmp_path / "study.json")[1]
+    Results(tmp_path / "other.json", {}).put(*(row for row in rows if row["kind"] != "run"))
+    (tmp_path / "study.json").unlink()
+    (tmp_path / "other.json").rename(tmp_path / "study.json")
+    found = json.loads((tmp_path / "study.json").read_text())
+    made = make(tmp_path, *runs("dense", steps=4))
+    found["header"] |= made._header(made._clips_of(TINY))
+    (tmp_path / "study.json").write_text(json.dumps(found))
+    assert made.run() and "left out: it has been trained further than that" in made.lines[-1]  # type: ignore[attr-defined]
+    assert not train.weights_of(tmp_path / "runs" / "tiny/dense/s0", 4).exists()
 
 
 def test_time_is_up(tmp_path: Path) -> None:
