@@ -27,6 +27,7 @@ import flexsparse as fs
 from bench.header import header
 from bench.marks import replaced
 from bench.table import x_by
+from flexsparse import attention
 from flexsparse.attention import attend
 from flexsparse.backends import triton
 from flexsparse.masks import base
@@ -139,6 +140,7 @@ def without_values() -> Iterator[FakeTensorMode]:
         for owner, name, new in (
             (triton._Interpreted, "apply", op),  # off CUDA the templates run in an interpreter
             (base, "is_tracing", lambda: False),  # fake tensors look like a compiler at work
+            (attention, "is_tracing", lambda: False),
         ):
             stack.enter_context(mock.patch.object(owner, name, new))
         stack.enter_context(mock.patch("torch._inductor.compile_fx.compile_fx_inner", uncompiled))
@@ -149,7 +151,8 @@ def count(case: Case, mode: str) -> Row:
     """The row of a case, ``eager`` or ``compiled``."""
     with without_values():
         if mode == "compiled":
-            with mock.patch.object(base, "is_tracing", lambda: True):  # what is compiled is traced
+            traced = (mock.patch.object(module, "is_tracing", lambda: True) for module in (base, attention))
+            with next(traced), next(traced):  # what is compiled is traced
                 tensors, gate = saved_tensors(case, compiled)
         else:
             tensors, gate = saved_tensors(case, eager)

@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from flexsparse.compile_passes import epilogue
 from flexsparse.compile_passes.epilogue import find_epilogue
 from flexsparse.compile_passes.graphs import finish, graph_modules, is_attribute
-from flexsparse.ops.tile_attention import backward_reads_out, result_like, templates_refuse
+from flexsparse.ops.tile_attention import result_like, templates_refuse
 from flexsparse.selection import tile_mask_mod
 
 FORWARD = torch.ops.higher_order.flex_attention
@@ -267,8 +267,7 @@ def _lower_backward(graph: Graph, node: Node, lists: Node) -> None:
         else:
             d_lse = None
         op = torch.ops.flexsparse.tile_attention_backward.default
-        kept = out if backward_reads_out(q.meta["val"].dtype, gated=False) else None
-        operands = (grad, d_lse, q, k, v, kept, natural, None, None, *lists.args[:-1], scale)
+        operands = (grad, d_lse, q, k, v, out, natural, None, None, *lists.args[:-1], scale)
         new = _call(graph, node, op, *operands)
         for user in list(node.users):
             if _index(user) < 3:

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flexsparse.backends import Case, choose, flex, gather, reference, softmax_scale, triton
 from flexsparse.layout import TileLayout
@@ -261,8 +262,37 @@ def fine(
     if fine_gate is not None:
         out = out * fine_gate
     if gate is not None and coarse_out is not None:
-        out = out + gate * broadcast_coarse(coarse_out, selection.layout).to(out.dtype)
+        if backend == "reference" or is_tracing():
+            out = out + _gated(gate, coarse_out, selection.layout, out.dtype)
+        else:
+            out = out + cast(Tensor, _Gated.apply(gate, coarse_out, selection.layout, out.dtype))
     return out.to(q.dtype), lse  # gates may be of another dtype
+
+
+def _gated(gate: Tensor, coarse_out: Tensor, layout: TileLayout, dtype: torch.dtype) -> Tensor:
+    """``gate * coarse`` of each token."""
+    return gate * broadcast_coarse(coarse_out, layout).to(dtype)
+
+
+class _Gated(torch.autograd.Function):
+    """`_gated` that keeps the coarse output of tiles for backward, not of tokens: that is as large as q."""
+
+    @staticmethod
+    def forward(gate: Tensor, coarse_out: Tensor, layout: TileLayout, dtype: torch.dtype) -> Tensor:
+        return _gated(gate, coarse_out, layout, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.how = inputs[2:]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            product = _gated(*leaves, *ctx.how)
+        return *torch.autograd.grad(product, leaves, grad), None, None
 
 
 def broadcast_coarse(coarse_out: Tensor, layout: TileLayout) -> Tensor:

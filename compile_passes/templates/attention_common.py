@@ -29,7 +29,7 @@ NUMBERS = (
 )
 """The kernels' integers; none recompiles anything."""
 _KINDS = {
-    "*fp32": ("lse", "lse_log2", "delta", "grad_lse", "coarse", "dcoarse", "workspace"),
+    "*fp32": ("lse", "lse_log2", "delta", "estimate", "grad_lse", "coarse", "dcoarse", "workspace"),
     "*i32": ("lists", "counts", "kv_counts", "columns", "indices", "pieces"),
     "*i64": ("offsets",),
     "fp32": ("scale", "scale_log2"),

@@ -24,9 +24,9 @@ from flexsparse.compile_passes.templates.attention_common import (
 )
 from flexsparse.compile_passes.templates.backward_kernels import _delta, _dq
 from flexsparse.compile_passes.templates.column_kernels import _add_pieces, _dkdv
-from flexsparse.compile_passes.templates.launch import LOG2E, Compilation, launch
+from flexsparse.compile_passes.templates.launch import Compilation, launch
 from flexsparse.compile_passes.templates.lists import ascending, transpose
-from flexsparse.compile_passes.templates.walks import Walk, column_blocks, dkdv_of, dq_of, row_blocks
+from flexsparse.compile_passes.templates.walks import Walk, column_blocks, dkdv_of, dq_blocks, dq_of, row_blocks
 
 
 def backward(
@@ -35,7 +35,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor | None,
+    out: Tensor,
     lse: Tensor,
     bits: Tensor,
     counts: Tensor,
@@ -60,7 +60,7 @@ def backward(
         q: ``[B, H, R, D]``, and so on as `forward` took them.
         k: ``[B, G, U * slots, D]``.
         v: as k.
-        out: as `forward` returned it; read in float32 without a gate only, and there not needed.
+        out: as `forward` returned it.
         lse: as `forward` returned it.
         bits: int32 ``[B, H, N, W]``.
         counts: int32 ``[B, H, N]``.
@@ -81,22 +81,25 @@ def backward(
         the last two without them.
     """
     B, H, R, D = q.shape
-    G, N, U = k.shape[1], counts.shape[2], k.shape[2] // slots
-    grad_out, q, k, v = (dense_rows(x) for x in (grad_out, q, k, v))
+    G, N = k.shape[1], counts.shape[2]
+    grad_out, q, k, v, out = (dense_rows(x) for x in (grad_out, q, k, v, out))
     gate, lse = None if gate is None else dense_rows(gate), lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     bits, counts, kv_counts = bits.contiguous(), counts.contiguous(), kv_counts.contiguous()
     gated = coarse is not None and gate is not None
-    # sum(grad * out) equals sum(weights * d_weights) unless out was rounded or holds the coarse output too: where one
-    # weight is near 1, its difference to d_weights is all that counts, and a rounding of out is larger than it
-    exact = out is None or q.dtype != torch.float32 or gated
-    out = None if out is None or exact else dense_rows(out)
+    # out was rounded, or holds the coarse output too: where one weight is near 1, its difference to d_weights is all that
+    # counts, and a rounding of out is larger than it
+    correct = q.dtype != torch.float32 or gated
     lse_log2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    estimate = torch.empty_like(delta) if correct else delta
     dcoarse = torch.empty_like(coarse, memory_format=torch.contiguous_format) if coarse is not None else None
     dgate = torch.empty_like(gate) if gate is not None else None
     walk = Walk(
         rows={"grad_out": grad_out, "q": q, "k": k, "v": v},
         lse_log2=lse_log2,
         delta=delta,
+        estimate=estimate,
+        grad_lse=grad_lse,
         counts=counts,
         kv_counts=kv_counts,
         query_rows=query_rows,
@@ -109,35 +112,26 @@ def backward(
         partial=partial,
         constants={"GROUP": H // G, **flags(q, k, bits, query_rows, kv_video, slots, partial)},
     )
-    lists = ascending(bits, counts, kv_video, capacity)
+    size = row_blocks(q.dtype, D, query_rows, slots)
     launch(
         _delta,
         (R // query_rows, H, B),
         grad_out,
-        None if grad_lse is None else grad_lse.contiguous(),
-        q,
-        k,
-        v,
+        grad_lse,
         out,
         lse,
-        lists,
-        counts,
-        kv_counts,
         None if coarse is None else coarse.contiguous(),
         gate,
-        lse_log2,
-        delta,
-        dcoarse,
-        dgate,
-        scale * LOG2E,
-        *(H, N, kv_video, U, R, first_rows, kv_first, capacity),
+        *(lse_log2, estimate, dcoarse, dgate),
+        *(H, N, R, first_rows),
         COARSE=gated,
-        EXACT=exact,
         LSE_GRADIENT=grad_lse is not None,
-        **strides(grad_out=grad_out, q=q, k=k, v=v, out=out, gate=gate, dgate=dgate),
-        **walk.constants,
-        **row_blocks(q.dtype, D, query_rows, slots).meta(),
+        ROWS=size.rows,
+        num_warps=size.num_warps,
+        **strides(grad_out=grad_out, out=out, gate=gate, dgate=dgate),
+        **{name: walk.constants[name] for name in ("D", "BLOCK_D", "QUERY_ROWS")},
     )
+    lists = ascending(bits, counts, kv_video, capacity)
     dq = dq_of(walk, lists)
     del lists  # before the lists of the other direction take their memory
     dk, dv = dkdv_of(walk, *transpose(bits, counts, kv_video, capacity))
@@ -150,7 +144,7 @@ def backward_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor | None,
+    out: Tensor,
     lse: Tensor,
     bits: Tensor,
     counts: Tensor,
@@ -192,12 +186,12 @@ def compilations(long_tail: bool) -> list[Compilation]:
     found: list[Compilation] = []
     for shape in shapes(long_tail):
         sizes = (shape.dtype, shape.D, shape.query_rows, shape.slots)
-        exact = shape.dtype != torch.float32 or not shape.full
+        correct = shape.dtype != torch.float32 or not shape.full
         absent = dict.fromkeys(("coarse", "gate", "dcoarse", "dgate", "grad_lse") if shape.full else ("grad_lse",))
-        absent |= dict.fromkeys(("out",) if exact else ())
-        constants = {"COARSE": not shape.full, "EXACT": exact, "LSE_GRADIENT": False, **absent}
+        constants = {"COARSE": not shape.full, "LSE_GRADIENT": False, **absent}
         found.append(compilation(_delta, shape, row_blocks(*sizes), **constants))
-        found.append(compilation(_dq, shape, row_blocks(*sizes)))
+        constants = {"CORRECT": correct, "LSE_GRADIENT": False, "grad_lse": None}
+        found.append(compilation(_dq, shape, dq_blocks(*sizes), **constants))
         size = column_blocks(*sizes, shape.group, not shape.full)
         found.append(compilation(_dkdv, shape, size, SPLIT=False, workspace=None))
         split = compilation(_dkdv, shape, size, SPLIT=True)

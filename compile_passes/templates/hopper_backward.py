@@ -32,14 +32,19 @@ ARCHS = ("sm_90a",)
 
 
 def dq_refuses(dtype: torch.dtype, D: int, query_rows: int, slots: int, size: Blocks) -> str | None:
-    """Why `dq` cannot do a case with these blocks; None where it can. Everything else that `backward` takes it takes."""
-    if size.num_warps * 16 != size.rows or size.rows not in (64, 128) or size.keys not in (64, 128):
-        return f"takes 64 or 128 rows and slots, 16 rows to a warp, not {size.rows} x {size.keys} on {size.num_warps} warps"
+    """Why `dq` cannot do a case with these blocks; None where it can. Everything else that `backward` takes it takes.
+
+    Two accumulators leave no registers for the weights of more than 64 slots.
+    """
+    if size.num_warps * 16 != size.rows or size.rows not in (64, 128) or size.keys != 64:
+        return (
+            f"takes 64 or 128 rows, 16 to a warp, and 64 slots, not {size.rows} x {size.keys} on {size.num_warps} warps"
+        )
     return _refuses(dtype, D, query_rows, slots, size)
 
 
 def dkdv_refuses(dtype: torch.dtype, D: int, query_rows: int, slots: int, size: Blocks) -> str | None:
-    """As `dq_refuses`, of `dkdv`: two accumulators leave no registers for the weights of more than 64 rows."""
+    """As `dq_refuses`, of `dkdv`: here the weights of no more than 64 rows."""
     if size.num_warps * 16 != size.keys or size.rows != 64 or size.keys not in (64, 128):
         return (
             f"takes 64 rows and 64 or 128 slots, 16 to a warp, not {size.rows} x {size.keys} on {size.num_warps} warps"
@@ -58,12 +63,11 @@ def _refuses(dtype: torch.dtype, D: int, query_rows: int, slots: int, size: Bloc
 def dq_sizes(D: int, query_rows: int, slots: int) -> list[Blocks]:
     """Blocks worth trying for `dq`, the most promising first; none where it refuses the shape.
 
-    At D=128 two stages hold the rows in registers, with two programs an SM (`holds`); one stage has three programs. 128 rows
-    share what they read, 128 slots read the rows half as often, and both leave fewer programs.
+    Two accumulators leave two programs an SM at D=128, for which shared memory has room with two stages; at D=64 three where a
+    second stage takes no registers. 128 rows share what they read, and leave one program.
     """
-    found = [Blocks(rows=64, keys=64, num_warps=4, num_stages=stages) for stages in (2, 1)]
-    found.append(Blocks(rows=64, keys=128, num_warps=4, num_stages=1))
-    found += [Blocks(rows=128, keys=keys, num_warps=8, num_stages=2) for keys in (64, 128)]
+    found = [Blocks(rows=64, keys=64, num_warps=4, num_stages=stages) for stages in ((2, 1) if D == 128 else (1, 2))]
+    found.append(Blocks(rows=128, keys=64, num_warps=8, num_stages=2))
     return [size for size in found if dq_refuses(torch.bfloat16, D, query_rows, slots, size) is None]
 
 
@@ -73,13 +77,13 @@ def dkdv_sizes(D: int, query_rows: int, slots: int) -> list[Blocks]:
     return [size for size in found if dkdv_refuses(torch.bfloat16, D, query_rows, slots, size) is None]
 
 
-def holds(D: int, size: Blocks) -> bool:
-    """Whether `dq` holds its rows in registers: of these blocks shared memory has room for so few that registers are free."""
-    return D == 128 and size.keys == 64 and size.num_stages == 2
+def dq_options(D: int, size: Blocks) -> dict[str, int]:
+    """The limit of registers where `dq` has three programs an SM if ptxas is told, as one of `launch`'s options."""
+    return {"maxnreg": 168} if D == size.keys == size.rows == 64 and size.num_stages == 1 else {}
 
 
 def dkdv_options(D: int, size: Blocks, group: int) -> dict[str, int]:
-    """The limit of registers where `dkdv` has three programs an SM if ptxas is told, as one of `launch`'s options.
+    """As `dq_options`, of `dkdv`.
 
     The loop over the query heads of a group takes registers of its own.
     """
@@ -87,7 +91,7 @@ def dkdv_options(D: int, size: Blocks, group: int) -> dict[str, int]:
 
 
 def dq(walk: Walk, lists: Tensor, size: Blocks) -> Tensor:
-    """As `backward.dq_of`, on a Hopper GPU.
+    """As `walks.dq_of`, on a Hopper GPU; what it finds delta to be is written to the walk's.
 
     Args:
         walk: its rows are copied only where the copy engine does not take their address or strides.
@@ -113,13 +117,14 @@ def dq(walk: Walk, lists: Tensor, size: Blocks) -> Tensor:
         (R // size.rows, H, B),
         *_operands(walk, size),
         _boxes(found, size.rows),
-        *(walk.lse_log2, walk.delta, lists, walk.counts, walk.kv_counts),
+        *(walk.lse_log2, walk.delta, walk.estimate, walk.grad_lse, lists, walk.counts, walk.kv_counts),
         *(walk.scale, walk.scale * LOG2E),
         *(H, walk.counts.shape[2], walk.kv_video, k.shape[2] // walk.slots, R),
         *(walk.first_rows, walk.kv_first, walk.capacity),
-        HELD=holds(D, size),
+        LSE_GRADIENT=walk.grad_lse is not None,
         **_constants(walk, size),
         num_warps=size.num_warps,
+        **dq_options(D, size),
     )
     return found
 
@@ -207,7 +212,8 @@ def compilations(long_tail: bool) -> list[Compilation]:
 def _dq_compilations(shape: Shape, size: Blocks) -> list[AttentionCompilation]:
     boxes = dict.fromkeys(("queries", "grads", "outs"), _box(size.rows, shape.D, False))
     boxes |= dict.fromkeys(("keys", "values"), _box(size.keys, shape.D, True))
-    return [_compilation(hopper_backward_rows.hopper_dq, shape, size, boxes, {}, HELD=holds(shape.D, size))]
+    constants = {"LSE_GRADIENT": False, "grad_lse": None}
+    return [_compilation(hopper_backward_rows.hopper_dq, shape, size, boxes, dq_options(shape.D, size), **constants)]
 
 
 def _dkdv_compilations(shape: Shape, size: Blocks) -> list[AttentionCompilation]:

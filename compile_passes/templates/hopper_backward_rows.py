@@ -57,6 +57,8 @@ def hopper_dq(
     outs,
     lse_log2,
     delta,
+    estimate,
+    grad_lse,
     lists,
     counts,
     kv_counts,
@@ -77,13 +79,13 @@ def hopper_dq(
     ROWS: gl.constexpr,
     KEYS: gl.constexpr,
     STAGES: gl.constexpr,
-    HELD: gl.constexpr,
     EXTRA: gl.constexpr,
     PARTIAL: gl.constexpr,
+    LSE_GRADIENT: gl.constexpr,
 ):
-    """dq of ROWS query rows of one head; a step takes KEYS slots of a tile.
+    """dq and delta of ROWS query rows of one head; a step takes KEYS slots of a tile. STAGES: buffers of keys and of values.
 
-    STAGES: buffers of keys and of values. HELD: queries and gradients stay in registers, and shared memory is read less.
+    `backward_kernels` says how delta comes from its estimate.
     """
     DTYPE: gl.constexpr = queries.dtype
     PIECES: gl.constexpr = SLOTS // KEYS
@@ -146,16 +148,15 @@ def hopper_dq(
 
     place = bh * R + row + gl.arange(0, ROWS, gl.SliceLayout(1, LOGITS))
     shift = gl.load(lse_log2 + place)
-    mean = gl.load(delta + place)
+    mean = gl.load(estimate + place)
     zeros = gl.zeros([ROWS, KEYS], gl.float32, LOGITS)
     acc = gl.zeros([ROWS, D], gl.float32, OUTPUT)
+    mean_key = gl.zeros([ROWS, D], gl.float32, OUTPUT)
+    missing = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LOGITS))
     for i in gl.static_range(2):
         mbarrier.wait(ready.index(i), 0)
     q_operand = _matrix(q_box)
     g_operand = _matrix(g_box)
-    if HELD:
-        q_operand = q_operand.load(gl.DotOperandLayout(operand_index=0, parent=LOGITS, k_width=2))
-        g_operand = g_operand.load(gl.DotOperandLayout(operand_index=0, parent=LOGITS, k_width=2))
 
     for j in range(steps):
         half = j % STAGES
@@ -177,18 +178,26 @@ def hopper_dq(
         d_weights = warpgroup_mma_wait(0, deps=[d_product])
         if more:
             _copy(values, b, g, ahead, shift_ahead, v_ready.index(half), v_buffers.index(half))
-        d_logits = weights * (d_weights - mean[:, None])
         if PARTIAL and shift_now < 0:
-            d_logits = _without_first(d_logits, -shift_now)
-        operand = gl.convert_layout(d_logits.to(DTYPE), OPERAND)
-        update = warpgroup_mma(operand, k_buffer, acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[update])
+            weights = _without_first(weights, -shift_now)
+        d_logits = weights * (d_weights - mean[:, None])
+        missing += gl.sum(d_logits, 1)
+        operand = gl.convert_layout(weights.to(DTYPE), OPERAND)
+        mean_update = warpgroup_mma(operand, k_buffer, mean_key, is_async=True)
+        d_operand = gl.convert_layout(d_logits.to(DTYPE), OPERAND)
+        update = warpgroup_mma(d_operand, k_buffer, acc, is_async=True)
+        mean_key, acc = warpgroup_mma_wait(0, deps=[mean_update, update])
         if more:
             _copy(keys, b, g, ahead, shift_ahead, k_ready.index(half), k_buffers.index(half))
         ahead = later
         shift_now = shift_soon if STAGES == 2 else shift_ahead
         shift_soon = shift_ahead
 
+    if LSE_GRADIENT:
+        missing -= gl.load(grad_lse + place)
+    gl.store(delta + place, mean + missing)
+    missing = gl.convert_layout(missing, gl.SliceLayout(1, OUTPUT))
+    acc -= missing[:, None] * mean_key
     _matrix(q_box).store((acc * scale).to(DTYPE))
     fence_async_shared()
     tma.async_copy_shared_to_global(outs, [b, h, row, 0], q_box)

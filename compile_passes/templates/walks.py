@@ -6,7 +6,7 @@ Shape letters: B batch, H query heads, G KV heads, N query tiles, M KV video til
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,14 +27,23 @@ from flexsparse.compile_passes.templates.launch import LOG2E, launch
 
 
 def row_blocks(dtype: torch.dtype, D: int, query_rows: int, slots: int) -> Blocks:
-    """Block sizes of the kernels that walk the lists of query rows."""
+    """Block sizes of the kernel of delta, and for the most part of dq's."""
     if dtype == torch.float32:
         return unaccelerated_blocks(D, query_rows, slots)
     if D > 128:
         return Blocks(rows=min(query_rows, 64), keys=min(slots, 32), num_warps=4, num_stages=2)
     rows = min(query_rows, 128)
-    size = Blocks(rows=rows, keys=min(slots, 64), num_warps=8 if rows == 128 else 4, num_stages=3)
-    return CappedBlocks(**vars(size), registers=168) if rows == 32 and D == 128 else size
+    return Blocks(rows=rows, keys=min(slots, 64), num_warps=8 if rows == 128 else 4, num_stages=3)
+
+
+def dq_blocks(dtype: torch.dtype, D: int, query_rows: int, slots: int) -> Blocks:
+    """Block sizes of the kernel of dq: in low precision it has two accumulators, for which wider blocks would spill."""
+    size = row_blocks(dtype, D, query_rows, slots)
+    if dtype == torch.float32:
+        return size
+    if D > 128:
+        return replace(size, rows=min(query_rows, 32))
+    return replace(size, keys=min(slots, 32)) if D > 64 and size.rows <= 64 else size
 
 
 def column_blocks(dtype: torch.dtype, D: int, query_rows: int, slots: int, group: int, partial: bool) -> Blocks:
@@ -58,7 +67,9 @@ class Walk:
     Attributes:
         rows: ``grad_out``, ``q``, ``k`` and ``v`` by name, as `backward` takes them; the last stride is 1.
         lse_log2: float32 ``[B, H, R]``, the log-sum-exp in base 2, inf for a row that saw nothing.
-        delta: float32 ``[B, H, R]``, what d_weights are lessened by.
+        delta: float32 ``[B, H, R]``, what d_weights are lessened by; written by `dq_of` where the estimate is another tensor.
+        estimate: float32 ``[B, H, R]``, delta as the output tells it; delta itself where that is all of it.
+        grad_lse: float32 ``[B, H, R]``, or None.
         counts: int32 ``[B, H, N]``.
         kv_counts: int32 ``[B, U]``.
         query_rows: as in `backward`, like all that follow.
@@ -75,6 +86,8 @@ class Walk:
     rows: dict[str, Tensor]
     lse_log2: Tensor
     delta: Tensor
+    estimate: Tensor
+    grad_lse: Tensor | None
     counts: Tensor
     kv_counts: Tensor
     query_rows: int
@@ -94,7 +107,7 @@ class Walk:
 
 
 def dq_of(walk: Walk, lists: Tensor) -> Tensor:
-    """dq, from the kept tiles of each row, int32 ``[B, H, N, capacity]``."""
+    """dq, from the kept tiles of each row, int32 ``[B, H, N, capacity]``; and delta, which `dkdv_of` reads."""
     q, k = walk.rows["q"], walk.rows["k"]
     B, H, R, D = q.shape
     hopper = tuned.hopper_blocks("dq", q, walk.query_rows, walk.slots)
@@ -103,11 +116,12 @@ def dq_of(walk: Walk, lists: Tensor) -> Tensor:
 
         return hopper_backward.dq(walk, lists, hopper)
     dq = torch.empty_like(q)
-    size = row_blocks(q.dtype, D, walk.query_rows, walk.slots)
+    size = dq_blocks(q.dtype, D, walk.query_rows, walk.slots)
     launch(
         _dq,
         (R // size.rows, H, B),
         *walk.operands,
+        *(walk.estimate, walk.grad_lse),
         lists,
         walk.counts,
         walk.kv_counts,
@@ -115,6 +129,8 @@ def dq_of(walk: Walk, lists: Tensor) -> Tensor:
         *(walk.scale, walk.scale * LOG2E),
         *(H, walk.counts.shape[2], walk.kv_video, k.shape[2] // walk.slots, R),
         *(walk.first_rows, walk.kv_first, walk.capacity),
+        CORRECT=walk.estimate is not walk.delta,
+        LSE_GRADIENT=walk.grad_lse is not None,
         **strides(**walk.rows, dq=dq),
         **walk.constants,
         **size.meta(),

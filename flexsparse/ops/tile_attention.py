@@ -18,11 +18,6 @@ HEAD_DIMS = range(8, 257, 8)
 ROWS = (16, 32, 64, 128, 256)
 
 
-def backward_reads_out(dtype: torch.dtype, gated: bool) -> bool:
-    """Whether a backward reads the output: only one that is neither rounded nor has the coarse output in it."""
-    return dtype not in (torch.bfloat16, torch.float16) and not gated
-
-
 def templates_refuse(dtype: torch.dtype, head_dim: int, query_rows: int, slots: int) -> str | None:
     """Why the Triton templates cannot do a case, with the remedy; None where they can."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -184,7 +179,8 @@ def tile_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `tile_attention` with respect to q, k, v, coarse and gate (of size 0 where there are none).
 
-    ``out`` is None where `backward_reads_out` says so: what is not read is not saved either.
+    ``out`` as `tile_attention` returned it, the gated coarse output included. Off CUDA only float32 without a gate reads it,
+    and needs it not: None is allowed.
     """
     sizes = (query_rows, first_rows, kv_first, kv_video, slots)
     fine = out if gate is None else None  # with a gate, out is not the fine stage's alone
@@ -213,9 +209,15 @@ def run_backward(
     kv_counts: Tensor,
     *sizes: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`tile_attention_backward` by the Triton templates: on CUDA, and in Triton's interpreter."""
+    """`tile_attention_backward` by the Triton templates: on CUDA, and in Triton's interpreter.
+
+    Raises:
+        ValueError: no output.
+    """
     from flexsparse.compile_passes.templates.backward import backward
 
+    if out is None:
+        raise ValueError("out is None, and the templates' backward reads it: give what tile_attention returned")
     operands = (grad, grad_lse, q, k, v, out, lse, bits, counts, kv_counts.expand(q.shape[0], -1), coarse, gate)
     dq, dk, dv, d_coarse, d_gate = backward(*operands, **_keywords(*sizes))
     none = q.new_empty(0)
@@ -237,8 +239,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     q, k, v, coarse, gate, bits, counts, kv_counts, *ctx.rest, _ = inputs
     out, lse = output
     ctx.set_materialize_grads(False)
-    kept = out if backward_reads_out(q.dtype, gate is not None) else None
-    ctx.save_for_backward(q, k, v, kept, lse, coarse, gate, bits, counts, kv_counts)
+    ctx.save_for_backward(q, k, v, out, lse, coarse, gate, bits, counts, kv_counts)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:

@@ -15,7 +15,6 @@ import torch
 
 from flexsparse.layout import TileLayout
 from flexsparse.masks import BSA, VSA
-from flexsparse.ops.tile_attention import backward_reads_out
 from flexsparse.selection import words_of
 
 Builder = VSA | BSA
@@ -145,10 +144,8 @@ class Call:
         M, P = layout.num_tiles, layout.padded_len
         text = (layout.tiles_first + layout.tiles_last) * layout.slots
         Q = M * self.rows + text
-        found: Tensors = [((B, H, Q, D), self.dtype), ((B, H, P, D), self.dtype), ((B, H, P, D), self.dtype)]
+        found: Tensors = [((B, H, rows, D), self.dtype) for rows in (Q, P, P, Q)]  # q, k, v and the output
         found += [((B, H, Q), torch.float32), ((B, H, M, words_of(M) + 1), torch.int32)]
-        if backward_reads_out(self.dtype, self.gates > 0):
-            found.append(((B, H, Q, D), self.dtype))
         if self.prunes:
             found += [((B, H, layout.seq_len), torch.int32), ((B, H, M, self.rows), torch.int32)]
         if self.gates:

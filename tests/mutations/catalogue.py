@@ -25,7 +25,6 @@ AGREEMENT = ("backends/test_agreement.py",)
 EMPTY = ("backends/test_empty_rows.py",)
 PRUNED = ("masks/test_bsa.py",)
 COLUMNS = ("templates/test_columns.py",)
-SAVED = ("ops/test_tile_attention.py::test_the_output_is_saved_only_where_the_backward_reads_it",)
 
 MUTATIONS = (
     Mutation(
@@ -129,8 +128,8 @@ MUTATIONS = (
     Mutation(
         "gate applied to the fine output",
         "attention.py",
-        "out = out + gate * broadcast_coarse",
-        "out = out * gate + broadcast_coarse",
+        "out = out + cast(Tensor, _Gated.apply(gate, coarse_out, selection.layout, out.dtype))",
+        "out = out * gate + broadcast_coarse(coarse_out, selection.layout).to(out.dtype)",
         ("property/test_properties.py",),
     ),
     Mutation(
@@ -435,25 +434,39 @@ MUTATIONS = (
         COLUMNS,
     ),
     Mutation(
-        "the output saved though nothing reads it",
-        "ops/tile_attention.py",
-        "kept = out if backward_reads_out(q.dtype, gate is not None) else None",
-        "kept = out",
-        SAVED,
+        "dq with what the output tells of delta",
+        "compile_passes/templates/backward_kernels.py",
+        "acc -= missing[:, None] * mean_key",
+        "acc -= 0.0 * mean_key",
+        ("templates/test_backward.py::test_at_larger_scales",),
     ),
     Mutation(
-        "the output in the joint graph though nothing reads it",
-        "compile_passes/lower_flex.py",
-        'kept = out if backward_reads_out(q.meta["val"].dtype, gated=False) else None',
-        "kept = out",
-        ("compile_passes/test_lower_flex.py::test_the_backward_takes_the_output_only_where_it_reads_it",),
+        "dk with what the output tells of delta",
+        "compile_passes/templates/backward_kernels.py",
+        "start + row, delta_block + missing)",
+        "start + row, delta_block)",
+        ("templates/test_backward.py::test_at_larger_scales",),
     ),
     Mutation(
-        "float32 sums dO * O without an O",
+        "the gradient of the log-sum-exp taken for what is missing of delta",
+        "compile_passes/templates/backward_kernels.py",
+        "missing -= tl.load(grad_lse + bh * R + start + row)",
+        "missing += 0.0",
+        ("templates/test_backward.py::test_gradient_of_the_log_sum_exp",),
+    ),
+    Mutation(
+        "delta of the fine output and the coarse one",
         "compile_passes/templates/backward.py",
-        "exact = out is None or q.dtype",
-        "exact = q.dtype",
-        ("templates/test_backward.py::test_without_the_output",),
+        "correct = q.dtype != torch.float32 or gated",
+        "correct = q.dtype != torch.float32",
+        ("templates/test_backward.py::test_an_output_that_is_a_bit_off_changes_nothing",),
+    ),
+    Mutation(
+        "the coarse output of each token saved",
+        "attention.py",
+        'if backend == "reference" or is_tracing():\n            out = out + _gated',
+        "if True:\n            out = out + _gated",
+        ("bench/test_saved.py::test_the_coarse_stage_of_a_gated_call",),
     ),
     Mutation(
         "the share of queries in float32",

@@ -312,7 +312,7 @@ def test_results_are_contiguous_whatever_the_strides_of_the_inputs(seed: int) ->
 
 @pytest.mark.parametrize("gated", (False, True), ids=("", "gated"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32, torch.float64), ids=str)
-def test_the_output_is_saved_only_where_the_backward_reads_it(dtype: torch.dtype, gated: bool) -> None:
+def test_the_output_is_saved_once(dtype: torch.dtype, gated: bool) -> None:
     case = Case(PLAIN, PLAIN, B=1, H=2, G=2, D=8, dtype=dtype, scale=1.0, seed=3)
     tiles = [PLAIN.to_tiles(x).requires_grad_() for x in case.qkv()]
     coarse, gate = coarse_and_gate(case)
@@ -320,24 +320,15 @@ def test_the_output_is_saved_only_where_the_backward_reads_it(dtype: torch.dtype
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
         out, lse = op(*tiles, *extra, *case.selection(0.5).operands(), 0.3, True)
-    read = dtype in (torch.float32, torch.float64) and not gated
-    assert sum(x.data_ptr() == out.data_ptr() for x in saved) == read
-    assert sum(x.data_ptr() == lse.data_ptr() for x in saved) == 1
-    if read:  # not needed, at the price of two products
-        operands = (
-            *[x.detach() for x in tiles],
-            out.detach(),
-            lse.detach(),
-            *extra,
-            *case.selection(0.5).operands(),
-            0.3,
-        )
-        grad = torch.randn(out.shape, dtype=dtype)
-        backward = torch.ops.flexsparse.tile_attention_backward
-        for one, other in zip(
-            backward(grad, None, *operands)[:3], backward(grad, None, *operands[:3], None, *operands[4:])
-        ):
-            torch.testing.assert_close(one, other)
+    assert out.dtype == dtype
+    for result in (out, lse):
+        assert sum(x.data_ptr() == result.data_ptr() for x in saved) == 1
+
+
+def test_the_templates_need_the_output() -> None:
+    x = torch.zeros(1, 1, 16, 16)
+    with pytest.raises(ValueError, match="out is None"):
+        run_backward(x, None, x, x, x, None, x[..., 0], None, None, x, x, x, *(0,) * 9)
 
 
 def fused(x: Tensor) -> Tensor:

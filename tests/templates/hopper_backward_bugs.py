@@ -24,7 +24,25 @@ ROW_BUGS = (
     Bug("list of another tile", "tiles = lists + at * capacity", "tiles = lists + (at - tile) * capacity", DQ),
     Bug("counts of another sample", "kv_counts + b.to(gl.int64) * U", "kv_counts", DQ),
     Bug("heads of another group", "g = h // GROUP", "g = h", DQ),
-    Bug("delta of the first head", "gl.load(delta + place)", "gl.load(delta + place - bh * R)", DQ),
+    Bug("estimate of the first head", "gl.load(estimate + place)", "gl.load(estimate + place - bh * R)", DQ + "|" + DK),
+    Bug("delta not written", "gl.store(delta + place, mean + missing)", "pass", DK),
+    Bug("delta where the first head's is", "gl.store(delta + place, mean", "gl.store(delta + place - bh * R, mean", DK),
+    Bug("the estimate taken for delta", "mean + missing)", "mean)", DK),
+    Bug("dq not corrected", "acc -= missing[:, None] * mean_key", "pass", DQ),
+    Bug("dq corrected the other way", "acc -= missing", "acc += missing", DQ),
+    Bug("what is missing of the last step alone", "missing += gl.sum", "missing = gl.sum", DQ),
+    Bug("what is missing of gradients not weighted", "gl.sum(d_logits, 1)", "gl.sum(d_weights, 1)", DQ),
+    Bug("gradient of the log-sum-exp taken for missing", "missing -= gl.load(grad_lse + place)", "pass", DQ + "|" + DK),
+    Bug(
+        "gradient of the first head's", "gl.load(grad_lse + place)", "gl.load(grad_lse + place - bh * R)", DQ + "|" + DK
+    ),
+    Bug("mean key and dq exchanged", "mean_key, acc = w", "acc, mean_key = w", DQ),
+    Bug(
+        "mean key of gradients",
+        "gl.convert_layout(weights.to(DTYPE), OPERAND)",
+        "gl.convert_layout(d_logits.to(DTYPE), OPERAND)",
+        DQ,
+    ),
     Bug("log-sum-exp of the first head", "gl.load(lse_log2 + place)", "gl.load(lse_log2 + place - bh * R)", DQ),
     Bug(
         "queries not waited for",
@@ -55,10 +73,11 @@ ROW_BUGS = (
     ),
     Bug(
         "keys copied while they are read",
-        "acc = warpgroup_mma_wait(0, deps=[update])\n        if more:\n            _copy(keys, b, g, ahead, "
+        "mean_key, acc = warpgroup_mma_wait(0, deps=[mean_update, update])\n"
+        "        if more:\n            _copy(keys, b, g, ahead, "
         "shift_ahead, k_ready.index(half), k_buffers.index(half))",
         "if more:\n            _copy(keys, b, g, ahead, shift_ahead, k_ready.index(half), k_buffers.index(half))\n"
-        "        acc = warpgroup_mma_wait(0, deps=[update])",
+        "        mean_key, acc = warpgroup_mma_wait(0, deps=[mean_update, update])",
         "a copy overwrites what is still being read",
     ),
     Bug(
@@ -70,11 +89,11 @@ ROW_BUGS = (
         "d_weights = warpgroup_mma_wait(1, deps=[d_product])\n        if",
         "leaves in flight",
     ),
-    Bug("queries held twice", "g_operand = g_operand.load(", "g_operand = q_operand + 0 * g_operand.load(", DQ),
+    Bug("queries for gradients", "g_operand = _matrix(g_box)", "g_operand = _matrix(q_box)", DQ),
     Bug(
         "dq in flight",
-        "warpgroup_mma_wait(0, deps=[update])",
-        "warpgroup_mma_wait(1, deps=[update])",
+        "warpgroup_mma_wait(0, deps=[mean_update, update])",
+        "warpgroup_mma_wait(1, deps=[mean_update, update])",
         "leaves in flight",
     ),
     Bug(
@@ -93,7 +112,7 @@ ROW_BUGS = (
     Bug("logits not scaled", "logits * scale_log2 - shift[:, None]", "logits - shift[:, None]", DQ),
     Bug("no delta", "(d_weights - mean[:, None])", "d_weights", DQ),
     Bug("never masked", "if PARTIAL and shift_now < 0:", "if PARTIAL and shift_now > 0:", DQ),
-    Bug("mask of the next step", "d_logits, -shift_now)", "d_logits, -shift_soon)", DQ),
+    Bug("mask of the next step", "weights, -shift_now)", "weights, -shift_soon)", DQ),
     Bug("boxes not shifted", "gl.load(tokens + ahead, mask=more, other=0) - SLOTS", "gl.load(tokens) * 0", DQ),
     Bug("the next but one tile", "ahead = later", "ahead = later + 1", DQ + "|outside"),
     Bug("dq where the first head's is", "outs, [b, h, row, 0]", "outs, [b, h * 0, row, 0]", DQ),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flexsparse.compile_passes.templates import columns as columns_
 from flexsparse.compile_passes.templates import hopper_backward, hopper_backward_columns, hopper_backward_rows, tuned
-from flexsparse.compile_passes.templates.attention_common import Blocks, dense_rows, flags, seen_slots
+from flexsparse.compile_passes.templates.attention_common import Blocks, dense_rows, flags
 from flexsparse.compile_passes.templates.backward import backward, backward_reference
 from flexsparse.compile_passes.templates.forward import forward, forward_reference
 from flexsparse.compile_passes.templates.launch import LOG2E, count_launches
@@ -33,8 +33,7 @@ from .hopper_bugs import Bug
 BF16, FP16 = torch.bfloat16, torch.float16
 SMALL = Case(query_rows=64, slots=64, D=64, dtype=BF16)
 ONE, TWO = (Blocks(rows=64, keys=64, num_warps=4, num_stages=stages) for stages in (1, 2))
-WIDE = Blocks(rows=64, keys=128, num_warps=4, num_stages=1)
-LARGE, LONG = (Blocks(rows=128, keys=keys, num_warps=8, num_stages=2) for keys in (128, 64))
+LONG = Blocks(rows=128, keys=64, num_warps=8, num_stages=2)
 TALL = Blocks(rows=64, keys=128, num_warps=8, num_stages=2)
 
 EVERYTHING: dict[str, Any] = {"partial": True, "kv_first": 1, "kv_last": 2, "first": 1, "last": 2, "B": 2}
@@ -50,12 +49,12 @@ CASES = [
     (replace(SMALL, density=0.0), ONE, ONE),
     (replace(SMALL, density=0.0, partial=True, B=2), TWO, TWO),
     (replace(SMALL, density=0.0, kv_last=1, last=1), ONE, TWO),
-    (replace(SMALL, query_rows=128, slots=128, D=128, N=2), LARGE, TALL),
-    (replace(SMALL, query_rows=128, slots=128, dtype=FP16, **EVERYTHING), LARGE, TALL),
+    (replace(SMALL, query_rows=128, slots=128, D=128, N=2), LONG, TALL),
+    (replace(SMALL, query_rows=128, slots=128, dtype=FP16, **EVERYTHING), LONG, TALL),
     (replace(SMALL, query_rows=128, slots=128, H=2, G=1, **EVERYTHING), ONE, ONE),
     (replace(SMALL, query_rows=128, slots=64, D=128, **EVERYTHING), LONG, TWO),
-    (replace(SMALL, query_rows=64, slots=128, D=128, **EVERYTHING), WIDE, TALL),
-    (replace(SMALL, query_rows=256, slots=256, N=2, M=2, partial=True, first=1, density=0.6), LARGE, TALL),
+    (replace(SMALL, query_rows=64, slots=128, D=128, **EVERYTHING), TWO, TALL),
+    (replace(SMALL, query_rows=256, slots=256, N=2, M=2, partial=True, first=1, density=0.6), LONG, TALL),
 ]
 NAMES = ("dq", "dk", "dv")
 
@@ -72,29 +71,29 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def saved(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Natural log-sum-exp, and what the plain kernel `_delta` makes of it and of the gradient."""
-    _, lse = forward_reference(*problem.tensors, **problem.keywords)
-    geometry = {name: x for name, x in problem.keywords.items() if name not in ("scale", "capacity")}
-    seen = seen_slots(problem.bits, problem.kv_counts, problem.q.shape[2], **geometry)
-    group = problem.case.H // problem.case.G
-    keys, values = (x.nan_to_num(0).float().repeat_interleave(group, 1) for x in (problem.k, problem.v))
-    logits = (problem.q.float() @ keys.mT * problem.keywords["scale"]).masked_fill(~seen, -math.inf)
-    weights = (logits - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
-    delta = (weights * (problem.grad_out.float() @ values.mT)).sum(-1)
-    return lse, torch.where(lse == -math.inf, math.inf, lse * LOG2E), delta
+def saved(problem: Problem, with_lse_gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Natural log-sum-exp, and what the plain kernel `_delta` makes of it and of the output, which is rounded."""
+    out, lse = forward_reference(*problem.tensors, **problem.keywords)
+    estimate = (problem.grad_out.float() * out.float()).sum(-1)
+    if with_lse_gradient:
+        estimate -= problem.grad_lse
+    return lse, torch.where(lse == -math.inf, math.inf, lse * LOG2E), estimate
 
 
-def run(problem: Problem, rows: Blocks, columns: Blocks, most: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+def run(
+    problem: Problem, rows: Blocks, columns: Blocks, most: int = 0, with_lse_gradient: bool = False
+) -> tuple[dict[str, Tensor], Tensor]:
     """Gradients by name, and the log-sum-exp; split columns have at most so many pieces together."""
     case = problem.case
-    lse, lse_log2, delta = saved(problem)
+    lse, lse_log2, estimate = saved(problem, with_lse_gradient)
     given = problem.keywords
     arrays = {name: dense_rows(getattr(problem, name)) for name in ("grad_out", "q", "k", "v")}
     geometry = [given[name] for name in ("query_rows", "kv_video", "slots", "partial")]
     constants = {"GROUP": case.H // case.G, **flags(problem.q, problem.k, problem.bits, *geometry)}
-    saved_ = {"lse_log2": lse_log2, "delta": delta, "counts": problem.counts, "kv_counts": problem.kv_counts}
-    walk = Walk(rows=arrays, **saved_, constants=constants, **given)
+    saved_ = {"lse_log2": lse_log2, "counts": problem.counts, "kv_counts": problem.kv_counts}
+    saved_ |= {"delta": torch.empty_like(estimate), "estimate": estimate}
+    grad_lse = problem.grad_lse if with_lse_gradient else None
+    walk = Walk(rows=arrays, **saved_, grad_lse=grad_lse, constants=constants, **given)
     lists = (problem.bits, problem.counts, case.M, given["capacity"])
     dq = hopper_backward.dq(walk, ascending_reference(*lists), rows)
     offsets, lengths, indices = transpose_reference(*lists)
@@ -110,11 +109,12 @@ def run(problem: Problem, rows: Blocks, columns: Blocks, most: int = 0) -> tuple
     return {"dq": dq, "dk": dk, "dv": dv}, lse
 
 
-def check(problem: Problem, rows: Blocks, columns: Blocks, most: int = 0) -> None:
-    found, lse = run(problem, rows, columns, most)
+def check(problem: Problem, rows: Blocks, columns: Blocks, most: int = 0, with_lse_gradient: bool = False) -> None:
+    found, lse = run(problem, rows, columns, most, with_lse_gradient)
     q, k, v, *rest = problem.tensors
-    reference = backward_reference(problem.grad_out, None, q, k, v, q, lse, *rest, **problem.keywords)
-    expected = oracle(problem).values
+    grad_lse = problem.grad_lse if with_lse_gradient else None
+    reference = backward_reference(problem.grad_out, grad_lse, q, k, v, q, lse, *rest, **problem.keywords)
+    expected = oracle(problem, with_lse_gradient).values
     for name, twin in zip(NAMES, reference):
         assert twin is not None
         assert_as_good(found[name], twin, expected[name], name)
@@ -135,6 +135,11 @@ def test_as_good_as_float32(case: Case, rows: Blocks, columns: Blocks) -> None:
 @pytest.mark.parametrize("magnitude", [4.0, 8.0, 16.0])
 def test_at_larger_scales(magnitude: float, dtype: torch.dtype) -> None:
     check(build(replace(SMALL, magnitude=magnitude, dtype=dtype, partial=True, kv_last=1, B=2)), ONE, TWO)
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 8.0])
+def test_gradient_of_the_log_sum_exp(magnitude: float) -> None:
+    check(build(replace(SMALL, magnitude=magnitude, density=0.0, **EVERYTHING)), TWO, ONE, with_lse_gradient=True)
 
 
 @pytest.mark.parametrize(
@@ -218,8 +223,9 @@ def test_batch_of_no_samples() -> None:
         ({"D": 96}, None, TWO, "dk and dv computes .* head dim 64 and 128, not torch.bfloat16 of 96"),
         ({"query_rows": 32}, ONE, None, "do not divide tiles of 32 rows"),
         ({"slots": 64}, None, TALL, "do not divide tiles of 64 rows and 64 slots"),
-        ({}, replace(ONE, num_warps=8), None, "16 rows to a warp, not 64 x 64 on 8 warps"),
-        ({"query_rows": 128, "slots": 128}, None, LARGE, "takes 64 rows and 64 or 128 slots, .*, not 128 x 128"),
+        ({}, replace(ONE, num_warps=8), None, "16 to a warp, and 64 slots, not 64 x 64 on 8 warps"),
+        ({"query_rows": 128, "slots": 128}, None, LONG, "takes 64 rows and 64 or 128 slots, .*, not 128 x 64"),
+        ({"slots": 128}, Blocks(rows=64, keys=128, num_warps=4, num_stages=1), None, "and 64 slots, not 64 x 128"),
         ({}, replace(ONE, num_stages=3), None, "1 or 2 stages, not 3"),
         ({}, None, replace(ONE, num_stages=3), "1 or 2 stages, not 3"),
     ],
@@ -298,3 +304,4 @@ def test_planted_bugs_are_seen(name: str, bug: Bug, tmp_path: Path, monkeypatch:
             check(problem, size, size, most)
         check(far_below_zero(), TWO, ONE)
         check(build(replace(SMALL, H=2, G=1)), TWO, TWO)
+        check(build(replace(SMALL, H=2, M=3, N=2, magnitude=8.0, density=1.0)), ONE, ONE, with_lse_gradient=True)

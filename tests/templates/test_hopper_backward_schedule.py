@@ -50,7 +50,7 @@ def test_as_many_programs_share_an_sm_as_planned(compiled: list[Compiled]) -> No
     held = {
         (name, config["D"], config["full"], config["slots"]): facts["programs"] for name, config, facts, _ in compiled
     }
-    both = {(128, True, 64): (2, 2), (128, False, 64): (2, 2), (64, False, 64): (4, 3), (128, False, 128): (2, 2)}
+    both = {(128, True, 64): (2, 2), (128, False, 64): (2, 2), (64, False, 64): (3, 3), (128, False, 128): (2, 2)}
     expected = {("hopper_dq", *key): dq for key, (dq, _) in both.items()}
     assert held == expected | {("hopper_dkdv", *key): dkdv for key, (_, dkdv) in both.items()}
 
