@@ -13,6 +13,8 @@ import torch
 import bench.study.__main__ as command
 import flexsparse as fs
 from bench.study import presets, report, study, train
+from bench.study.batch import Batch
+from bench.study.clips import Clips
 from bench.study.presets import PRESETS, Maker, Preset, Probe, Timing, methods
 from bench.study.rows import KEYS, Results, describe, load
 from bench.study.settings import Method, Run, Size
@@ -77,11 +79,18 @@ def test_a_run_leaves_rows_weights_and_a_sample(tmp_path: Path) -> None:
         assert (folder / "sample.png").read_bytes()[:4] == b"\x89PNG" and train.weights_of(folder, 4).is_file()
 
 
-def test_methods_and_seeds_see_the_data_that_they_should(tmp_path: Path) -> None:
-    made = make(tmp_path, *runs("dense", seeds=(0, 1)))
+def test_methods_and_seeds_see_the_data_that_they_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    batch = Clips.batch
+
+    def note(self: Clips, seed: int, step: int) -> Batch:
+        asked.append((seed, step))
+        return batch(self, seed, step)
+
+    monkeypatch.setattr(Clips, "batch", note)
+    made = make(tmp_path, *runs("dense", "vsa", seeds=(0, 1), steps=2))
     made.run()
-    one, other = rows_of(tmp_path, "run")
-    assert one["train_loss"] != other["train_loss"]
+    assert asked == [(seed, step) for seed in (0, 0, 1, 1) for step in (0, 1)]  # dense and vsa of each seed
     clips = made._clips_of(TINY)
     assert torch.equal(clips.batch(0, 3).noisy, clips.batch(0, 3).noisy)
     assert not torch.equal(clips.batch(0, 3).noisy, clips.batch(1, 3).noisy)
@@ -115,6 +124,26 @@ def test_low_precision_trains_about_the_same(tmp_path: Path, method: str) -> Non
     assert whole != low and low == pytest.approx(whole, rel=0.02)
     with pytest.raises(RunError, match="bf16 True, and now it is False"):
         make(tmp_path / "True", *runs(method), bf16=False).run()
+
+
+def test_the_learning_rate_warms_up_and_stays() -> None:
+    training = train.start(runs("dense")[0], 3, device="cpu", compiled=False, weights=None)
+    video = torch.zeros(1, 3, TINY.frames, TINY.height, TINY.width)
+    batch = Batch(clean=video, noise=video + 1, t=torch.tensor([0.5]))
+    rates = []
+    for number in (0, 9, 19, 500):
+        train.step(training, batch, number)
+        rates.append(training.optimizer.param_groups[0]["lr"] / TINY.learning_rate)
+    assert rates == pytest.approx([0.05, 0.5, 1, 1])
+
+
+def test_flops_between_evaluations_are_the_mean_of_both(tmp_path: Path) -> None:
+    item = dataclasses.replace(runs("dense", steps=2)[0], method=KNOWN["bsa_annealed"])
+    assert make(tmp_path, item).run()
+    state = load_checkpoint(tmp_path / "runs" / item.name / train.CHECKPOINT).state["progress"]
+    (_, *_, first), (_, *_, last) = state["measured"]
+    assert first > last  # all tiles, then few
+    assert rows_of(tmp_path, "evaluation")[-1]["flops"] == pytest.approx(2 * (first + last) / 2)
 
 
 def test_a_longer_run_continues_the_shorter_one(tmp_path: Path) -> None:
