@@ -31,9 +31,14 @@ def runs(*names: str, seeds: tuple[int, ...] = (0,), steps: int = 4, question: s
     return list(MAKE.runs(names, seeds, question, steps))
 
 
+READ: dict[str, dict[str, Any]] = {"_clips": {}, "_held_out": {}}
+"""The clips, read once for all tests."""
+
+
 def make(out: Path, *items: Any, **how: Any) -> Study:
     lines: list[str] = []
-    made = Study(preset=Preset(name="test", items=tuple(items), windows=1), out=out, say=lines.append, **how)
+    preset = Preset(name="test", items=tuple(items), windows=1)
+    made = Study(preset=preset, out=out, say=lines.append, **READ, **how)
     made.lines = lines  # type: ignore[attr-defined]
     return made
 
@@ -96,7 +101,10 @@ def test_methods_and_seeds_see_the_data_that_they_should(tmp_path: Path, monkeyp
     assert not torch.equal(clips.batch(0, 3).noisy, clips.batch(1, 3).noisy)
 
 
-@pytest.mark.parametrize("method", ["dense", "vsa", "bsa_annealed"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("method", [pytest.param("dense", marks=SLOW), "vsa", "bsa_annealed"])
 def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, method: str) -> None:
     item = dataclasses.replace(runs("dense", steps=6)[0], method=KNOWN[method])
     assert make(tmp_path / "whole", item).run()
@@ -116,7 +124,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, method: str) -
     assert all(torch.equal(one[name], other[name]) for name in one) and one.keys() == other.keys()
 
 
-@pytest.mark.parametrize("method", ["dense", "vsa", "bsa"])
+@pytest.mark.parametrize("method", [pytest.param("dense", marks=SLOW), "vsa", pytest.param("bsa", marks=SLOW)])
 def test_low_precision_trains_about_the_same(tmp_path: Path, method: str) -> None:
     for bf16 in (False, True):
         assert make(tmp_path / str(bf16), *runs(method), bf16=bf16).run()
