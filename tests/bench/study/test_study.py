@@ -344,3 +344,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     missing = ["--out", str(tmp_path / "x"), "--data", str(tmp_path / "absent"), "--only", "timing"]
     assert command.main(missing) == 1
     assert "absent" in capsys.readouterr().err
+
+
+def test_the_smoke_preset_and_its_page(tmp_path: Path) -> None:
+    """Every kind of item once, by the command; the page has every section's numbers."""
+    assert command.main(["--preset", "smoke", "--out", str(tmp_path), "--threads", "1"]) == 0
+    found = load(tmp_path / "study.json")[1]
+    assert {row["kind"] for row in found} == set(KEYS)
+    assert {row["question"] for row in found if row["kind"] == "run"} == {"main", "schedule"}
+    text = report.page(report.read(tmp_path), [], "plots")
+    assert "a test that says nothing about quality" in text
+    assert text.split("## What was not shown")[0].count("\n- ") > 10
