@@ -13,9 +13,9 @@ from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flexsparse.backends import Case, choose, flex, gather, reference, softmax_scale, triton
+from flexsparse.gated import GatedCoarse, gated_coarse
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import CoarseInputs, MaskBuilder
 from flexsparse.ops import has_triton, tile_tokens  # noqa: F401
@@ -263,46 +263,10 @@ def fine(
         out = out * fine_gate
     if gate is not None and coarse_out is not None:
         if backend == "reference" or is_tracing():
-            out = out + _gated(gate, coarse_out, selection.layout, out.dtype)
+            out = out + gated_coarse(gate, coarse_out, selection.layout, out.dtype)
         else:
-            out = out + cast(Tensor, _Gated.apply(gate, coarse_out, selection.layout, out.dtype))
+            out = out + cast(Tensor, GatedCoarse.apply(gate, coarse_out, selection.layout, out.dtype))
     return out.to(q.dtype), lse  # gates may be of another dtype
-
-
-def _gated(gate: Tensor, coarse_out: Tensor, layout: TileLayout, dtype: torch.dtype) -> Tensor:
-    """``gate * coarse`` of each token."""
-    return gate * broadcast_coarse(coarse_out, layout).to(dtype)
-
-
-class _Gated(torch.autograd.Function):
-    """`_gated` that keeps the coarse output of tiles for backward, not of tokens: that is as large as q."""
-
-    @staticmethod
-    def forward(gate: Tensor, coarse_out: Tensor, layout: TileLayout, dtype: torch.dtype) -> Tensor:
-        return _gated(gate, coarse_out, layout, dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.how = inputs[2:]
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-            product = _gated(*leaves, *ctx.how)
-        return *torch.autograd.grad(product, leaves, grad), None, None
-
-
-def broadcast_coarse(coarse_out: Tensor, layout: TileLayout) -> Tensor:
-    """Coarse output ``[B, H, N, D]`` to tokens ``[B, H, S, D]``; extra tokens have none (zero)."""
-    first, last = layout.tiles_first, layout.tiles_last
-    tiles = torch.nn.functional.pad(coarse_out, (0, 0, first, last)) if first or last else coarse_out
-    if layout.order == "tiles":
-        return tiles.unsqueeze(-2).expand(*tiles.shape[:-1], layout.slots, tiles.shape[-1]).flatten(-3, -2)
-    _, token_to_slot, _ = layout.index(coarse_out.device)
-    return tiles.index_select(-2, token_to_slot // layout.slots)
 
 
 @overload

@@ -20,7 +20,7 @@ from bench.suite.cases import DENSE, OURS, Case
 from bench.suite.contender import Contender, Expected, Found, Missing, Results, training_results
 from bench.suite.device import Device
 from bench.suite.fine import Peers, rivals, selected_pairs
-from flexsparse.attention import broadcast_coarse
+from flexsparse.gated import broadcast_coarse
 
 Call = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 

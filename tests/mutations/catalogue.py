@@ -128,8 +128,8 @@ MUTATIONS = (
     Mutation(
         "gate applied to the fine output",
         "attention.py",
-        "out = out + cast(Tensor, _Gated.apply(gate, coarse_out, selection.layout, out.dtype))",
-        "out = out * gate + broadcast_coarse(coarse_out, selection.layout).to(out.dtype)",
+        "out = out + cast(Tensor, GatedCoarse.apply(gate, coarse_out, selection.layout, out.dtype))",
+        "out = out * gate + gated_coarse(torch.ones_like(gate), coarse_out, selection.layout, out.dtype)",
         ("property/test_properties.py",),
     ),
     Mutation(
@@ -464,8 +464,8 @@ MUTATIONS = (
     Mutation(
         "the coarse output of each token saved",
         "attention.py",
-        'if backend == "reference" or is_tracing():\n            out = out + _gated',
-        "if True:\n            out = out + _gated",
+        'if backend == "reference" or is_tracing():\n            out = out + gated_coarse',
+        "if True:\n            out = out + gated_coarse",
         ("bench/test_saved.py::test_the_coarse_stage_of_a_gated_call",),
     ),
     Mutation(
