@@ -5,15 +5,12 @@ Shape letters: H heads, S tokens in raster order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
-from bench.study.batch import Batch
-from bench.study.capture import TILE, Attention, Progress, Row, Tile, measured
-from bench.study.settings import Size
+from bench.study.capture import Attention, Row
 from flexsparse import BSA
 
 DEFAULT: dict[str, Any] = {
@@ -77,18 +74,3 @@ def rule_rows(one: Attention) -> Iterator[Row]:
             "error": one.error(out),
             "pruned_error": None if pruned is None else one.error(out, pruned),
         }
-
-
-def bsa_rules(
-    model: nn.Module,
-    held_out: Sequence[Batch],
-    size: Size,
-    name: str,
-    *,
-    windows: int | None = 2,
-    tile: Tile = TILE,
-    progress: Progress | None = None,
-) -> Iterator[Row]:
-    """Rows "bsa_rule" of a dense `VideoDiT` on held-out windows; arguments as `capture.measured`."""
-    how: dict[str, Any] = {"windows": windows, "tile": tile, "progress": progress}
-    yield from measured([rule_rows], model, held_out, size, name, **how)

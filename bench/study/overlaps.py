@@ -6,13 +6,12 @@ Shape letters: B batch, H heads, N query tiles, M KV tiles.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.study.batch import Batch
-from bench.study.capture import TILE, Attention, Progress, Row, Tile, by_level, means, measured
+from bench.study.capture import Attention, Progress, Row, by_level, means
 from bench.study.settings import Size
 from flexsparse import BSA, VSA
 from flexsparse.analysis import SparseCall, overlap, watch
@@ -50,21 +49,6 @@ def overlap_rows(one: Attention) -> Iterator[Row]:
     """Rows "overlap" of one attention: what VSA and BSA would keep of a dense model's."""
     for method, builder in BUILDERS.items():
         yield from axis_rows(builder.select(one.q, one.k, one.layout), method)
-
-
-def overlaps(
-    model: nn.Module,
-    held_out: Sequence[Batch],
-    size: Size,
-    name: str,
-    *,
-    windows: int | None = 2,
-    tile: Tile = TILE,
-    progress: Progress | None = None,
-) -> Iterator[Row]:
-    """Rows "overlap" of a dense `VideoDiT` on held-out windows; arguments as `capture.measured`."""
-    how: dict[str, Any] = {"windows": windows, "tile": tile, "progress": progress}
-    yield from measured([overlap_rows], model, held_out, size, name, **how)
 
 
 def overlaps_of(

@@ -181,23 +181,6 @@ def training_free_losses(
         }
 
 
-def training_free(
-    model: nn.Module,
-    held_out: Sequence[Batch],
-    size: Size,
-    name: str,
-    *,
-    windows: int | None = WINDOWS,
-    loss_windows: int | None = None,
-    tile: Tile = TILE,
-    progress: Progress | None = None,
-) -> Iterator[Row]:
-    """Rows "training_free", of some windows, and "training_free_loss"; arguments as `training_free_losses`."""
-    how: dict[str, Any] = {"tile": tile, "progress": progress}
-    yield from measured([training_free_rows], model, held_out, size, name, windows=windows, **how)
-    yield from training_free_losses(model, held_out, size, name, windows=loss_windows, **how)
-
-
 def probes(
     model: nn.Module,
     held_out: Sequence[Batch],
@@ -209,7 +192,8 @@ def probes(
     tile: Tile = TILE,
     progress: Progress | None = None,
 ) -> Iterator[Row]:
-    """What `training_free`, `bsa_rules` and `overlaps` yield, with one capture and one dense attention for all of them."""
+    """Rows "training_free", "bsa_rule" and "overlap", of some windows, and "training_free_loss"; arguments as
+    `training_free_losses`. q, k and v are captured, and dense attention computed, once for all of them."""
     how: dict[str, Any] = {"tile": tile, "progress": progress}
     parts = [training_free_rows, rule_rows, overlap_rows]
     yield from measured(parts, model, held_out, size, name, windows=windows, **how)

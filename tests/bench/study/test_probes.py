@@ -159,13 +159,19 @@ def test_probes_have_the_contract_s_rows_and_leave_the_model(model: VideoDiT) ->
     }
 
 
+def alone(part: Any, model: VideoDiT, batches: Any, tile: Any = TILE) -> list[dict[str, Any]]:
+    """Rows of one measure."""
+    return list(capture.measured([part], model, batches, SIZE, "x", windows=2, tile=tile, progress=None))
+
+
 def test_each_part_alone_yields_the_same_rows(model: VideoDiT) -> None:
     batches, how = held_out(), {"tile": TILE}
     together = list(probes.probes(model, batches, SIZE, "x", **how))
     apart = [
-        *probes.training_free(model, batches, SIZE, "x", **how),
-        *bsa_rules.bsa_rules(model, batches, SIZE, "x", **how),
-        *overlaps.overlaps(model, batches, SIZE, "x", **how),
+        *probes.training_free_losses(model, batches, SIZE, "x", **how),
+        *alone(probes.training_free_rows, model, batches),
+        *alone(bsa_rules.rule_rows, model, batches),
+        *alone(overlaps.overlap_rows, model, batches),
     ]
     assert sorted(map(str, together)) == sorted(map(str, apart))
 
@@ -175,7 +181,8 @@ def test_at_density_one_nothing_is_lost(model: VideoDiT, monkeypatch: pytest.Mon
     monkeypatch.setattr(probes, "MASSES", (1.0,))
     monkeypatch.setattr(probes, "SIDES", (1.0,))
     monkeypatch.setattr(probes, "LOSSES", {(name, 1.0) for name in ("vsa", "bsa_kv", "random", "best", "top_p")})
-    rows = list(probes.training_free(model, held_out(), SIZE, "x", tile=TILE))
+    rows = list(probes.training_free_losses(model, held_out(), SIZE, "x", tile=TILE))
+    rows += alone(probes.training_free_rows, model, held_out())
     for row in rows:
         if row["kind"] == "training_free":
             assert row["recall"] == pytest.approx(1, abs=1e-5)
@@ -254,8 +261,8 @@ def test_rows_are_means_over_the_chosen_windows(model: VideoDiT) -> None:
     batches = held_out(windows=3, levels=(0.5,))
     assert list(capture.by_level(batches, 2)[0.5]) == [batches[0], batches[2]]
     assert capture.by_level(batches, None)[0.5] == batches
-    both = by(bsa_rules.bsa_rules(model, batches, SIZE, "x", tile=TILE, windows=2), "rule", "layer")
-    single = [by(bsa_rules.bsa_rules(model, [batches[i]], SIZE, "x", tile=TILE), "rule", "layer") for i in (0, 2)]
+    both = by(alone(bsa_rules.rule_rows, model, batches), "rule", "layer")
+    single = [by(alone(bsa_rules.rule_rows, model, [batches[i]]), "rule", "layer") for i in (0, 2)]
     assert single[0] != single[1]
     for key, row in both.items():
         for field in ("density", "error"):
@@ -352,7 +359,7 @@ def test_random_overlap_agrees_with_a_simulation() -> None:
 
 
 def test_an_axis_of_one_tile_has_no_rows(model: VideoDiT) -> None:
-    rows = list(overlaps.overlaps(model, held_out(), SIZE, "x", tile=(4, 4, 4)))
+    rows = alone(overlaps.overlap_rows, model, held_out(), tile=(4, 4, 4))
     assert {row["axis"] for row in rows} == {"h", "w"} and {row["method"] for row in rows} == {"vsa", "bsa"}
     assert all(math.isfinite(row["overlap"]) and math.isfinite(row["random"]) for row in rows)
 
