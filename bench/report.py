@@ -174,14 +174,17 @@ def overlap_table(files: Sequence[File]) -> list[str]:
         for row in file.rows:
             if row["op"] == "overlap" and row.get("overlap"):
                 found, kind = row["overlap"], row["config"]
-                field = "none (independent)" if not kind["field_tokens"] else f"every {kind['field_tokens']} tokens"
-                numbers = [f"{found[name]:.3f}" for name in ("rho", "pairs", "triples")]
+                cells = kind["field_tokens"]
+                field = f"every {'x'.join(map(str, cells))} tokens" if cells else "none (independent)"
+                numbers = [
+                    f"{found[name]:.3f}" if name in found else "" for name in ("t", "h", "w", "pairs", "triples")
+                ]
                 body.append([row["case"], field, f"{kind['field_share']:g}", f"{row['density']:.3f}", *numbers])
     if not body:
         return []
-    heading = ["case", "smooth field", "its share of variance", "density", "overlap of neighbours"]
-    heading += ["reads saved by pairs, x", "by triples, x"]
-    note = "On synthetic tokens; no trained model's queries and keys were at hand."
+    heading = ["case", "smooth field", "its share of variance", "density", "overlap along t", "h", "w"]
+    heading += ["reads saved by pairs in tile order, x", "by triples, x"]
+    note = "On synthetic tokens; the last kind is made like models trained on clips ([STUDY.md](STUDY.md), question 5)."
     return [f"## Overlap of neighbouring query tiles' lists\n\n{note}\n\n{table(heading, body)}"]
 
 

@@ -159,6 +159,12 @@ class TileLayout:
         return t * h * w
 
     @property
+    def frame_tiles(self) -> int:
+        """Video tiles of one frame of tiles: tile n and tile ``n + frame_tiles`` are neighbours in time."""
+        _, h, w = self.tiles
+        return h * w
+
+    @property
     def tiles_first(self) -> int:
         """Tiles of the first extra tokens."""
         return ceil_div(self.text_first, self.slots)

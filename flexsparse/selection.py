@@ -254,7 +254,7 @@ class TileSelection:
         """Arguments of the ops that compute on a selection, from ``bits`` to ``partial`` (`ops.tile_attention`)."""
         q, kv = self.layout, self.kv_layout
         ends = (q.tiles_first * q.slots, q.tiles_last * q.slots)
-        sizes = (self.query_rows, *ends, kv.tiles_first, kv.num_tiles, kv.slots, self.capacity)
+        sizes = (self.query_rows, *ends, kv.tiles_first, kv.num_tiles, kv.slots, self.capacity, q.frame_tiles)
         return (self.bits, self.counts, self.kv_tile_counts(), *sizes, self.partial)
 
     def valid_pairs(self) -> tuple[Tensor, Tensor]:
@@ -334,6 +334,7 @@ def _block_lists(
     kv_video: int,
     slots: int,
     capacity: int,
+    frame_tiles: int,
     partial: bool,
     call: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,21 +11,27 @@ from torch import Tensor
 import flexsparse as fs
 from bench.suite.cases import Case
 
+CELLS = {"smooth": (8, 8, 8), "video": (16, 3, 3)}
+"""Tokens along (T, H, W) between two values of the smooth field. With ``video`` the lists of neighbouring tiles have as much in
+common as those of models that were trained on clips (bench/STUDY.md, question 5): much along time, little along space."""
 
-def field(case: Case, generator: torch.Generator, device: torch.device, cells: int) -> Tensor:
+
+def field(case: Case, generator: torch.Generator, device: torch.device, cells: Sequence[int]) -> Tensor:
     """A smooth field ``[B, H, S, D]`` of unit variance: normal values every ``cells`` tokens, linear in between."""
-    coarse = [max(2, math.ceil(extent / cells) + 1) for extent in case.grid]
+    coarse = [max(2, math.ceil(extent / step) + 1) for extent, step in zip(case.grid, cells)]
     values = torch.randn(case.B * case.H, case.D, *coarse, generator=generator, device=device)
     fine = torch.nn.functional.interpolate(values, size=case.grid, mode="trilinear", align_corners=True)
     fine = fine.flatten(2).transpose(1, 2).unflatten(0, (case.B, case.H))
     return fine / fine.square().mean().sqrt()
 
 
-def tokens(case: Case, device: torch.device, seed: int = 0, *, cells: int = 8, share: float = 0.5) -> list[Tensor]:
+def tokens(
+    case: Case, device: torch.device, seed: int = 0, *, cells: Sequence[int] | None = None, share: float = 0.5
+) -> list[Tensor]:
     """q, k, v and the output's gradient, ``[B, H, S, D]`` in raster order.
 
-    ``smooth``: q and k are ``sqrt(share)`` of one field and ``sqrt(1 - share)`` of noise each, so that a query scores
-    keys of its own surroundings higher and neighbours keep similar tiles. Real models' tokens are neither.
+    ``smooth`` and ``video``: q and k are ``sqrt(share)`` of one field (`CELLS`, or ``cells``) and ``sqrt(1 - share)`` of noise
+    each, so that a query scores keys of its own surroundings higher and neighbours keep similar tiles.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     shape = (case.B, case.H, case.S, case.D)
@@ -33,8 +40,8 @@ def tokens(case: Case, device: torch.device, seed: int = 0, *, cells: int = 8, s
         return torch.randn(shape, generator=generator, device=device)
 
     q, k, v, grad = (normal() for _ in range(4))
-    if case.data == "smooth":
-        common = field(case, generator, device, cells) * math.sqrt(share)
+    if case.data != "random":
+        common = field(case, generator, device, cells or CELLS[case.data]) * math.sqrt(share)
         q, k = (common + math.sqrt(1 - share) * x for x in (q, k))
     return [x.to(case.torch_dtype) for x in (q, k, v, grad)]
 

@@ -23,14 +23,14 @@ ROW_ARRAYS = ("q", "k", "v", "gate", "out", "grad_out", "dq", "dk", "dv", "dgate
 samples and heads, and the constant NAME_ROW, its stride over rows: a model has few, whatever the sizes, and offsets
 that are no constants would cost registers. `strides` makes them."""
 NUMBERS = (
-    *("H", "N", "M", "U", "R", "G", "first_rows", "first_tiles", "kv_first", "capacity", "count_stride"),
-    *("query_tiles", "most"),
+    *("H", "N", "M", "U", "R", "G", "first_rows", "first_tiles", "kv_first", "capacity", "length", "count_stride"),
+    *("frame_tiles", "query_tiles", "most"),
     *(f"{name}_{axis}" for name in ROW_ARRAYS for axis in "bh"),
 )
 """The kernels' integers; none recompiles anything."""
 _KINDS = {
     "*fp32": ("lse", "lse_log2", "delta", "estimate", "grad_lse", "coarse", "dcoarse", "workspace"),
-    "*i32": ("lists", "counts", "kv_counts", "columns", "indices", "pieces"),
+    "*i32": ("lists", "sizes", "counts", "kv_counts", "columns", "indices", "pieces"),
     "*i64": ("offsets",),
     "fp32": ("scale", "scale_log2"),
     "i32": NUMBERS,

@@ -6,6 +6,7 @@ R query rows, D head dim.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -136,12 +137,14 @@ def _forward(
 
 
 def _choose(q: Tensor, query_rows: int, slots: int, scale: float) -> tuned.Choice:
-    """`tuned.chosen`, but for scales of which the Hopper kernel takes none: plain Triton, unless it is forced."""
+    """`tuned.chosen`, but for scales of which the Hopper kernels take none: plain Triton, unless it is forced."""
     arch = tuned.arch_of(q)
     choice = tuned.chosen(arch, q.dtype, q.shape[3], query_rows, slots)
-    if choice.kernel == "hopper":
+    if choice.kernel != "triton":
         if arch != "sm_90a":
-            raise ValueError(f"the Hopper forward is forced on {arch or 'a CPU tensor'}: it needs a GPU of sm_90a")
+            raise ValueError(
+                f"a Hopper kernel of forward is forced on {arch or 'a CPU tensor'}: it needs a GPU of sm_90a"
+            )
         if scale <= 0 and not tuned.forced():
             return tuned.candidates(None, q.dtype, q.shape[3], query_rows, slots)[0]
     elif query_rows % choice.rows or slots % choice.keys:
@@ -170,6 +173,7 @@ def forward(
     capacity: int,
     scale: float,
     partial: bool,
+    frame_tiles: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention over tiles, with the gated coarse output added to it.
 
@@ -191,6 +195,8 @@ def forward(
         capacity: most video tiles that a row keeps.
         scale: softmax scale.
         partial: False promises that every KV tile is full.
+        frame_tiles: query tiles n and n + frame_tiles are neighbours in time; a kernel that reads for two tiles at once pairs
+            these.
 
     Returns:
         Output in q's memory format (`torch.empty_like`), and the fine stage's log-sum-exp (natural), float32 ``[B, H, R]``.
@@ -200,10 +206,14 @@ def forward(
     """
     B, H, R, _ = q.shape
     choice = _choose(q, query_rows, slots, scale)
-    if choice.kernel == "hopper":
-        from flexsparse.compile_passes.templates import hopper_forward
+    if choice.kernel != "triton":
+        from flexsparse.compile_passes.templates import hopper_forward, hopper_pairs
 
-        return hopper_forward.forward(
+        if choice.kernel == "hopper":
+            run = hopper_forward.forward
+        else:
+            run = functools.partial(hopper_pairs.forward, frame_tiles=frame_tiles)
+        return run(
             q,
             k,
             v,
@@ -272,6 +282,7 @@ def forward_reference(
     *,
     scale: float,
     capacity: int,
+    frame_tiles: int = 1,
     **geometry: Any,
 ) -> tuple[Tensor, Tensor]:
     """As `forward`: dense masked softmax in float32."""

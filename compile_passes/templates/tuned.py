@@ -24,7 +24,7 @@ KEY = ("arch", "dtype", "D", "query_rows", "slots")
 """What a choice is for, besides its op."""
 OPS = ("forward", "dq", "dkdv")
 """The ops that choose: output and log-sum-exp; gradient of the queries; gradients of keys and values."""
-KERNELS = ("triton", "hopper")
+KERNELS = ("triton", "hopper", "hopper_pairs")
 
 _forced: list[Choice] = []
 
@@ -35,11 +35,12 @@ class Choice:
 
     Attributes:
         op: one of `OPS`.
-        kernel: ``"triton"`` (`forward`, `backward`) or ``"hopper"`` (`hopper_forward`, `hopper_backward`).
+        kernel: ``"triton"`` (`forward`, `backward`), ``"hopper"`` (`hopper_forward`, `hopper_backward`), or of the forward
+            ``"hopper_pairs"``.
         rows: query rows of a block; like the next three 0 for a plain kernel of dq or dkdv, which finds its own blocks.
         keys: KV slots of a block.
         num_warps: warps of a program.
-        num_stages: depth of the software pipeline; for ``"hopper"`` the buffers of what a program walks along.
+        num_stages: depth of the software pipeline; for the others the buffers of what a program walks along.
         source: name of the file in bench/results that it comes from; None where nothing was measured.
 
     Raises:
@@ -59,6 +60,8 @@ class Choice:
             raise ValueError(f"op is {self.op!r}: give one of {', '.join(OPS)}")
         if self.kernel not in KERNELS:
             raise ValueError(f"kernel is {self.kernel!r}: give one of {', '.join(KERNELS)}")
+        if self.op != "forward" and self.kernel == "hopper_pairs":
+            raise ValueError(f"kernel 'hopper_pairs' computes forward, not {self.op}: give 'hopper' or 'triton'")
         given = (self.rows, self.keys, self.num_warps, self.num_stages)
         if self.op != "forward" and self.kernel == "triton":
             if any(given):
@@ -131,9 +134,10 @@ def candidates(
         if query_rows % rows == 0 and slots % keys == 0 and size != default.blocks:
             found.append(_choice("triton", size))
     if arch == "sm_90a":
-        from flexsparse.compile_passes.templates import hopper_forward
+        from flexsparse.compile_passes.templates import hopper_forward, hopper_pairs
 
         found += [_choice("hopper", size) for size in hopper_forward.sizes(D, query_rows, slots)]
+        found += [_choice("hopper_pairs", size) for size in hopper_pairs.sizes(D, query_rows, slots)]
     return found
 
 

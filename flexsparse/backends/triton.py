@@ -64,4 +64,4 @@ class _Interpreted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         dq, dk, dv, _, _ = run_backward(*grads, *ctx.saved_tensors, None, None, *ctx.operands[:-1])
-        return dq, dk, dv, *(None,) * 13
+        return dq, dk, dv, *(None,) * 14

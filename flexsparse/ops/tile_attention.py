@@ -48,6 +48,7 @@ def tile_attention(
     kv_video: int,
     slots: int,
     capacity: int,
+    frame_tiles: int,
     partial: bool,
     scale: float,
     wants_lse: bool,
@@ -71,6 +72,8 @@ def tile_attention(
         kv_video: KV video tiles.
         slots: slots of a KV tile.
         capacity: no count is larger; the length of the lists that kernels make for themselves.
+        frame_tiles: query tiles n and n + frame_tiles are neighbours in time, whose lists have most in common: which tiles
+            kernels may let share what they read. At least 1; results do not depend on it, but for rounding.
         partial: whether a KV tile may have fewer valid tokens than slots.
         scale: softmax scale.
         wants_lse: whether the log-sum-exp is computed; the backward needs it.
@@ -111,7 +114,7 @@ def run_forward(
     from flexsparse.compile_passes.templates.forward import forward
 
     operands = (q, k, v, bits, counts, kv_counts.expand(q.shape[0], -1), coarse, gate)
-    return forward(*operands, **_keywords(*sizes[:-1]))
+    return forward(*operands, **_keywords(*sizes[:-1]), frame_tiles=sizes[7])
 
 
 def _keywords(
@@ -122,10 +125,11 @@ def _keywords(
     kv_video: int,
     slots: int,
     capacity: int,
+    frame_tiles: int,
     partial: bool,
     scale: float,
 ) -> dict[str, Any]:
-    """The op's sizes as the templates name them; they find the last extra rows themselves."""
+    """The op's sizes as all templates name them; they find the last extra rows themselves."""
     return {
         "query_rows": query_rows,
         "first_rows": first_rows,
@@ -174,6 +178,7 @@ def tile_attention_backward(
     kv_video: int,
     slots: int,
     capacity: int,
+    frame_tiles: int,
     partial: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -248,7 +253,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[A
     dq, dk, dv, d_coarse, d_gate = torch.ops.flexsparse.tile_attention_backward(
         grad, grad_lse, *ctx.saved_tensors, *ctx.rest
     )
-    return (dq, dk, dv, None if coarse is None else d_coarse, None if gate is None else d_gate, *(None,) * 13)
+    return (dq, dk, dv, None if coarse is None else d_coarse, None if gate is None else d_gate, *(None,) * 14)
 
 
 tile_attention.register_autograd(_backward, setup_context=_setup)

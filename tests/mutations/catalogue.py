@@ -364,6 +364,20 @@ MUTATIONS = (
         ("wrap/test_wan.py",),
     ),
     Mutation(
+        "pairs of tiles next to each other instead of in time",
+        "layout.py",
+        "return h * w",
+        "return 1",
+        ("templates/test_pair_lists.py",),
+    ),
+    Mutation(
+        "what the second tile of a pair sees alone is lost",
+        "compile_passes/templates/pair_lists.py",
+        "seen_second += tl.sum(of_second - shared, 0)",
+        "seen_second += tl.sum(shared, 0)",
+        ("templates/test_pair_lists.py",),
+    ),
+    Mutation(
         "a kernel that was never measured is chosen",
         "compile_passes/templates/tuned.py",
         "if not choice.source:",

@@ -24,16 +24,16 @@ SCHEMAS = {
     "SymInt capacity) -> (Tensor, Tensor, Tensor)",
     "tile_attention": "(Tensor q, Tensor k, Tensor v, Tensor? coarse, Tensor? gate, Tensor bits, Tensor counts, "
     "Tensor kv_counts, SymInt query_rows, SymInt first_rows, SymInt last_rows, SymInt kv_first, SymInt kv_video, "
-    "SymInt slots, SymInt capacity, bool partial, float scale, bool wants_lse) -> (Tensor, Tensor)",
+    "SymInt slots, SymInt capacity, SymInt frame_tiles, bool partial, float scale, bool wants_lse) -> (Tensor, Tensor)",
     "tile_attention_backward": "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, "
     "Tensor? coarse, Tensor? gate, Tensor bits, Tensor counts, Tensor kv_counts, SymInt query_rows, SymInt first_rows, "
-    "SymInt last_rows, SymInt kv_first, SymInt kv_video, SymInt slots, SymInt capacity, bool partial, float scale) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "SymInt last_rows, SymInt kv_first, SymInt kv_video, SymInt slots, SymInt capacity, SymInt frame_tiles, bool partial, "
+    "float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "pack_tiles": "(Tensor keep) -> (Tensor, Tensor)",
     "pack_lists": "(Tensor indices, Tensor counts, SymInt tiles) -> (Tensor, Tensor)",
     "block_lists": "(Tensor bits, Tensor counts, Tensor kv_counts, SymInt query_rows, SymInt first_rows, "
-    "SymInt last_rows, SymInt kv_first, SymInt kv_video, SymInt slots, SymInt capacity, bool partial, str call) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "SymInt last_rows, SymInt kv_first, SymInt kv_video, SymInt slots, SymInt capacity, SymInt frame_tiles, bool partial, "
+    "str call) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 

@@ -237,7 +237,7 @@ def flops(share: int, direction: str, layout: fs.TileLayout) -> int:
     case = Case(layout, layout, B=1, H=2, G=1, D=8, dtype=torch.float32, scale=1.0, seed=3)
     selection = TileSelection.from_mask(keep, layout)
     q, k, v = (layout.to_tiles(x).contiguous() for x in case.qkv())
-    bits, counts, kv_counts, rows, first, _, *sizes, _, _ = selection.operands()
+    bits, counts, kv_counts, rows, first, _, *sizes, _, _, _ = selection.operands()
     tensors, sizes = (bits, counts, kv_counts), (rows, first, *sizes)
     out, lse = gathered.forward(q, k, v, *tensors, *sizes, 0.3, True)
     with FlopCounterMode(display=False) as counter:

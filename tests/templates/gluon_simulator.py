@@ -5,15 +5,19 @@ the kernel allows: a copy lands at the wait on its barrier, a product is compute
 at the wait that needs it. Until then the destination is NaN. `Hazard` is raised for what hardware would do wrongly in
 silence: a buffer read before its copy was waited for, or overwritten while a copy, product or store uses it; a product
 used while it is in flight; a barrier armed twice, or waited for though it never completes; writes that the
-asynchronous units may not see (no fence); memory out of bounds; work in flight at the end. Not modelled: layouts
-(the compiler checks them), threads and the barriers between them (the compiler places them), speed.
+asynchronous units may not see (no fence); memory out of bounds; work in flight at the end. Partitions of a warp-specialised
+kernel take turns at random (`gluon_crew`); they may also all wait for each other, and one may read a buffer whose copy another
+waited for. Not modelled: layouts (the compiler checks them), threads of a partition and the barriers between them (the compiler
+places them), speed.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import types
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +30,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import gluon_values as values
+from .gluon_crew import Crew
 from .gluon_values import TYPES, Pointer, Value, demand, raw
 
 LARGEST_BOX = 256
@@ -77,13 +82,41 @@ class Shared:
 
 @dataclass
 class Barrier:
-    """A barrier of one arrival: the phase that runs, whether it was armed, with how many bytes, and its copies."""
+    """A barrier: arrivals of a phase, the phase that runs, how many arrivals it lacks, bytes expected, and its copies.
 
+    ``landed`` are the buffers that the copies of the last phase reached, each with the partitions that know it.
+    """
+
+    count: int
+    lacks: int
     fenced: bool = False
     phase: int = 0
-    armed: bool = False
     expected: int = 0
     copies: list[tuple[Shared, Tensor]] = field(default_factory=list)
+    landed: list[tuple[Shared, set[int]]] = field(default_factory=list)
+
+    @property
+    def arrived(self) -> int:
+        """Bytes on their way."""
+        return sum(data.numel() * data.element_size() for _, data in self.copies)
+
+    def complete(self) -> bool:
+        """End the phase where nothing is missing."""
+        if self.lacks or self.arrived != self.expected:
+            return False
+        for buffer, data in self.copies:
+            buffer.data.copy_(data)
+        self.landed = [(buffer, set()) for buffer, _ in self.copies]
+        self.copies, self.expected, self.lacks, self.phase = [], 0, self.count, self.phase + 1
+        return True
+
+    def missing(self) -> str:
+        """Why the phase does not end."""
+        if self.lacks == self.count:
+            return "a wait for a phase that nothing arms never ends"
+        if self.lacks:
+            return f"{self.lacks} of {self.count} arrivals are missing: the wait never ends"
+        return f"{self.arrived} bytes are copied, {self.expected} expected: the wait never ends"
 
 
 @dataclass
@@ -126,10 +159,11 @@ class Descriptor:
 class Machine:
     """One program: shared memory, barriers, and what is in flight."""
 
-    def __init__(self, program: tuple[int, ...], grid: tuple[int, ...], num_warps: int) -> None:
+    def __init__(self, program: tuple[int, ...], grid: tuple[int, ...], num_warps: int, seed: int) -> None:
         self.program, self.grid, self.num_warps = program, grid, num_warps
+        self.crew = Crew(seed)
         self.barriers: dict[tuple[int, int], Barrier] = {}
-        self.products: list[Product] = []
+        self.products: dict[int, list[Product]] = defaultdict(list)  # by partition
         self.stores: list[tuple[Descriptor, list[Any], Shared]] = []
         self.unfenced: list[Shared] = []
         self.keep: list[Tensor] = []  # allocations stay: addresses name barriers
@@ -146,6 +180,9 @@ class Machine:
 
     def readable(self, buffer: Shared, who: str) -> None:
         demand(not any(buffer.overlaps(x) for x in self.landing()), f"{who} reads a buffer that a copy has not reached")
+        for barrier in self.barriers.values():
+            unknown = [x for x, knows in barrier.landed if self.crew.current not in knows]
+            demand(not any(buffer.overlaps(x) for x in unknown), f"{who} reads a buffer without a wait for its copy")
 
     def seen(self, buffer: Shared, who: str) -> None:
         """As `readable`, for units that see stores only past a fence."""
@@ -154,13 +191,13 @@ class Machine:
 
     def writable(self, buffer: Shared, who: str) -> None:
         demand(not any(buffer.overlaps(x) for x in self.landing()), f"{who} writes where a copy is under way")
-        used = [x for product in self.products for x in product.buffers] + [x for _, _, x in self.stores]
+        products = itertools.chain.from_iterable(self.products.values())
+        used = [x for product in products for x in product.buffers] + [x for _, _, x in self.stores]
         demand(not any(buffer.overlaps(x) for x in used), f"{who} overwrites what is still being read")
 
     # barriers and copies
     def init(self, barrier: Shared, count: int) -> None:
-        demand(count == 1, "barriers of one arrival are modelled alone")
-        self.barriers[barrier.key] = Barrier()
+        self.barriers[barrier.key] = Barrier(count, count)
 
     def fence(self) -> None:
         self.unfenced.clear()
@@ -172,16 +209,25 @@ class Machine:
         demand(self.barriers[at.key].fenced, "no fence between the barrier's initialisation and its use")
         return self.barriers[at.key]
 
+    def arrive(self, at: Shared, count: int = 1, pred: Any = True) -> None:
+        if pred:
+            self.crew.pause()
+            barrier = self.barrier(at)
+            demand(barrier.lacks >= count, "a barrier is armed again before its phase was waited for")
+            barrier.lacks -= count
+            if not barrier.copies:  # else it ends as late as it may
+                barrier.complete()
+            self.crew.wake()
+
     def expect(self, at: Shared, nbytes: int, pred: Any = True) -> None:
-        if not pred:
-            return
-        barrier = self.barrier(at)
-        demand(not barrier.armed, "a barrier is armed again before its phase was waited for")
-        barrier.armed, barrier.expected = True, nbytes
+        if pred:
+            self.barrier(at).expected += nbytes
+            self.arrive(at)
 
     def copy_in(self, array: Descriptor, coordinates: list[Any], at: Shared, buffer: Shared, pred: Any = True) -> None:
         if not pred:
             return
+        self.crew.pause()
         demand(buffer.shape == array.given.block_shape and buffer.data.dtype == array.dtype, "a buffer unlike its box")
         self.writable(buffer, "a copy")
         demand(not any(buffer.overlaps(x) for x in self.unfenced), "a copy overwrites a store without a fence")
@@ -190,22 +236,20 @@ class Machine:
         data[inside] = array.array[outside]
         buffer.data.fill_(math.nan)
         self.barrier(at).copies.append((buffer, data))
+        self.crew.wake()
 
     def wait(self, at: Shared, phase: Any, pred: Any = True) -> None:
         if not pred:
             return
         barrier = self.barrier(at)
-        if barrier.phase % 2 != int(phase):
-            return  # the phase before has this parity: hardware lets it pass
-        arrived = sum(data.numel() * data.element_size() for _, data in barrier.copies)
-        demand(barrier.armed, "a wait for a phase that nothing arms never ends")
-        demand(
-            arrived == barrier.expected, f"{arrived} bytes are copied, {barrier.expected} expected: the wait never ends"
-        )
-        for buffer, data in barrier.copies:
-            buffer.data.copy_(data)
-        barrier.copies.clear()
-        barrier.armed, barrier.phase = False, barrier.phase + 1
+
+        def over() -> bool:  # hardware tells phases apart by parity alone
+            return barrier.phase % 2 != int(phase) or barrier.complete()
+
+        self.crew.until(over, barrier.missing)
+        for _, knows in barrier.landed:
+            knows.add(self.crew.current)
+        self.crew.wake()
 
     def copy_out(self, array: Descriptor, coordinates: list[Any], buffer: Shared) -> None:
         demand(min(int(raw(c)) for c in coordinates) >= 0, "a box that is written starts before its array")
@@ -224,12 +268,14 @@ class Machine:
         for buffer in product.buffers:
             self.seen(buffer, "a product")
         demand([a.shape[0], b.shape[1]] == acc.shape and a.shape[1] == b.shape[0], "a product of other shapes")
-        self.products.append(product)
+        self.products[self.crew.current].append(product)
         return product if is_async else self.wait_products(0, [product])
 
     def wait_products(self, outstanding: int, deps: list[Any]) -> Any:
-        while len(self.products) > outstanding:
-            product = self.products.pop(0)
+        self.crew.pause()
+        products = self.products[self.crew.current]
+        while len(products) > outstanding:
+            product = products.pop(0)
             result = product.a.data.float() @ product.b.data.float()
             product.result = Value(result + raw(product.acc) if product.use_acc else result)
         for x in deps:
@@ -237,11 +283,15 @@ class Machine:
         found = tuple(x.result if isinstance(x, Product) else x for x in deps)
         return found[0] if len(found) == 1 else found
 
+    def specialize(self, functions: list[tuple[Any, tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
+        demand(len(functions) == len(warps) + 1 == len(registers) + 1, "a partition without warps or registers")
+        self.crew.run([functools.partial(function, *args) for function, args in functions])
+
     def finish(self) -> None:
-        demand(not self.products, "a product is in flight at the end")
+        demand(not any(self.products.values()), "a product is in flight at the end")
         demand(not self.stores, "a store is in flight at the end")
         demand(not any(self.landing()), "a copy is in flight at the end")
-        demand(not any(barrier.armed for barrier in self.barriers.values()), "a barrier is armed at the end")
+        demand(not any(barrier.expected for barrier in self.barriers.values()), "a barrier is armed at the end")
 
 
 def _language(machine: Machine) -> types.SimpleNamespace:
@@ -275,13 +325,14 @@ def _language(machine: Machine) -> types.SimpleNamespace:
         load=values.load,
         store=values.store,
         allocate_shared_memory=machine.allocate,
+        warp_specialize=machine.specialize,
     )
 
 
 def simulate(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, maxnreg: int = 255, **meta: Any
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, maxnreg: int = 255, seed: int = 0, **meta: Any
 ) -> None:
-    """Run every program of a launch, in order; arrays and descriptors are on the CPU.
+    """Run every program of a launch, in order; arrays and descriptors are on the CPU. The seed decides whose turn it is.
 
     Raises:
         Hazard: see above.
@@ -299,8 +350,8 @@ def simulate(
         return Value(torch.tensor(x, dtype=torch.float32 if isinstance(x, float) else torch.int32))
 
     given = dict(zip(kernel.arg_names, [operand(x) for x in args])) | meta
-    for program in itertools.product(*(range(n) for n in grid)):
-        machine = Machine(program, grid, num_warps)
+    for number, program in enumerate(itertools.product(*(range(n) for n in grid))):
+        machine = Machine(program, grid, num_warps, seed + number)
         _python(kernel, machine)(**given)
         machine.finish()
 
@@ -311,7 +362,11 @@ def _python(kernel: Any, machine: Machine) -> Callable[..., Any]:
     stand_ins = {
         id(gl): _language(machine),
         id(hopper.mbarrier): names(
-            init=machine.init, expect=machine.expect, wait=machine.wait, MBarrierLayout=lambda: None
+            init=machine.init,
+            expect=machine.expect,
+            arrive=machine.arrive,
+            wait=machine.wait,
+            MBarrierLayout=lambda: None,
         ),
         id(hopper.tma): names(
             async_copy_global_to_shared=machine.copy_in,
@@ -322,12 +377,20 @@ def _python(kernel: Any, machine: Machine) -> Callable[..., Any]:
         id(hopper.warpgroup_mma): machine.multiply,
         id(hopper.warpgroup_mma_wait): machine.wait_products,
     }
-    scope: dict[str, Any] = {}
-    for name, value in kernel.fn.__globals__.items():
-        if isinstance(value, gluon._runtime.GluonJITFunction):
-            scope[name] = types.FunctionType(value.fn.__code__, scope, name)
-        elif isinstance(value, gl.constexpr):
-            scope[name] = value.value
-        else:
-            scope[name] = stand_ins.get(id(value), value)
-    return types.FunctionType(kernel.fn.__code__, scope, kernel.__name__)
+    scopes: dict[int, dict[str, Any]] = {}
+
+    def scope_of(given: dict[str, Any]) -> dict[str, Any]:
+        """A module's names; its functions may call those of others."""
+        if id(given) in scopes:
+            return scopes[id(given)]
+        scope = scopes[id(given)] = {}
+        for name, value in given.items():
+            if isinstance(value, gluon._runtime.GluonJITFunction):
+                scope[name] = types.FunctionType(value.fn.__code__, scope_of(value.fn.__globals__), name)
+            elif isinstance(value, gl.constexpr):
+                scope[name] = value.value
+            else:
+                scope[name] = stand_ins.get(id(value), value)
+        return scope
+
+    return types.FunctionType(kernel.fn.__code__, scope_of(kernel.fn.__globals__), kernel.__name__)

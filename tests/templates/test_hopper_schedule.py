@@ -1,4 +1,4 @@
-"""The Hopper forward as ptxas schedules it: what the kernel's text asks for may still be moved, and then nothing overlaps."""
+"""The Hopper forwards as ptxas schedules them: what a kernel asks for may still be moved, and then nothing overlaps."""
 
 import json
 import os
@@ -12,18 +12,18 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import json
 from bench.offline import compiled_kernel
-from flexsparse.compile_passes.templates.hopper_forward import compilations
+from flexsparse.compile_passes.templates.MODULE import compilations
 
 tasks = compilations(False)
 print(json.dumps([[task.config, compiled_kernel(task, "sm_90a")[0].asm["sass"]] for task in tasks]))
 """
 
 
-def machine_code(folder: Path) -> list[tuple[dict[str, Any], list[str]]]:
+def machine_code(folder: Path, module: str) -> list[tuple[dict[str, Any], list[str]]]:
     """Configurations and instructions; compiled in a process that does not interpret."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", SCRIPT.replace("MODULE", module)],
         cwd=ROOT,
         env=env | {"TRITON_CACHE_DIR": str(folder)},
         capture_output=True,
@@ -40,7 +40,7 @@ def places(code: list[str], pattern: str) -> list[int]:
 
 
 def test_weights_are_made_while_the_tensor_cores_work(tmp_path: Path) -> None:
-    for config, code in machine_code(tmp_path):
+    for config, code in machine_code(tmp_path, "hopper_forward"):
         all_done, one_left = places(code, r"DEPBAR\.LE gsb0, 0x0"), places(code, r"DEPBAR\.LE gsb0, 0x1")
         assert len(one_left) == 1 and len(all_done) == 3, "a product is waited for alone, in the loop, and at the end"
         (half,) = one_left
@@ -56,3 +56,26 @@ def test_weights_are_made_while_the_tensor_cores_work(tmp_path: Path) -> None:
         assert all(i < min(exponentials) for i in copies)
         rescaling = [i for i in places(code, r"\bFMUL") if products[config["D"] // 16 - 1] < i < half]
         assert len(rescaling) > config["D"] // 2 - 8, "the output is rescaled while keys are multiplied"
+
+
+def test_both_consumers_of_a_pair_overlap_products_and_weights(tmp_path: Path) -> None:
+    for config, code in machine_code(tmp_path, "hopper_pairs"):
+        all_done, one_left = places(code, r"DEPBAR\.LE gsb0, 0x0"), places(code, r"DEPBAR\.LE gsb0, 0x1")
+        assert len(one_left) == 2, "in the loop of each consumer"
+        for half in one_left:
+            start, end = max(i for i in all_done if i < half), min(i for i in all_done if i > half)
+            products = [i for i in places(code, "HGMMA") if start < i < half]
+            of_keys, of_values = products[: config["D"] // 16], products[config["D"] // 16 :]
+            assert len(of_values) == 4, "both products of a step are under way at the first wait"
+            polls = [i for i in places(code, "SYNCS.PHASECHK") if start < i < end]
+            assert any(of_keys[-1] < i < of_values[0] for i in polls), "values are waited for while keys are multiplied"
+            exponentials = [i for i in places(code, r"MUFU\.EX2") if half < i < end]
+            assert len(exponentials) == 64 // 2 + 2, "all of a step's, while its values are multiplied"
+            assert any(max(exponentials) < i < end for i in polls), "the next keys are waited for meanwhile"
+            if config["full"]:  # with partial tiles and extra tokens ptxas has one consumer rescale before it starts
+                rescaling = [i for i in places(code, r"\bFMUL") if of_keys[-1] < i < of_values[0]]
+                assert len(rescaling) > config["D"] // 2 - 8, "the output is rescaled while keys are multiplied"
+            released = [i for i in places(code, r"SYNCS\.ARRIVE") if i > end]
+            assert released and not any(end < i < released[0] for i in places(code, "HGMMA")), (
+                "a buffer is given back at once"
+            )

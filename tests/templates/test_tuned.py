@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+import flexsparse as fs
 from flexsparse.compile_passes.templates import forward as template
-from flexsparse.compile_passes.templates import hopper_backward, hopper_forward, tuned
+from flexsparse.compile_passes.templates import hopper_backward, hopper_forward, hopper_pairs, pair_lists, tuned
 from flexsparse.compile_passes.templates.tuned import (
     OPS,
     Choice,
@@ -28,6 +29,7 @@ BF16 = torch.bfloat16
 SHAPE: tuple[Any, ...] = ("sm_90a", BF16, 128, 64, 64)
 ROW = {"arch": "sm_90a", "dtype": "bf16", "D": 128, "query_rows": 64, "slots": 64}
 HOPPER = Choice(kernel="hopper", rows=64, keys=64, num_warps=4, num_stages=1)
+PAIRS = Choice(kernel="hopper_pairs", rows=64, keys=64, num_warps=4, num_stages=6)
 BACKWARD = {op: Choice(op=op, kernel="hopper", rows=64, keys=64, num_warps=4, num_stages=2) for op in ("dq", "dkdv")}
 
 
@@ -65,6 +67,9 @@ def test_candidates_begin_with_the_default_and_divide_their_tiles(
             wanted = arch == "sm_90a" and dtype != torch.float32 and D in (64, 128) and min(query_rows, slots) >= 64
             assert bool(tuned_kernels) == wanted
             assert all(hopper_forward.refuses(dtype, D, query_rows, slots, x.blocks) is None for x in tuned_kernels)
+            by_pairs = [x for x in found if x.kernel == "hopper_pairs"]
+            assert bool(by_pairs) == (wanted and query_rows in (64, 128) and slots % 64 == 0)
+            assert all(hopper_pairs.refuses(dtype, D, query_rows, slots, x.blocks) is None for x in by_pairs)
 
 
 @pytest.mark.parametrize("arch", [None, "sm_80", "sm_90a", "sm_100a"])
@@ -144,6 +149,8 @@ def test_rows_that_cannot_be_written(table: Path) -> None:
         write_table([ROW | HOPPER.config() | {"kernel": "cuda"}], "a", table)
     with pytest.raises(ValueError, match="op is 'backward'"):
         write_table([ROW | HOPPER.config() | {"op": "backward"}], "a", table)
+    with pytest.raises(ValueError, match="'hopper_pairs' computes forward, not dq"):
+        write_table([ROW | PAIRS.config() | {"op": "dq"}], "a", table)
     with pytest.raises(ValueError, match="the plain kernel of dq finds its own blocks"):
         write_table([ROW | HOPPER.config() | {"op": "dq", "kernel": "triton"}], "a", table)
     with pytest.raises(ValueError, match="give positive numbers"):
@@ -180,11 +187,15 @@ def test_the_forward_takes_blocks_that_are_forced() -> None:
 def test_on_the_cpu_the_hopper_kernel_is_refused() -> None:
     problem = build(Case(query_rows=64, slots=64, D=64, dtype=BF16))
     assert arch_of(problem.q) is None
-    with using(HOPPER), pytest.raises(ValueError, match="forced on a CPU tensor: it needs a GPU of sm_90a"):
-        template.forward(*problem.tensors, **problem.keywords)
+    for choice in (HOPPER, PAIRS):
+        with using(choice), pytest.raises(ValueError, match="forced on a CPU tensor: it needs a GPU of sm_90a"):
+            template.forward(*problem.tensors, **problem.keywords)
 
 
-def test_the_forward_goes_to_the_hopper_kernel(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("choice", "module"), [(HOPPER, hopper_forward), (PAIRS, hopper_pairs)])
+def test_the_forward_goes_to_the_hopper_kernel(
+    choice: Choice, module: Any, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tuned, "arch_of", lambda x: "sm_90a")
     launched = []
 
@@ -192,17 +203,37 @@ def test_the_forward_goes_to_the_hopper_kernel(table: Path, monkeypatch: pytest.
         launched.append(meta)
         simulate(*args, **meta)
 
-    monkeypatch.setattr(hopper_forward, "launch", launch)
+    monkeypatch.setattr(module, "launch", launch)
     problem = build(Case(query_rows=64, slots=64, D=64, dtype=torch.float16, partial=True, gated=True, kv_first=1))
     expected = template.forward(*problem.tensors, **problem.keywords)
     assert not launched
-    write_table([ROW | {"dtype": "fp16", "D": 64} | HOPPER.config()], "h200/tune.json", table)
+    write_table([ROW | {"dtype": "fp16", "D": 64} | choice.config()], "h200/tune.json", table)
     found = template.forward(*problem.tensors, **problem.keywords)
-    assert len(launched) == 1 and launched[0]["ROWS"] == 64 and launched[0]["STAGES"] == 1
+    assert len(launched) == 1 and launched[0]["ROWS"] == 64 and launched[0]["STAGES"] == choice.num_stages
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, atol=4e-3, rtol=4e-3)
     turned = problem.keywords | {"scale": -0.125}  # a scale that the kernel refuses
     plain = template.forward(*problem.tensors, **turned)
     assert len(launched) == 1 and bool(plain[0].isfinite().all())
-    with using(HOPPER), pytest.raises(ValueError, match="which therefore is positive"):
+    with using(choice), pytest.raises(ValueError, match="which therefore is positive"):
         template.forward(*problem.tensors, **turned)
+
+
+def test_a_call_pairs_tiles_that_are_neighbours_in_time(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "arch_of", lambda x: "sm_90a")
+    monkeypatch.setattr(hopper_pairs, "launch", simulate)
+    asked = []
+
+    def lists(*args: Any) -> Any:
+        asked.append(args[-1])
+        return pair_lists.pair_lists(*args)
+
+    monkeypatch.setattr(hopper_pairs, "pair_lists", lists)
+    write_table([ROW | {"dtype": "fp16", "D": 64} | PAIRS.config()], "h200/tune.json", table)
+    layout = fs.TileLayout(grid=(8, 6, 12), tile=(4, 4, 4))
+    q, k, v = (torch.randn(1, 1, layout.seq_len, 64, dtype=torch.float16) for _ in range(3))
+    builder = fs.VSA(top_k=3)
+    found = fs.sparse_attention(q, k, v, layout, builder, backend="triton")
+    assert asked == [6] and layout.tiles == (2, 2, 3)
+    expected = fs.sparse_attention(q, k, v, layout, builder, backend="gather")
+    torch.testing.assert_close(found, expected, atol=4e-3, rtol=4e-3)
