@@ -69,7 +69,9 @@ def every_row(case: cases.Case) -> list[dict[str, Any]]:
     work, density = 1e12, case.density
     found: list[dict[str, Any]] = []
     if case.kind == "overlap":
-        numbers, config = {"rho": 0.3, "pairs": 1.2, "triples": 1.3}, {"field_tokens": 8, "field_share": 0.5}
+        shares = {"t": 0.7, "h": 0.3, "w": 0.2}
+        numbers = {"rho": 0.3, "pairs": 1.2, "triples": 1.3} | shares
+        config = {"field_tokens": [8, 8, 8], "field_share": 0.5}
         return [case.row("overlap", "flexsparse", overlap=numbers, checked=True, config=config, density=density)] * len(
             overlap.FIELDS
         )
