@@ -23,6 +23,7 @@ LAYOUTS = {
         fs.TileLayout(grid=(8, 8, 8), tile=(4, 4, 4)),
         fs.TileLayout(grid=(5, 6, 9), tile=(4, 4, 4), text_first=3, text_last=70),
         fs.TileLayout(grid=(7, 6, 9), tile=(3, 5, 4)),
+        fs.TileLayout(grid=(20, 8, 12), tile=(4, 4, 4)),
     ),
     128: (
         fs.TileLayout(grid=(8, 8, 8), tile=(4, 8, 4)),
