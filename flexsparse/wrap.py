@@ -119,6 +119,7 @@ def wrap(
     blocks = repeated_blocks(model) if compile == "regional" else []
     if compile == "regional" and not blocks:
         raise ValueError(f"compile is 'regional', but {type(model).__name__} has no repeated blocks: use compile=True")
+    check_hooks(model, compile, blocks)
     backend = Backend(builder, tile=tile, grid=None, gates=bool(gates), wrapped=True, **own)
     backend.rules, backend.ragged = backend.rules.dense(dense_patterns(model, dense_layers)), reader.ragged
     backend.rules.check_names(model)
@@ -134,6 +135,11 @@ def wrap(
         raise ValueError(
             "gates are on, but the model is sharded by FSDP already, which would not see them: wrap it before fully_shard"
         )
+    if gates and any("_hf_hook" in x.__dict__ and any(p.is_meta for p in x.parameters()) for x in model.modules()):
+        raise ValueError(
+            "gates are on, but hooks load the model's weights layer by layer, and would not load theirs: wrap it before "
+            "enable_sequential_cpu_offload"
+        )
     if gates:
         add_gates(model, _gated(model, gates, backend.rules), fine_gates)
     for name, module in list(model.named_modules()):
@@ -148,6 +154,24 @@ def wrap(
     for block in blocks:
         compile_region(block, options)
     return model
+
+
+def check_hooks(model: nn.Module, compile: bool | str, blocks: Sequence[nn.Module]) -> None:
+    """Refuse to compile what has hooks of accelerate or diffusers (offloading): they replace forwards, and break graphs.
+
+    A hook of the whole model, where only its blocks are compiled, is outside of all graphs.
+
+    Raises:
+        ValueError: there is one inside of what is compiled.
+    """
+    inside = [model] if compile is True else blocks
+    compiled = {id(module) for root in inside for module in root.modules()}
+    for name, module in model.named_modules():
+        if id(module) in compiled and {"_hf_hook", "_diffusers_hook"} & module.__dict__.keys():
+            raise ValueError(
+                f"{name or 'the model'} has a hook that moves weights, which torch does not compile: call wrap before "
+                "enable_model_cpu_offload, or use compile=False (compile='regional' is enough if only the whole model has one)"
+            )
 
 
 def _gated(model: nn.Module, gates: bool | Sequence[str], rules: BuilderRules) -> bool | Sequence[str]:
