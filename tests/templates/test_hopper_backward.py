@@ -1,13 +1,10 @@
 """The Hopper kernels of dq, dk and dv, run by the simulator: against float64, and with bugs planted that must be seen."""
 
 import contextlib
-import importlib.util
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,6 +26,7 @@ from .gluon_simulator import simulate
 from .gluon_values import Hazard
 from .hopper_backward_bugs import COLUMN_BUGS, ROW_BUGS
 from .hopper_bugs import Bug
+from .planted import mutated
 
 BF16, FP16 = torch.bfloat16, torch.float16
 SMALL = Case(query_rows=64, slots=64, D=64, dtype=BF16)
@@ -273,20 +271,6 @@ def test_the_backward_goes_to_the_kernels_that_are_chosen(split: bool, monkeypat
         for one, other in zip(found, plain):
             assert one is not None and other is not None
             torch.testing.assert_close(one, other, atol=2e-2, rtol=4e-3)
-
-
-def mutated(folder: Path, kernels: ModuleType, old: str, new: str) -> ModuleType:
-    """A module of kernels with a text that occurs once replaced."""
-    source = Path(str(kernels.__file__)).read_text()
-    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
-    path = folder / "mutated_backward.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("mutated_backward", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mutated_backward"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,9 @@
 """The Hopper forward, run by the simulator: against float64, and with bugs planted that must be seen."""
 
-import importlib.util
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -20,6 +17,7 @@ from .attention_cases import Case, Problem, build, oracle
 from .gluon_simulator import simulate
 from .gluon_values import Hazard
 from .hopper_bugs import BUGS, Bug
+from .planted import mutated
 
 BF16, FP16 = torch.bfloat16, torch.float16
 SMALL = Case(query_rows=64, slots=64, D=64, dtype=BF16)
@@ -121,23 +119,9 @@ def test_refusals_say_why(changes: dict[str, object], size: Blocks, scale: float
         hopper_forward.forward(*problem.tensors, size=size, **problem.keywords | {"scale": scale})
 
 
-def mutated(folder: Path, old: str, new: str) -> ModuleType:
-    """The kernels with a text that occurs once replaced."""
-    source = Path(hopper_kernels.__file__).read_text()
-    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
-    path = folder / "mutated.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("mutated", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mutated"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_planted_bugs_are_seen(bug: Bug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper_forward, "hopper_kernels", mutated(tmp_path, bug.old, bug.new))
+    monkeypatch.setattr(hopper_forward, "hopper_kernels", mutated(tmp_path, hopper_kernels, bug.old, bug.new))
     with pytest.raises((Hazard, AssertionError), match=bug.complaint):
         for case in (replace(SMALL, H=2, G=1, M=5, N=2, magnitude=2.0, **EVERYTHING), replace(SMALL, density=0.0)):
             check(build(case), ONE)

@@ -1,13 +1,10 @@
 """The Hopper forward by pairs, run by the simulator: against float64, in any order of its partitions, and with bugs planted."""
 
 import functools
-import importlib.util
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -24,6 +21,7 @@ from .gluon_simulator import simulate
 from .gluon_values import Hazard
 from .hopper_bugs import Bug
 from .hopper_pair_bugs import BUGS
+from .planted import mutated
 
 BF16, FP16 = torch.bfloat16, torch.float16
 SMALL = Case(query_rows=64, slots=64, D=64, dtype=BF16)
@@ -172,23 +170,9 @@ def test_refusals_say_why(changes: dict[str, object], size: Blocks, scale: float
         hopper_pairs.forward(*problem.tensors, size=size, **problem.keywords | {"scale": scale})
 
 
-def mutated(folder: Path, old: str, new: str) -> ModuleType:
-    """The kernels with a text that occurs once replaced."""
-    source = Path(hopper_pair_kernels.__file__).read_text()
-    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
-    path = folder / "mutated_pairs.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("mutated_pairs", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mutated_pairs"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_planted_bugs_are_seen(bug: Bug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper_pairs, "hopper_pair_kernels", mutated(tmp_path, bug.old, bug.new))
+    monkeypatch.setattr(hopper_pairs, "hopper_pair_kernels", mutated(tmp_path, hopper_pair_kernels, bug.old, bug.new))
     problems = [
         (build(replace(SMALL, H=2, G=2, M=5, N=5, magnitude=2.0, **EVERYTHING | {"last": 3})), 2),
         (uneven(7, 2, 8, 20), 1),
@@ -197,7 +181,7 @@ def test_planted_bugs_are_seen(bug: Bug, tmp_path: Path, monkeypatch: pytest.Mon
         (build(replace(SMALL, query_rows=128, slots=128, M=9, first=1)), 1),
     ]
     with pytest.raises((Hazard, AssertionError), match=bug.complaint):
-        for problem, frame_tiles in problems:
-            for seed in range(4):
-                monkeypatch.setattr(hopper_pairs, "launch", functools.partial(simulate, seed=100 * seed))
+        for seed in range(4):
+            monkeypatch.setattr(hopper_pairs, "launch", functools.partial(simulate, seed=100 * seed))
+            for problem, frame_tiles in problems:
                 check(problem, frame_tiles, SIX)
