@@ -164,7 +164,7 @@ class Machine:
         self.crew = Crew(seed)
         self.barriers: dict[tuple[int, int], Barrier] = {}
         self.products: dict[int, list[Product]] = defaultdict(list)  # by partition
-        self.stores: list[tuple[Descriptor, list[Any], Shared]] = []
+        self.stores: dict[int, list[tuple[Descriptor, list[Any], Shared]]] = defaultdict(list)  # likewise
         self.unfenced: list[Shared] = []
         self.keep: list[Tensor] = []  # allocations stay: addresses name barriers
 
@@ -191,8 +191,8 @@ class Machine:
 
     def writable(self, buffer: Shared, who: str) -> None:
         demand(not any(buffer.overlaps(x) for x in self.landing()), f"{who} writes where a copy is under way")
-        products = itertools.chain.from_iterable(self.products.values())
-        used = [x for product in products for x in product.buffers] + [x for _, _, x in self.stores]
+        used = [x for products in self.products.values() for product in products for x in product.buffers]
+        used += [x for stores in self.stores.values() for _, _, x in stores]
         demand(not any(buffer.overlaps(x) for x in used), f"{who} overwrites what is still being read")
 
     # barriers and copies
@@ -254,11 +254,12 @@ class Machine:
     def copy_out(self, array: Descriptor, coordinates: list[Any], buffer: Shared) -> None:
         demand(min(int(raw(c)) for c in coordinates) >= 0, "a box that is written starts before its array")
         self.seen(buffer, "a store's copy")
-        self.stores.append((array, coordinates, buffer))
+        self.stores[self.crew.current].append((array, coordinates, buffer))
 
     def store_wait(self, pending: int) -> None:
-        while len(self.stores) > pending:
-            array, coordinates, buffer = self.stores.pop(0)
+        stores = self.stores[self.crew.current]
+        while len(stores) > pending:
+            array, coordinates, buffer = stores.pop(0)
             outside, inside = array.box(coordinates)
             array.array[outside] = buffer.data[inside]
 
@@ -289,7 +290,7 @@ class Machine:
 
     def finish(self) -> None:
         demand(not any(self.products.values()), "a product is in flight at the end")
-        demand(not self.stores, "a store is in flight at the end")
+        demand(not any(self.stores.values()), "a store is in flight at the end")
         demand(not any(self.landing()), "a copy is in flight at the end")
         demand(not any(barrier.expected for barrier in self.barriers.values()), "a barrier is armed at the end")
 
