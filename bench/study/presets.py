@@ -237,7 +237,7 @@ def cpu() -> Preset:
         *small.runs(("own_tile",), all_seeds, "main"),
         *small.probes(MAIN, (1, 2)),
         *small.runs(COMPARED[:1] + COMPARED[2:], all_seeds, "main"),
-        *small.runs(MAIN, all_seeds, "main", 2880),
+        *small.runs((*MAIN, "own_tile"), all_seeds, "main", 2880),
         small.timing((*MAIN, *COMPARED, *PARTS)),
         *base.runs(MAIN, all_seeds, "main"),
         base.timing(MAIN),
