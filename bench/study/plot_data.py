@@ -21,8 +21,14 @@ SKIPPED = 0.2
 """Share of the steps at the start of a curve that figures leave out: their losses hide the rest."""
 
 
+def begun(seeds: Mapping[int, Curve], start: int) -> dict[int, Curve]:
+    """Seeds that got as far as figures begin: one that was only just started would hide what the others show."""
+    return {seed: curve for seed, curve in seeds.items() if curve.steps and curve.steps[-1] >= start}
+
+
 def band(seeds: Mapping[int, Curve], x: Callable[[Curve, int], float], start: int) -> list[Point]:
-    """Steps that every seed has: mean and range."""
+    """Steps that every seed has that has begun: mean and range."""
+    seeds = begun(seeds, start)
     if not seeds:
         return []
     found = []
@@ -73,7 +79,7 @@ def against_time(study: Study) -> dict[str, Trade]:
 
 def gaps(own: Mapping[int, Curve], other: Mapping[int, Curve], start: int) -> list[Point]:
     """Gap in percent by step, over the seeds that both have."""
-    both = sorted(own.keys() & other.keys())
+    both = sorted(begun(own, start).keys() & begun(other, start).keys())
     if not both:
         return []
     found = []

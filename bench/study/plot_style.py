@@ -13,6 +13,7 @@ COLOURS = {
     "fine_only": "#56b4e9",
     "top_p": "#009e73",
     "sliding_tile": "#cc79a7",
+    "own_tile": "#bcbd22",
     "spatial_temporal": "#8c6d1f",
     "spatial_full": "#6a51a3",
     "compressed_kv": "#7f7f7f",

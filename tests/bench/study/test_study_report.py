@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from study_rows import HEADER, Row, evaluation, everything, finished, probed, timed, training
 
-from bench.study import plots, report, tables, tables_parts, tables_probes, tables_schedule
-from bench.study.evidence import Study
+from bench.study import plot_data, plots, report, tables, tables_parts, tables_probes, tables_schedule
+from bench.study.evidence import Curve, Study
 from bench.study.presets import cpu
 from bench.study.rows import Results
 
@@ -350,3 +350,16 @@ def test_gaps_along_training_and_the_floor() -> None:
     assert [cells(text, step)[-1] for step in ("10", "20")] == ["no seed and step in common", "+25.00 % (one seed)"]
     assert "Attention within tiles alone (own_tile) at size base, step 20: loss +25.00 %" in page(rows)
     assert "Whether attention between tiles matters at size base at step 20: not run" in page(rows[:2])
+
+
+def test_a_seed_that_was_just_started_hides_no_curve() -> None:
+    def curve(*steps: int) -> Curve:
+        none = (0.0,) * len(steps)
+        losses = tuple(1.0 / (1 + step) for step in steps)
+        found = {"steps": steps, "flops": none, "attention_flops": none, "losses": losses}
+        return Curve(**found, levels={}, windows={}, density=None)
+
+    seeds = {0: curve(0, 80, 160), 1: curve(0, 80, 160), 2: curve(0)}
+    assert [point[0] for point in plot_data.band(seeds, lambda _, step: step, 40)] == [80, 160]
+    assert [point[0] for point in plot_data.gaps(seeds, {**seeds, 2: curve(0, 80, 160)}, 40)] == [80, 160]
+    assert plot_data.band({2: curve(0)}, lambda _, step: step, 40) == []
