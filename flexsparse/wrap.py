@@ -157,7 +157,7 @@ def wrap(
 
 
 def check_hooks(model: nn.Module, compile: bool | str, blocks: Sequence[nn.Module]) -> None:
-    """Refuse to compile what has hooks of accelerate or diffusers (offloading): they replace forwards, and break graphs.
+    """Refuse to compile what has offloading hooks of accelerate or diffusers: they replace forwards, and break graphs.
 
     A hook of the whole model, where only its blocks are compiled, is outside of all graphs.
 
@@ -167,11 +167,16 @@ def check_hooks(model: nn.Module, compile: bool | str, blocks: Sequence[nn.Modul
     inside = [model] if compile is True else blocks
     compiled = {id(module) for root in inside for module in root.modules()}
     for name, module in model.named_modules():
-        if id(module) in compiled and {"_hf_hook", "_diffusers_hook"} & module.__dict__.keys():
+        if id(module) in compiled and _moves_weights(module):
             raise ValueError(
                 f"{name or 'the model'} has a hook that moves weights, which torch does not compile: call wrap before "
                 "enable_model_cpu_offload, or use compile=False (compile='regional' is enough if only the whole model has one)"
             )
+
+
+def _moves_weights(module: nn.Module) -> bool:
+    others = getattr(module.__dict__.get("_diffusers_hook"), "hooks", {})  # by name: caches and context parallelism too
+    return "_hf_hook" in module.__dict__ or any("offload" in name for name in others)
 
 
 def _gated(model: nn.Module, gates: bool | Sequence[str], rules: BuilderRules) -> bool | Sequence[str]:
