@@ -40,7 +40,7 @@ def test_a_wrapped_model_is_offloaded(compile: bool | str, fresh_dynamo: None) -
         hook.offload()
 
 
-@pytest.mark.parametrize("compile", [False, "regional"])
+@pytest.mark.parametrize("compile", [False, pytest.param("regional", marks=pytest.mark.slow)])
 def test_an_offloaded_model_is_wrapped(compile: bool | str, fresh_dynamo: None) -> None:
     entry = ZOO["wan"]
     out = expected(entry, wrapped(entry.model(), compile))

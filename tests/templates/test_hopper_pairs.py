@@ -98,7 +98,7 @@ def uneven(first: int, second: int, both: int, size: int) -> Problem:
     return replace(problem, keep=keep, bits=pack_bits(keep), counts=keep.sum(-1, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("size", [SIX, EIGHT], ids=lambda x: x.num_stages)
+@pytest.mark.parametrize("size", [SIX, pytest.param(EIGHT, marks=pytest.mark.slow)], ids=lambda x: x.num_stages)
 @pytest.mark.parametrize(
     ("first", "second", "both"), [(0, 0, 9), (12, 0, 0), (0, 12, 1), (1, 13, 3), (14, 2, 0), (7, 7, 0), (6, 7, 8)]
 )
