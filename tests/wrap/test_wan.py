@@ -63,7 +63,13 @@ def test_resolutions_in_turn_cost_two_graphs(wan: Make, way: Any) -> None:
 
 
 @pytest.mark.parametrize("way", [True, pytest.param("regional", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("builder", [fs.VSA(top_k=2), fs.BSA(keep_queries=0.5, kv_density=0.3)], ids=["vsa", "bsa"])
+@pytest.mark.parametrize(
+    "builder",
+    [
+        pytest.param(fs.VSA(top_k=2), id="vsa"),
+        pytest.param(fs.BSA(keep_queries=0.5, kv_density=0.3), id="bsa", marks=pytest.mark.slow),
+    ],
+)
 def test_any_number_of_tiles_costs_two_graphs(wan: Make, way: Any, builder: Any) -> None:
     """Above and below 32 KV tiles, which fill a word of the bitmask; a size of 1 would be a graph of its own to torch."""
     model = fs.wrap(wan(), builder, tile=(2, 2, 2), **options(way))
@@ -73,7 +79,7 @@ def test_any_number_of_tiles_costs_two_graphs(wan: Make, way: Any, builder: Any)
     assert counters["stats"]["unique_graphs"] == 2
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(True, marks=pytest.mark.slow), "regional", False])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_redoes_each_block_on_its_own_grid(wan: Make, way: Any, reentrant: bool) -> None:
     """Two grids of equal token counts in one backward: a block redone densely, or on the other grid, shows."""
