@@ -119,7 +119,7 @@ def wrap(
     blocks = repeated_blocks(model) if compile == "regional" else []
     if compile == "regional" and not blocks:
         raise ValueError(f"compile is 'regional', but {type(model).__name__} has no repeated blocks: use compile=True")
-    check_hooks(model, compile, blocks)
+    _check_hooks(model, compile, blocks)
     backend = Backend(builder, tile=tile, grid=None, gates=bool(gates), wrapped=True, **own)
     backend.rules, backend.ragged = backend.rules.dense(dense_patterns(model, dense_layers)), reader.ragged
     backend.rules.check_names(model)
@@ -156,7 +156,7 @@ def wrap(
     return model
 
 
-def check_hooks(model: nn.Module, compile: bool | str, blocks: Sequence[nn.Module]) -> None:
+def _check_hooks(model: nn.Module, compile: bool | str, blocks: Sequence[nn.Module]) -> None:
     """Refuse to compile what has offloading hooks of accelerate or diffusers: they replace forwards, and break graphs.
 
     A hook of the whole model, where only its blocks are compiled, is outside of all graphs.

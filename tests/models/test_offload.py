@@ -3,6 +3,7 @@
 import accelerate
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 
 import flexsparse as fs
@@ -72,6 +73,10 @@ def test_hooks_inside_of_a_graph_are_refused_before_anything_changes() -> None:
     layered = accelerate.cpu_offload(entry.model(), execution_device="cpu")
     with pytest.raises(ValueError, match=r"blocks\.0\S* has a hook that moves weights"):
         wrapped(layered, "regional")
+    grouped = entry.model()
+    apply_group_offloading(grouped, onload_device=torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(ValueError, match="has a hook that moves weights"):
+        wrapped(grouped, True)
     with pytest.raises(ValueError, match="hooks load the model's weights layer by layer, and would not load theirs"):
         fs.wrap(layered, fs.VSA(top_k=2), tile=(2, 2, 2), compile=False, gates=True)
     assert not any("gate" in name for name, _ in layered.named_parameters())
