@@ -7,6 +7,7 @@ D head dim.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -193,6 +194,13 @@ def _compilation(shape: Shape, size: Blocks) -> AttentionCompilation:
     base = compilation(
         hopper_kernels.hopper_forward, shape, size, STAGES=size.num_stages, COARSE=not shape.full, **absent
     )
+    blocks = {"rows": size.rows, "keys": size.keys, "stages": size.num_stages}
+    options = {name: value for name, value in launch_options(shape.D, size).items() if name != "num_warps"}
+    return with_boxes(base, shape, size, config=base.config | blocks, options=options)
+
+
+def with_boxes(base: AttentionCompilation, shape: Shape, size: Blocks, **changed: Any) -> AttentionCompilation:
+    """A forward's compilation whose arrays come as boxes of these blocks, with other fields changed too."""
 
     def boxes(rows: int, tiled: bool) -> str:
         box = _box(rows, shape.D, tiled)
@@ -201,11 +209,5 @@ def _compilation(shape: Shape, size: Blocks) -> AttentionCompilation:
     kinds = dict.fromkeys(("queries", "gates", "outs"), boxes(size.rows, False))
     kinds |= dict.fromkeys(("keys", "values"), boxes(size.keys, True))
     signature = {name: kinds.get(name, kind) if kind != "constexpr" else kind for name, kind in base.signature.items()}
-    blocks = {"rows": size.rows, "keys": size.keys, "stages": size.num_stages}
-    changed = {
-        "config": base.config | blocks,
-        "signature": signature,
-        "aligned": tuple(name for name, kind in signature.items() if kind.startswith("*")),
-        "options": {name: value for name, value in launch_options(shape.D, size).items() if name != "num_warps"},
-    }
-    return AttentionCompilation(**(vars(base) | changed))
+    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+    return replace(base, signature=signature, aligned=aligned, **changed)

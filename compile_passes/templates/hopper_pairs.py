@@ -14,7 +14,6 @@ from torch import Tensor
 
 from flexsparse.compile_passes.templates import hopper_pair_kernels
 from flexsparse.compile_passes.templates.attention_common import (
-    TYPES,
     AttentionCompilation,
     Blocks,
     Shape,
@@ -22,7 +21,7 @@ from flexsparse.compile_passes.templates.attention_common import (
     dense_rows,
     flags,
 )
-from flexsparse.compile_passes.templates.hopper_forward import _box, _boxes, _copyable, _layout
+from flexsparse.compile_passes.templates.hopper_forward import _boxes, _copyable, with_boxes
 from flexsparse.compile_passes.templates.launch import LOG2E, Compilation, launch
 from flexsparse.compile_passes.templates.lists import ascending
 from flexsparse.compile_passes.templates.pair_lists import pair_lists
@@ -167,17 +166,4 @@ def _compilation(shape: Shape, size: Blocks) -> AttentionCompilation:
         **REGISTERS,
         **absent,
     )
-
-    def boxes(rows: int, tiled: bool) -> str:
-        box = _box(rows, shape.D, tiled)
-        return f"tensordesc<{TYPES[shape.dtype]}{list(box)},{_layout(box)!r}>"
-
-    kinds = dict.fromkeys(("queries", "gates", "outs"), boxes(ROWS, False))
-    kinds |= dict.fromkeys(("keys", "values"), boxes(KEYS, True))
-    signature = {name: kinds.get(name, kind) if kind != "constexpr" else kind for name, kind in base.signature.items()}
-    changed = {
-        "config": base.config | {"stages": size.num_stages},
-        "signature": signature,
-        "aligned": tuple(name for name, kind in signature.items() if kind.startswith("*")),
-    }
-    return AttentionCompilation(**(vars(base) | changed))
+    return with_boxes(base, shape, size, config=base.config | {"stages": size.num_stages})
