@@ -263,14 +263,14 @@ MUTATIONS = (
         "compile_passes/fuse_selection.py",
         "if user not in done:",
         "if user is None:",
-        ("compile_passes/test_fuse_selection.py",),
+        ("compile_passes/test_fuse_selection_left.py",),
     ),
     Mutation(
         "views of pooled vectors taken on trust",
         "compile_passes/coarse_chain.py",
         "laid.numel() == wanted.numel() and torch.equal(laid.reshape(wanted.shape), wanted)",
         "laid.numel() == wanted.numel()",
-        ("compile_passes/test_fuse_selection.py",),
+        ("compile_passes/test_fuse_selection_left.py",),
     ),
     Mutation(
         "log-sum-exp of another base in the lowered backward",
