@@ -21,7 +21,7 @@ from bench.report import table
 from bench.study import plots, tables, tables_along, tables_parts, tables_probes, tables_schedule
 from bench.study.evidence import Row, Study
 from bench.study.rows import key, load
-from bench.study.statistics import CLAIM, LEVEL, Comparison, equal_flops, family, gap_text, verdict
+from bench.study.statistics import CLAIM, LEVEL, Comparison, family, gap_text, verdict
 from bench.study.tables import Section
 from flexsparse.training.errors import RunError
 
@@ -198,10 +198,8 @@ def readme_block(study: Study) -> str:
     link = "[`bench/STUDY.md`](bench/STUDY.md)"
     body = []
     for size in tables.main_sizes(study):
-        dense = study.curves(size, "dense")
         for method in (*tables.MAIN, tables.FLOOR):
             gap = tables.against(study, size, method)
-            whole = equal_flops(size, study.curves(size, method), dense)
             flops = study.flops_ratio(size, method)
             run = next(iter(study.of("run", size=size, method=method)), None)
             if run is not None and gap.gap is not None:
@@ -209,13 +207,14 @@ def readme_block(study: Study) -> str:
                 shape = f"{tokens} tokens, {run['parameters'] / 1e6:.2f}M parameters, {gap.step} steps"
                 cost = [tables.times(flops[i]) if flops else "" for i in (0, 1)]
                 body.append([shape, method, tables.seeds(gap), gap_text(gap), verdict(gap)])
-                body[-1] += [gap_text(whole).partition(":")[0], *cost]
+                body[-1] += [tables.at_equal_flops(study, size, method), *cost]
     if not body:
         return f"Nothing was trained yet; {link} says how the study works."
     heading = ["size", "method", "seeds", "loss against dense, equal steps", "", "the same, equal FLOPs"]
     heading += ["attention FLOPs", "all FLOPs"]
     what = (
-        "Held-out flow-matching loss; in brackets the 95 % interval over seeds. Negative is better than dense. In "
+        "Held-out flow-matching loss; in brackets the 95 % interval over seeds. Negative is better than dense. At equal "
+        "FLOPs, a run that ends before dense's is compared with dense at its own, and the share is said. In "
         f"`{tables.FLOOR}` no tile sees another: where it is not worse than dense, the other rows say nothing about selection."
     )
     return f"{table(heading, body)}\n\n{what} Everything else that was asked, and what was not shown: {link}."

@@ -89,12 +89,18 @@ class Comparison:
 Curves = Mapping[int, Curve]
 
 
-def equal_steps(name: str, method: Curves, anchor: Curves) -> Comparison:
-    """At the last step that any seed has of both; seeds that do not have it yet are left out, and ``why`` counts
+def common_steps(method: Curves, anchor: Curves) -> dict[int, set[int]]:
+    """Seed -> steps at which both were measured."""
+    return {seed: set(method[seed].steps) & set(anchor[seed].steps) for seed in method.keys() & anchor.keys()}
+
+
+def equal_steps(name: str, method: Curves, anchor: Curves, step: int | None = None) -> Comparison:
+    """At a step, by default the last that any seed has of both; seeds that do not have it are left out, and ``why`` counts
     them."""
-    common = {seed: set(method[seed].steps) & set(anchor[seed].steps) for seed in method.keys() & anchor.keys()}
-    step = max((max(steps) for steps in common.values() if steps), default=None)
-    if step is None:
+    common = common_steps(method, anchor)
+    reached = {found for steps in common.values() for found in steps}
+    step = max(reached, default=None) if step is None else step
+    if step not in reached:
         return Comparison(name=name, gap=None, why=missing(method, anchor))
     pairs = [(method[s].at(step), anchor[s].at(step)) for s, steps in sorted(common.items()) if step in steps]
     late = len(method.keys() | anchor.keys()) - len(pairs)
@@ -127,6 +133,13 @@ def shared_flops(name: str, method: Curves, anchor: Curves) -> Comparison:
     What equal steps can always say about equal FLOPs, at the smaller budget of the two.
     """
     return _at_budget(name, method, anchor, lambda own, other: min(own.flops[-1], other.flops[-1]), "the shared")
+
+
+def shared_budget(method: Curves, anchor: Curves) -> float | None:
+    """The budget of `shared_flops` over the FLOPs of the anchor's last evaluation, mean over seeds."""
+    both = sorted(method.keys() & anchor.keys())
+    shares = [min(1.0, method[s].flops[-1] / anchor[s].flops[-1]) for s in both if anchor[s].flops[-1]]
+    return fmean(shares) if shares else None
 
 
 def _at_budget(

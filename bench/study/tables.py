@@ -17,6 +17,7 @@ from bench.study.statistics import (
     equal_steps,
     gap_text,
     missing,
+    shared_budget,
     shared_flops,
     verdict,
     window_spread,
@@ -66,9 +67,21 @@ def at(study: Study, size: str, method: str, comparison: Comparison) -> str:
     return NOT_RUN if comparison.step is None else number(study.loss(size, method, comparison.step))
 
 
-def against(study: Study, size: str, method: str, anchor: str = "dense") -> Comparison:
-    """At equal steps."""
-    return equal_steps(f"{size}/{method} against {anchor}", study.curves(size, method), study.curves(size, anchor))
+def against(study: Study, size: str, method: str, anchor: str = "dense", step: int | None = None) -> Comparison:
+    """At equal steps, by default as far as both were trained."""
+    name = f"{size}/{method} against {anchor}"
+    return equal_steps(name, study.curves(size, method), study.curves(size, anchor), step)
+
+
+def at_equal_flops(study: Study, size: str, method: str) -> str:
+    """A cell: at dense's FLOPs, or where the method was not trained so far, at all of its own."""
+    own, dense = study.curves(size, method), study.curves(size, "dense")
+    whole = equal_flops(size, own, dense)
+    share = shared_budget(own, dense)
+    shared = shared_flops(size, own, dense)
+    if whole.gap is not None or share is None or shared.gap is None:
+        return gap_text(whole).partition(":")[0]
+    return f"{gap_text(shared)} at {100 * share:.0f} % of dense's"
 
 
 def anchor_line(study: Study, size: str, anchor: str, what: str, gaps: Iterable[Comparison]) -> list[str]:
@@ -173,9 +186,10 @@ def _answer(study: Study, size: str, method: str, gap: Comparison, flops: tuple[
         if flops is None
         else f"; a step takes {100 * flops[0]:.1f} % of dense's attention FLOPs and {100 * flops[1]:.1f} % of all its FLOPs"
     )
+    flops_text = at_equal_flops(study, size, method)
     return (
         f"{method} at size {size}{shape}, step {gap.step}, {n} {'seeds' if n > 1 else 'seed'}: loss {gap_text(gap)} "
-        f"against dense: {verdict(gap)}; the claim of at most 0.5 %: {claim(gap)}{cost}{trained}."
+        f"against dense: {verdict(gap)}; the claim of at most 0.5 %: {claim(gap)}{cost}{trained}. At equal FLOPs: {flops_text}."
     )
 
 

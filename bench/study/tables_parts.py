@@ -3,12 +3,22 @@ only."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from bench.report import table
 from bench.study import paper
 from bench.study.evidence import Study
-from bench.study.statistics import NOT_RUN, Comparison, gap_text, percent, rank_correlation, shown, verdict
+from bench.study.statistics import (
+    NOT_RUN,
+    Comparison,
+    common_steps,
+    gap_text,
+    percent,
+    rank_correlation,
+    shown,
+    verdict,
+)
 from bench.study.tables import Section, against, anchor_line, at, main_sizes, seeds
 
 PARTS: dict[str, str] = {
@@ -36,7 +46,8 @@ def order(study: Study) -> Section:
     parts, comparisons, contradictions, answers = [], [], [], []
     for size in main_sizes(study):
         names = [m for m in study.methods(size, "main") if m != "dense"]
-        gaps = {m: against(study, size, m) for m in names}
+        step = _widest_step(study, size, names)
+        gaps = {m: against(study, size, m, step=step) for m in names}
         found = {m: gap.gap.mean for m, gap in gaps.items() if gap.gap and not gap.diverged}
         if len(found) < 2:
             continue
@@ -48,15 +59,19 @@ def order(study: Study) -> Section:
             name, small, large = paper.ATTENTIONS.get(method, ("not in the paper", None, None))
             cell = "anchor" if method == "dense" else gap_text(gaps[method])
             body.append([method, cell, name, *("" if x is None else f"{x:.5f}" for x in (small, large))])
-        parts += [f"### Size {size}, ordered by loss at equal steps", table(heading, body)]
+        parts += [f"### Size {size}, ordered by loss at step {step}", table(heading, body)]
+        late = [m for m in names if m not in found and not gaps[m].diverged]
+        if late:
+            parts.append(f"Not trained to step {step}, and left out: {', '.join(late)}.")
         for index, budget in ((1, paper.SMALL_BUDGET), (2, paper.LARGE_BUDGET)):
             known = [m for m in ordered if m in paper.ATTENTIONS and paper.ATTENTIONS[m][index] is not None]
             theirs = [float(paper.ATTENTIONS[m][index]) for m in known]  # type: ignore[arg-type]
             same = theirs == sorted(theirs)
             correlation = rank_correlation(range(len(known)), theirs)
             says = "" if correlation is None else f", rank correlation {correlation:+.2f}"
-            text = f"Size {size} against {budget}, {len(known)} attentions: {'same' if same else 'other'} order{says}"
-            apart = list(_against_paper(study, size, known, index)) if not same else []
+            text = f"Size {size}, step {step}, against {budget}, {len(known)} attentions: "
+            text += f"{'same' if same else 'other'} order{says}"
+            apart = list(_against_paper(study, size, known, index, step)) if not same else []
             comparisons += [c for _, _, c in apart]
             sure = [(low, high) for low, high, c in apart if shown(c)]
             if not same:
@@ -89,14 +104,24 @@ def order(study: Study) -> Section:
     )
 
 
+def _widest_step(study: Study, size: str, names: Sequence[str]) -> int | None:
+    """The step at which most attentions were compared with dense, the last of several: an order over different steps
+    would be one of how long things were trained."""
+    dense = study.curves(size, "dense")
+    counted: Counter[int] = Counter()
+    for name in names:
+        counted.update(set().union(*common_steps(study.curves(size, name), dense).values()))
+    return max(counted, key=lambda step: (counted[step], step), default=None)
+
+
 def _against_paper(
-    study: Study, size: str, ordered: Sequence[str], index: int
+    study: Study, size: str, ordered: Sequence[str], index: int, step: int | None
 ) -> Iterator[tuple[str, str, Comparison]]:
     """Pairs (lower loss here, higher loss here) that the paper has the other way round."""
     for place, low in enumerate(ordered):
         for high in ordered[place + 1 :]:
             if float(paper.ATTENTIONS[low][index]) > float(paper.ATTENTIONS[high][index]):  # type: ignore[arg-type]
-                yield low, high, against(study, size, low, high)
+                yield low, high, against(study, size, low, high, step)
 
 
 def parts(study: Study) -> Section:

@@ -171,6 +171,45 @@ def test_order_of_the_paper() -> None:
     assert order == ["vsa", "sliding_tile", "spatial_full", "dense", "compressed_kv"]
 
 
+def test_an_order_is_of_one_step() -> None:
+    """What was trained on to a later step is taken where most were; what did not get so far is left out."""
+    early, late = (10, 1e9), (20, 2e9)
+    losses = {"dense": (0.5, 0.1), "vsa": (0.4, 0.3), "sliding_tile": (0.45, None), "spatial_full": (0.6, None)}
+    rows = [
+        evaluation("base", method, seed, step, loss, flops)
+        for seed in (0, 1)
+        for method, found in losses.items()
+        for (step, flops), loss in zip((early, late), found)
+        if loss is not None
+    ]
+    rows += [evaluation("base", "compressed_kv", seed, 5, 0.7, 5e8) for seed in (0, 1)]
+    rows += [evaluation("base", "dense", seed, 5, 0.8, 5e8) for seed in (0, 1)]
+    text = page(rows).split("ordered by loss at step ")[1].split("\n### ")[0]
+    order = re.findall(r"^\| (\w+) \|", text, re.M)[1:]
+    assert text.startswith("10\n") and order == ["vsa", "sliding_tile", "dense", "spatial_full"]
+    assert cells(text, "vsa")[1].startswith("-20.00 %")
+    assert "Not trained to step 10, and left out: compressed_kv." in text
+
+
+def test_equal_flops_as_far_as_a_sparse_run_was_trained() -> None:
+    """Where a sparse run ends before dense's FLOPs, dense is read at its own, and the share is said."""
+    dense = [(10, 1e9, 0.8), (20, 2e9, 0.6), (40, 4e9, 0.4)]
+    rows = [evaluation("base", "dense", 0, *_at(*point)) for point in dense] + [finished("base", "vsa", 0, 40, 0.5)]
+    rows += [evaluation("base", "vsa", 0, *_at(*point)) for point in ((20, 1e9, 0.5), (40, 2e9, 0.3))]
+    study = Study(rows)
+    assert tables.at_equal_flops(study, "base", "vsa") == "-50.00 % (one seed) at 50 % of dense's"
+    assert "-50.00 % (one seed) at 50 % of dense's |" in report.readme_block(study)
+    assert "At equal FLOPs: -50.00 % (one seed) at 50 % of dense's." in page(rows)
+    rows.append(evaluation("base", "vsa", 0, *_at(80, 4e9, 0.2)))
+    assert tables.at_equal_flops(Study(rows), "base", "vsa") == "-50.00 % (one seed)"
+    assert tables.at_equal_flops(Study(rows), "base", "bsa") == "not run"
+
+
+def _at(step: int, flops: float, loss: float) -> tuple[int, float, float]:
+    """As `evaluation` takes them."""
+    return step, loss, flops
+
+
 def test_parts_are_compared_with_vsa_at_the_same_step() -> None:
     seeds = (0, 1, 2)
     rows = training("base", "vsa", seeds, steps=960) + training("base", "vsa_max", seeds, -0.05, 0.0, question="parts")
