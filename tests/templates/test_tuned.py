@@ -169,12 +169,19 @@ def test_a_forced_choice_ends_with_its_block(table: Path) -> None:
     assert chosen(*SHAPE).kernel == "triton" and not tuned.forced()
 
 
-def test_the_forward_takes_blocks_that_are_forced() -> None:
+def test_the_forward_takes_blocks_that_are_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, blocks = template.launch, []
+
+    def recording(kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
+        blocks.append((meta["ROWS"], meta["KEYS"]))
+        launch(kernel, grid, *args, **meta)
+
+    monkeypatch.setattr(template, "launch", recording)
     problem = build(Case(query_rows=64, slots=64, D=64, dtype=torch.float16, partial=True))
     expected = template.forward(*problem.tensors, **problem.keywords)
     with using(Choice(kernel="triton", rows=16, keys=32, num_warps=4, num_stages=2)):
         found = template.forward(*problem.tensors, **problem.keywords)
-    assert not torch.equal(found[0], expected[0]), "other blocks round differently: these were not taken"
+    assert blocks[-1] == (16, 32) != blocks[0] and len(blocks) == 2
     torch.testing.assert_close(found[0], expected[0], atol=4e-3, rtol=4e-3)
     torch.testing.assert_close(found[1], expected[1])
     with (
