@@ -60,7 +60,7 @@ def test_every_spelling_of_the_coarse_output_fuses(spelling: Step | None, symbol
 
 
 @given(*(st.sampled_from(list(s)) for s in (POOLS, SCORES, CHOICES, [*COARSE, "none"])), st.booleans())
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_spellings_fuse_in_any_combination(pool: str, scores: str, choice: str, coarse: str, symbolic: bool) -> None:
     stage = Stage(pool=POOLS[pool], scores=SCORES[scores], choose=CHOICES[choice], coarse=COARSE.get(coarse))
     check_fused(stage, symbolic=symbolic)

@@ -194,6 +194,7 @@ def _cli(folder: Path, *extra: str) -> list[str]:
     return [sys.executable, "-m", "flexsparse.cli", "demo", *sizes.split(), *place, *extra]
 
 
+@pytest.mark.slow
 def test_killed_process_resumes_to_the_same_curve(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}

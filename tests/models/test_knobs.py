@@ -237,8 +237,9 @@ def test_a_whole_pipeline() -> None:
         assert all(bool(fs.report(m).sparse_calls) != same for m in models)
 
 
-@pytest.mark.parametrize("way", [True, False])
-@pytest.mark.parametrize("name", ["wan", "hunyuan"])
+@pytest.mark.parametrize(
+    ("way", "name"), [(True, "hunyuan"), (False, "wan"), pytest.param(True, "wan", marks=pytest.mark.slow)]
+)
 def test_fine_gates(way: Any, name: str) -> None:
     """At first they change nothing; then they weigh the fine output of the video's tokens (a joint block's text has none)."""
     entry = ZOO[name]

@@ -169,8 +169,14 @@ def test_annealing_changes_no_graph_and_ends_at_the_target(wan: Make, way: Any) 
         assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("way", [True, pytest.param("regional", marks=pytest.mark.slow), False])
-@pytest.mark.parametrize("builder", [fs.BSA(kv_density=0.3), fs.VSA(top_k=2, within=fs.SlidingTile(window=(1, 2, 2)))])
+BSA, WITHIN = fs.BSA(kv_density=0.3), fs.VSA(top_k=2, within=fs.SlidingTile(window=(1, 2, 2)))
+SLOW = [(way, builder) for way in (True, "regional") for builder in (BSA, WITHIN) if (way, builder) != (True, BSA)]
+
+
+@pytest.mark.parametrize(
+    ("way", "builder"),
+    [(True, BSA), (False, BSA), (False, WITHIN), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+)
 def test_other_builders_train(wan: Make, way: Any, builder: Any) -> None:
     model = fs.wrap(wan(), builder, **options(way))
     for grid in GRIDS[:2]:
