@@ -147,7 +147,9 @@ def finetune(
     frames: Annotated[int, typer.Option(help="Frames in a training window of a video.")] = 16,
     height: Annotated[int, typer.Option(help="Pixel rows of a window.")] = 64,
     width: Annotated[int, typer.Option(help="Pixel columns of a window.")] = 64,
-    text_tokens: Annotated[int, typer.Option(help="Text tokens that the model is given.")] = 512,
+    text_tokens: Annotated[
+        int | None, typer.Option(help="Text tokens that the model is given.", show_default="as its pipeline does")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 2000,
     batch: Annotated[int, typer.Option(help="Samples of a step, over all processes.")] = 1,
     micro_batch: Annotated[int, typer.Option(help="Samples that a process computes at a time.")] = 1,

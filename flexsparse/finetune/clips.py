@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flexsparse.finetune.inputs import CONDITION, EMBEDDINGS, Given, Takes
 from flexsparse.finetune.settings import SAMPLE, Settings
 from flexsparse.training.errors import RunError
 from flexsparse.training.files import printable
@@ -46,11 +47,15 @@ class Clip:
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What a clip holds: uint8 pixels or float latents `[C, T, H, W]`; text embeddings `[L, D]` and `[D]`, where given."""
+    """What a clip holds: uint8 pixels or float latents `[C, T, H, W]`, and what it brings beside them."""
 
     video: Tensor
-    text: Tensor | None = None
-    pooled: Tensor | None = None
+    given: Given
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return self.video.nbytes + sum(tensor.nbytes for tensor in self.given.values())
 
 
 def find_clips(settings: Settings) -> list[Clip]:
@@ -93,11 +98,13 @@ class Reader:
 
     Attributes:
         settings: of the run.
+        takes: what the model takes; None while that follows from the clips (`tiny`).
         bad: why a clip was skipped, by its name.
         shape: what latents must have; None until the first clip is read.
     """
 
     settings: Settings
+    takes: Takes | None = None
     bad: dict[str, str] = field(default_factory=dict)
     shape: tuple[int, ...] | None = None
     _kept: "OrderedDict[str, Content]" = field(default_factory=OrderedDict)
@@ -117,46 +124,61 @@ class Reader:
         return self._kept[clip.name]
 
     def _forget(self) -> None:
-        while len(self._kept) > 1 and sum(c.video.nbytes for c in self._kept.values()) > _CACHE_BYTES:
+        while len(self._kept) > 1 and sum(content.nbytes for content in self._kept.values()) > _CACHE_BYTES:
             self._kept.popitem(last=False)
 
     def _load(self, clip: Clip) -> Content:
         tensors = _tensors(clip.path) if clip.latent else {}
-        text = (
-            _tensors(clip.text)
-            if clip.text
-            else {name: tensors[name] for name in ("text", "pooled") if name in tensors}
-        )
+        given = _given(tensors | (_tensors(clip.text) if clip.text else {}))
         if clip.latent:
             if "latents" not in tensors:
                 raise ValueError(f"it has no tensor 'latents' (it has {', '.join(sorted(tensors)[:5]) or 'none'})")
-            video = tensors["latents"]
-            if video.dim() == 5 and video.shape[0] == 1:
-                video = video[0]
-            if video.dim() != 4 or not video.is_floating_point():
-                raise ValueError(f"its latents are {video.dtype} {tuple(video.shape)}: give floats [C, T, H, W]")
-            if not bool(video.isfinite().all()):
-                raise ValueError("its latents are not finite")
+            video = _latents("latents", tensors["latents"])
             if self.shape is not None and tuple(video.shape) != self.shape:
                 raise ValueError(
                     f"its latents are {tuple(video.shape)}, the first clip's {self.shape}: give all one shape"
                 )
-            video = video.float()
+            if CONDITION in tensors:
+                given[CONDITION] = _latents(CONDITION, tensors[CONDITION])
+                if given[CONDITION].shape != video.shape:
+                    raise ValueError(
+                        f"its condition is {tuple(given[CONDITION].shape)}, its latents {tuple(video.shape)}"
+                    )
         else:
             s = self.settings
             height, width = decoded_size(s.height, s.width)
             video = read_frames(clip.path, "the file", height=height, width=width, min_frames=s.frames)
-        embeddings = text.get("text")
-        if embeddings is not None and embeddings.dim() == 3 and embeddings.shape[0] == 1:
-            embeddings = embeddings[0]
-        if embeddings is not None and (embeddings.dim() != 2 or not bool(embeddings.isfinite().all())):
-            raise ValueError(f"its text is {tuple(embeddings.shape)}: give finite embeddings [L, D]")
-        pooled = text.get("pooled")
-        return Content(
-            video=video,
-            text=None if embeddings is None else embeddings.float(),
-            pooled=None if pooled is None else pooled.float().flatten(),
-        )
+        reason = self.takes.why_not(given) if self.takes is not None else None
+        if reason is not None:
+            raise ValueError(reason)
+        return Content(video=video, given=given)
+
+
+def _latents(name: str, found: Tensor) -> Tensor:
+    """float32 `[C, T, H, W]`."""
+    if found.dim() == 5 and found.shape[0] == 1:
+        found = found[0]
+    if found.dim() != 4 or not found.is_floating_point():
+        raise ValueError(f"its {name} are {found.dtype} {tuple(found.shape)}: give floats [C, T, H, W]")
+    if not bool(found.isfinite().all()):
+        raise ValueError(f"its {name} are not finite")
+    return found.float()
+
+
+def _given(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The embeddings among a clip's tensors, float32; a batch of one is taken as one."""
+    given = {}
+    for name, dims in EMBEDDINGS.items():
+        if name not in tensors:
+            continue
+        found = tensors[name]
+        if found.dim() == dims + 1 and found.shape[0] == 1:
+            found = found[0]
+        if found.dim() != dims or not bool(found.isfinite().all()):
+            shape = "[L, D]" if dims == 2 else "[D]"
+            raise ValueError(f"its {name} is {tuple(found.shape)}: give finite embeddings {shape}")
+        given[name] = found.float()
+    return given
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

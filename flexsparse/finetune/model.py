@@ -4,9 +4,10 @@ Letters: B batch, C channels, T frames, H and W rows and columns.
 """
 
 import contextlib
+import inspect
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import flexsparse as fs
+from flexsparse.finetune.objectives import model_folder
 from flexsparse.finetune.settings import COMPILE, TINY, Options, Schedules, Settings
 from flexsparse.training.errors import RunError
 
@@ -30,15 +32,9 @@ def load_model(settings: Settings, *, channels: int, text_dim: int | None, pixel
         pixels: whether clips are trained as pixels.
 
     Raises:
-        RunError: not a folder of a diffusers model, or one that takes other channels.
+        RunError: not a folder of a diffusers model.
     """
-    model = _tiny(settings, channels, text_dim, pixels) if settings.model == TINY else _from_folder(settings.model)
-    takes = config_of(model)["in_channels"]
-    if takes != channels:
-        what = "videos as pixels have" if pixels else "the latents have"
-        remedy = "pass --vae, or a folder of latents" if pixels else "pass latents of the model's own VAE"
-        raise RunError(f"--model {settings.model!r} takes {takes} channels, {what} {channels}: {remedy}")
-    return model
+    return _tiny(settings, channels, text_dim, pixels) if settings.model == TINY else _from_folder(settings.model)
 
 
 def _tiny(settings: Settings, channels: int, text_dim: int | None, pixels: bool) -> nn.Module:
@@ -62,27 +58,54 @@ def _tiny(settings: Settings, channels: int, text_dim: int | None, pixels: bool)
     return model
 
 
-def _from_folder(given: str) -> nn.Module:
+def describe_model(given: str) -> tuple[type[nn.Module], Mapping[str, Any]]:
+    """A model's class and its whole configuration, defaults included, without its weights.
+
+    Args:
+        given: folder of a model, or of a pipeline.
+
+    Raises:
+        RunError: not a folder of a diffusers model.
+    """
     import diffusers
 
-    folder = Path(given)
-    if not (folder / "config.json").is_file() and (folder / "transformer" / "config.json").is_file():
-        folder = folder / "transformer"  # a whole pipeline
     try:
-        name = json.loads((folder / "config.json").read_text())["_class_name"]
-        kind = getattr(diffusers, name)
+        said = json.loads((model_folder(given) / "config.json").read_text())
+        kind = getattr(diffusers, said["_class_name"])
+        parameters = inspect.signature(kind.__init__).parameters
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"--model {given!r} is no folder of a diffusers transformer ({' '.join(str(error).split())}): pass a folder with "
             "the config.json that save_pretrained writes, or 'tiny'"
         ) from error
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    return kind, {**defaults, **said}
+
+
+def _from_folder(given: str) -> nn.Module:
+    kind: Any = describe_model(given)[0]
     try:
         with _quiet():
-            return kind.from_pretrained(folder, torch_dtype=torch.float32)
+            return kind.from_pretrained(model_folder(given), torch_dtype=torch.float32)
     except Exception as error:  # whatever a folder of another kind, or a broken file, throws
         raise RunError(
             f"--model {given!r} cannot be read ({' '.join(str(error).split())[:300]}): check the folder"
         ) from error
+
+
+def check_channels(settings: Settings, takes: int, channels: int, *, pixels: bool) -> None:
+    """Raise for clips, or a VAE, of other channels than the model's latents.
+
+    Args:
+        settings: of the run.
+        takes: channels of the model's latents.
+        channels: of the clips, or of the VAE's latents.
+        pixels: whether clips are trained as pixels.
+    """
+    if takes != channels:
+        what = "videos as pixels have" if pixels else "the latents have"
+        remedy = "pass --vae, or a folder of latents" if pixels else "pass latents of the model's own VAE"
+        raise RunError(f"--model {settings.model!r} takes {takes} channels, {what} {channels}: {remedy}")
 
 
 def config_of(model: nn.Module) -> Any:
@@ -209,3 +232,9 @@ class Encoder:
             for name in ("latents_mean", "latents_std")
         )
         return (latents - mean) / std
+
+    def first_frame(self, video: Tensor) -> Tensor:
+        """Latents of a video of which only the first frame is seen, and the others are 0 (grey), as pipelines encode them."""
+        seen = torch.zeros_like(video)
+        seen[:, :, :1] = video[:, :, :1]
+        return self(seen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,18 @@ import flexsparse as fs
 from flexsparse.compile_passes import RewriteError
 from flexsparse.finetune import clips as clip_files
 from flexsparse.finetune import state
+from flexsparse.finetune.clips import Clip
 from flexsparse.finetune.export import GATES, LORA, TRANSFORMER, export
-from flexsparse.finetune.inputs import Family, family_of
+from flexsparse.finetune.families import WAN, family_of
+from flexsparse.finetune.inputs import Family, takes_of
 from flexsparse.finetune.interrupts import Interrupts
 from flexsparse.finetune.launch import make_accelerator, together
-from flexsparse.finetune.model import Encoder, config_of, load_model, prepare_model
+from flexsparse.finetune.model import Encoder, check_channels, config_of, describe_model, load_model, prepare_model
+from flexsparse.finetune.objectives import Objective, objective_of
 from flexsparse.finetune.samples import Samples
 from flexsparse.finetune.saving import METRICS, resume, save, skipped, write_metrics
-from flexsparse.finetune.settings import Options, Settings
-from flexsparse.finetune.train import Curves, Training, hold_out, train
+from flexsparse.finetune.settings import TINY, Options, Settings
+from flexsparse.finetune.train import Curves, Task, Training, hold_out, train
 from flexsparse.training.errors import RunError
 from flexsparse.training.files import write_file
 from flexsparse.training.folder import check_folder
@@ -32,6 +35,7 @@ from flexsparse.training.progress import TrainingProgress
 
 SETTINGS = "settings.json"
 LOGS = "tensorboard"
+UNITS = {"frames": "frames", "height": "rows", "width": "columns"}
 _LINES = 20  # plain progress lines of a whole run, where there is no terminal
 
 
@@ -67,7 +71,7 @@ def finetune(
         settings: what shapes the curve.
         options: where to write, and how to use the machine.
         console: shows progress.
-        family: how the model is called, for a class that `inputs.FAMILIES` does not have.
+        family: how the model is called, for a class that `families.FAMILIES` does not have.
         after_step: see `train`.
 
     Raises:
@@ -79,17 +83,25 @@ def finetune(
     folder = options.folder
     together(accelerator, lambda: check_folder(folder, resume=options.resume, force=options.force), main)
     clips = clip_files.find_clips(settings)
-    about = {"settings": settings.as_dict(), "clips": clip_files.digest(clips), "flexsparse": fs.__version__}
+    kind, config = (None, {}) if settings.model == TINY else describe_model(settings.model)
+    family = family or (WAN if kind is None else family_of(kind))
+    published = None if family.scheduler is None else family.scheduler(config)
+    objective = objective_of(settings.model, published, settings.time_shift)
+    if options.compile not in family.compile:
+        raise RunError(
+            f"--compile {options.compile!r}: the code of this --model breaks such a graph: pass --compile {family.compile[0]}"
+        )
+    about = {
+        "settings": settings.as_dict(),
+        "clips": clip_files.digest(clips),
+        "objective": objective.about,
+        "flexsparse": fs.__version__,
+    }
     if options.resume:
         _check_same(folder, settings, about)
-    samples = Samples(settings, clips)
-    encoder = Encoder(settings) if settings.vae is not None else None
-    channels = encoder.channels if encoder is not None else samples.channels
-    pixels = encoder is None and not clips[0].latent
-    model = load_model(settings, channels=channels, text_dim=samples.text_dim, pixels=pixels)
-    family = family if family is not None else family_of(model)
+    model, task = _load(settings, clips, family, objective, config)
     together(accelerator, lambda: _open(folder, options, about), main)
-    training = _prepare(settings, options, accelerator, model, family, samples, encoder)
+    training = _prepare(settings, options, accelerator, model, task)
     _check_window(training)
     first_step = resume(training) if options.resume else 0
     hold_out(training)
@@ -130,12 +142,31 @@ def finetune(
     )
 
 
+def _load(
+    settings: Settings, clips: list[Clip], family: Family, objective: Objective, config: Mapping[str, Any]
+) -> tuple[torch.nn.Module, Task]:
+    """The model and all that it is trained with; the model last, as it may be large. A tiny one is made to fit the clips."""
+    vae, tiny = settings.vae is not None, settings.model == TINY
+    takes = None if tiny else takes_of(family, config, settings.text_tokens, vae=vae)
+    samples = Samples(settings, clips, takes)
+    encoder = Encoder(settings) if vae else None
+    channels = encoder.channels if encoder is not None else samples.channels
+    pixels = encoder is None and not clips[0].latent
+    if takes is not None:
+        check_channels(settings, takes.latents, channels, pixels=pixels)
+    model = load_model(settings, channels=channels, text_dim=samples.text_dim, pixels=pixels)
+    if takes is None:
+        takes = samples.reader.takes = takes_of(family, config_of(model), settings.text_tokens, vae=vae)
+    return model, Task(family=family, objective=objective, takes=takes, samples=samples, encoder=encoder)
+
+
 def _check_same(folder: Path, settings: Settings, about: dict[str, Any]) -> None:
     path = folder / SETTINGS
     try:
         stored = json.loads(path.read_text())
         differences = settings.differences(stored["settings"])
         same_clips = stored["clips"] == about["clips"]
+        same_objective = stored.get("objective", about["objective"]) == about["objective"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{str(path)!r} cannot be read ({' '.join(str(error).split())}): pass the folder of a run, or start with --force"
@@ -147,6 +178,10 @@ def _check_same(folder: Path, settings: Settings, about: dict[str, Any]) -> None
     if not same_clips:
         raise RunError(
             f"--data {settings.data!r} has other clips than the run began with: put them back, or start with --force"
+        )
+    if not same_objective:
+        raise RunError(
+            f"--model {settings.model!r} has another scheduler than the run began with: put that back, or start with --force"
         )
 
 
@@ -167,18 +202,12 @@ def _open(folder: Path, options: Options, about: dict[str, Any]) -> None:
         write_file(folder / SETTINGS, json.dumps(about, indent=1).encode())
 
 
-def _prepare(
-    settings: Settings,
-    options: Options,
-    accelerator: Any,
-    model: torch.nn.Module,
-    family: Family,
-    samples: Samples,
-    encoder: Encoder | None,
-) -> Training:
+def _prepare(settings: Settings, options: Options, accelerator: Any, model: torch.nn.Module, task: Task) -> Training:
     kind, config = type(model), config_of(model)
     schedules = prepare_model(model, settings, options)
     model.train()
+    for module in task.family.unused(model):
+        module.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     prepared, optimizer = accelerator.prepare(model, optimizer)
@@ -192,10 +221,8 @@ def _prepare(
         core=core,
         kind=kind,
         config=config,
-        family=family,
+        task=task,
         optimizer=optimizer,
-        samples=samples,
-        encoder=encoder,
         schedules=schedules,
         average=average,
         curves=Curves(),
@@ -204,22 +231,27 @@ def _prepare(
 
 def _check_window(training: Training) -> None:
     """Raise for a window that the model cannot cut into its patches."""
-    clean, _ = training.clean_and_noise([training.samples.sample(0)])
+    clean = training.latents([training.task.samples.sample(0)]).clean
     patch = training.config.get("patch_size") or 1
     sides = (training.config.get("patch_size_t") or 1, patch, patch) if isinstance(patch, int) else tuple(patch)
+    whole = training.task.samples.reader.shape is not None
     for name, size, side in zip(("frames", "height", "width"), clean.shape[2:], sides):
         if size % side:
-            raise RunError(
-                f"--{name} gives the model {size}, and its patches take multiples of {side}: pass a window that fits"
-            )
+            given, remedy = f"--{name} gives the model {size}", "a window that fits"
+            if whole:
+                given, remedy = f"--data {training.settings.data!r}: latents have {size} {UNITS[name]}", "others"
+            raise RunError(f"{given}, and its patches take multiples of {side}: pass {remedy}")
 
 
 def _plan(training: Training, clips: int, first_step: int) -> str:
     s = training.settings
     trained = sum(p.numel() for p in training.core.parameters() if p.requires_grad)
     total = sum(p.numel() for p in training.core.parameters())
+    absent = [name for name in training.task.takes.channels if name not in training.task.samples.brings]
+    zeros = f"\nthe first clip brings no {' and no '.join(absent)}: zeros are given" if absent else ""
     begin = f", continuing after step {first_step}" if first_step else ""
     return (
         f"{training.kind.__name__}: {total:,} parameters, {trained:,} trained; {clips} clip(s), {len(training.held_out)} held "
-        f"out here; {s.steps} steps of {s.method} to sparsity {s.sparsity:g}{begin}"
+        f"out here; learns {training.task.objective.name}; {s.steps} steps of {s.method} to sparsity {s.sparsity:g}{begin}"
+        f"{zeros}"
     )

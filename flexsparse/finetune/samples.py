@@ -1,7 +1,7 @@
 """Which sample is trained when, and what is held out.
 
 A sample depends on the seed and on its number alone, and a step's samples are numbered through: so data order, crops, noise and
-times need no state, and do not depend on how many processes share a step.
+times (which the objective makes of the number) need no state, and do not depend on how many processes share a step.
 
 Letters: C channels, T frames, H and W rows and columns (pixels or latents), L text tokens.
 """
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from flexsparse.finetune.clips import Clip, Content, Reader
+from flexsparse.finetune.inputs import TEXT, Given, Takes
 from flexsparse.finetune.settings import Settings
 from flexsparse.training.errors import RunError
 from flexsparse.training.files import printable
-from flexsparse.training.flow import training_time
 from flexsparse.training.video import as_float
 from flexsparse.training.windows import Window, centre_cut, generator, random_cut
 
@@ -27,12 +27,11 @@ _HELD_OUT_SHARE = 0.2  # of a single clip
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One clean window: float32 `[C, T, H, W]`, its text where given, its time `[1]`, and its random numbers for the noise."""
+    """One clean window: float32 `[C, T, H, W]`, what its clip brings, its number, and its random numbers for the noise."""
 
     clean: Tensor
-    text: Tensor | None
-    pooled: Tensor | None
-    t: Tensor
+    given: Given
+    number: int
     random: torch.Generator
 
 
@@ -42,13 +41,14 @@ class Samples:
     Args:
         settings: of the run.
         clips: from `find_clips`.
+        takes: what the model takes of a clip, where that is known.
 
     Raises:
         RunError: no clip can be used, or too few to hold some out.
     """
 
-    def __init__(self, settings: Settings, clips: list[Clip]) -> None:
-        self.settings, self.reader = settings, Reader(settings)
+    def __init__(self, settings: Settings, clips: list[Clip], takes: Takes | None = None) -> None:
+        self.settings, self.reader = settings, Reader(settings, takes)
         self.train = clips
         self._held_out: list[Content] = []
         self._of_one = 0  # frames at the end of the single clip that are held out
@@ -56,7 +56,8 @@ class Samples:
         if clips[0].latent:
             self.reader.shape = tuple(first.video.shape)
         self.channels = int(first.video.shape[0])
-        self.text_dim = None if first.text is None else int(first.text.shape[1])
+        self.brings = tuple(first.given)
+        self.text_dim = int(first.given[TEXT].shape[1]) if TEXT in first.given else None
         if settings.held_out:
             self._hold_out(clips)
 
@@ -128,13 +129,7 @@ class Samples:
         if self.reader.shape is None:
             usable = clean[:, : clean.shape[1] - self._of_one]
             clean = as_float(random_cut(usable, self._window, random))[0]
-        return Sample(
-            clean=clean, text=content.text, pooled=content.pooled, t=self._shifted(training_time(number)), random=random
-        )
-
-    def _shifted(self, t: Tensor) -> Tensor:
-        shift = self.settings.time_shift
-        return shift * t / (1 + (shift - 1) * t)
+        return Sample(clean=clean, given=content.given, number=number, random=random)
 
     def held_out(self) -> list[Sample]:
         """The centre window of each held-out clip; the same noise at every validation."""
@@ -144,7 +139,7 @@ class Samples:
             if self.reader.shape is None:
                 clean = as_float(centre_cut(clean, self._window, last=self._of_one > 0))[0]
             random = generator(self.settings.seed + 1, -2 - index)
-            found.append(Sample(clean=clean, text=content.text, pooled=content.pooled, t=torch.zeros(1), random=random))
+            found.append(Sample(clean=clean, given=content.given, number=index, random=random))
         return found
 
     def ahead(self, numbers: Iterator[int]) -> Iterator[Sample]:

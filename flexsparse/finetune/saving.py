@@ -24,7 +24,7 @@ def skipped(training: Training) -> dict[str, str]:
     from accelerate.utils import gather_object
 
     found: dict[str, str] = {}
-    for name, reason in gather_object(list(training.samples.reader.bad.items())):
+    for name, reason in gather_object(list(training.task.samples.reader.bad.items())):
         found.setdefault(name, reason)
     return dict(sorted(found.items()))
 
@@ -61,7 +61,7 @@ def resume(training: Training) -> int:
     checkpoint = state.read_part(found[-1][1], rank, parts)
     state.unpack(checkpoint, training.core, training.optimizer.optimizer, training.average)
     training.curves = Curves(**checkpoint.state["curves"])
-    training.samples.reader.bad.update(checkpoint.state["bad"])
+    training.task.samples.reader.bad.update(checkpoint.state["bad"])
     return int(checkpoint.state["step"])
 
 

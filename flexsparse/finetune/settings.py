@@ -83,8 +83,8 @@ class Settings:
     """Pixel rows of a window."""
     width: int = 64
     """Pixel columns of a window."""
-    text_tokens: int = 512
-    """Text tokens that the model is given: embeddings are cut to it, or filled up with zeros."""
+    text_tokens: int | None = None
+    """Text tokens that the model is given: embeddings are cut to it, or filled up with zeros. None: as its pipeline does."""
     steps: int = 2000
     """Optimizer steps."""
     batch: int = 1
@@ -116,7 +116,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "text_tokens", "steps", "batch", "anneal_every", "eval_every"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise RunError(f"--{flag(name)} {getattr(self, name)} is too small: pass at least 1")
         for name in ("lora_rank", "warmup", "weight_decay", "held_out", "seed"):
             if not getattr(self, name) >= 0:

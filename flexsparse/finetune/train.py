@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from flexsparse.finetune.inputs import Family, collate, in_thousandths
+from flexsparse.finetune.inputs import CONDITION, Family, Takes, collate
 from flexsparse.finetune.interrupts import Interrupts
 from flexsparse.finetune.model import Encoder
+from flexsparse.finetune.objectives import Objective
 from flexsparse.finetune.samples import Sample, Samples
 from flexsparse.finetune.settings import Options, Schedules, Settings
 from flexsparse.finetune.state import MovingAverage
-from flexsparse.training import flow
 from flexsparse.training.errors import RunError
 from flexsparse.training.progress import TrainingProgress
 from flexsparse.training.rate import warmup_cosine
@@ -41,6 +41,39 @@ class Curves:
     """`{"step": int, "losses": [one for each noise level], "mean": float}`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """What the model is to make, noise, and the first frame for a model that takes it: float32 `[B, C, T, H, W]`."""
+
+    clean: Tensor
+    noise: Tensor
+    condition: Tensor | None
+
+    def to(self, device: torch.device | str) -> Latents:
+        """The same on another device."""
+        condition = None if self.condition is None else self.condition.to(device)
+        return Latents(clean=self.clean.to(device), noise=self.noise.to(device), condition=condition)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is trained on what.
+
+    Attributes:
+        family: how the model is called.
+        objective: what it learns.
+        takes: what it takes of a clip.
+        samples: the clips.
+        encoder: makes latents of videos; None for clips that are trained as they are.
+    """
+
+    family: Family
+    objective: Objective
+    takes: Takes
+    samples: Samples
+    encoder: Encoder | None
+
+
 @dataclass(kw_only=True)
 class Training:
     """A run in memory.
@@ -48,7 +81,7 @@ class Training:
     Attributes:
         model: what is called in training: the model itself, or DDP around it.
         core: the model itself, wrapped by flexsparse.
-        held_out: (sample, clean, noise) of this process's held-out clips, and how much each counts.
+        held_out: (sample, latents on the CPU) of this process's held-out clips, and how much each counts.
     """
 
     settings: Settings
@@ -58,14 +91,12 @@ class Training:
     core: nn.Module
     kind: type[nn.Module]
     config: Any
-    family: Family
+    task: Task
     optimizer: Any
-    samples: Samples
-    encoder: Encoder | None
     schedules: Schedules
     average: MovingAverage | None
     curves: Curves
-    held_out: list[tuple[Sample, Tensor, Tensor, float]] = field(default_factory=list)
+    held_out: list[tuple[Sample, Latents, float]] = field(default_factory=list)
 
     @property
     def accumulation(self) -> int:
@@ -79,19 +110,36 @@ class Training:
             return self.settings.sparsity
         return self.settings.sparsity if tiles.finished else abs(tiles.value - tiles.start)
 
-    def clean_and_noise(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-        """What the model is to make, and noise of that shape: float32 `[B, C, T, H, W]`, on the device."""
+    def latents(self, samples: Sequence[Sample]) -> Latents:
+        """What samples are trained on, on the device; noise is drawn from each sample's random numbers."""
         clean = torch.stack([sample.clean for sample in samples]).to(self.accelerator.device)
-        if self.encoder is not None:
-            clean = self.encoder(clean)
+        condition, encoder = None, self.task.encoder
+        if self.task.takes.condition and encoder is None:
+            condition = torch.stack([sample.given[CONDITION] for sample in samples]).to(clean.device)
+        elif self.task.takes.condition and encoder is not None:
+            condition = encoder.first_frame(clean)
+        if encoder is not None:
+            clean = encoder(clean)
         noise = torch.stack([torch.randn(clean.shape[1:], generator=sample.random) for sample in samples])
-        return clean, noise.to(clean.device)
+        return Latents(clean=clean, noise=noise.to(clean.device), condition=condition)
 
-    def loss(self, model: nn.Module, samples: Sequence[Sample], clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Flow matching loss at times `[B]`, a 0-d tensor."""
-        t = in_thousandths(t).to(clean.device)
-        batch = collate(samples, flow.noisy(clean, noise, t), t, self.settings.text_tokens, self.family, self.config)
-        return flow.velocity_loss(self.family.velocity(model, self.config, batch).float(), clean, noise)
+    def times(self, samples: Sequence[Sample]) -> Tensor:
+        """Training times `[B]`, functions of the samples' numbers."""
+        return torch.cat([self.task.objective.time(sample.number, self.settings.time_shift) for sample in samples])
+
+    def loss(self, model: nn.Module, samples: Sequence[Sample], latents: Latents, t: Tensor) -> Tensor:
+        """The objective's loss at times `[B]`, a 0-d tensor."""
+        objective, clean, noise = self.task.objective, latents.clean, latents.noise
+        t = objective.told(t).to(clean.device)
+        batch = collate(
+            [sample.given for sample in samples],
+            objective.noisy(clean, noise, t),
+            t,
+            self.task.takes,
+            steps=objective.steps,
+            condition=latents.condition,
+        )
+        return objective.loss(self.task.family.velocity(model, self.config, batch).float(), clean, noise, t)
 
 
 def numbers(training: Training, first_step: int) -> Iterator[int]:
@@ -130,7 +178,7 @@ def train(
     """
     s, options = training.settings, training.options
     saved = first_step
-    samples = training.samples.ahead(numbers(training, first_step))
+    samples = training.task.samples.ahead(numbers(training, first_step))
     with contextlib.closing(samples):  # type: ignore[type-var]
         for step in range(first_step, s.steps):
             if step == first_step and options.compile != "off":
@@ -178,11 +226,10 @@ def _step(
     total = torch.zeros((), device=accelerator.device)
     for turn in range(training.accumulation):
         some = [next(samples) for _ in range(training.options.micro_batch)]
-        clean, noise = training.clean_and_noise(some)
+        latents, t = training.latents(some), training.times(some)
         last = turn == training.accumulation - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(training.model):
-            loss = training.loss(training.model, some, clean, noise, torch.cat([sample.t for sample in some]))
-            loss = loss / training.accumulation
+            loss = training.loss(training.model, some, latents, t) / training.accumulation
             accelerator.backward(loss)
         total += loss.detach()
     norm = accelerator.clip_grad_norm_([p for p in training.core.parameters() if p.requires_grad], s.max_grad_norm)
@@ -199,12 +246,11 @@ def _step(
 def hold_out(training: Training) -> None:
     """Prepares this process's share of the held-out clips: every process gets equally many, and none counts twice."""
     accelerator = training.accelerator
-    samples = training.samples.held_out()
+    samples = training.task.samples.held_out()
     rank, processes = accelerator.process_index, accelerator.num_processes
     for index in range(rank, len(samples) + (-len(samples)) % processes, processes):
         sample = samples[index % len(samples)]
-        clean, noise = training.clean_and_noise([sample])
-        training.held_out.append((sample, clean.cpu(), noise.cpu(), float(index < len(samples))))
+        training.held_out.append((sample, training.latents([sample]).to("cpu"), float(index < len(samples))))
 
 
 def validate(training: Training, step: int) -> dict[str, Any]:
@@ -218,10 +264,10 @@ def validate(training: Training, step: int) -> dict[str, Any]:
     training.core.train(not drops)
     losses = torch.zeros(len(training.settings.noise_levels), dtype=torch.float64)
     with torch.set_grad_enabled(graph):
-        for sample, clean, noise, weight in training.held_out:
-            clean, noise = clean.to(accelerator.device), noise.to(accelerator.device)
+        for sample, latents, weight in training.held_out:
+            latents = latents.to(accelerator.device)
             for index, level in enumerate(training.settings.noise_levels):
-                loss = training.loss(training.core, [sample], clean, noise, torch.tensor([level]))
+                loss = training.loss(training.core, [sample], latents, torch.tensor([level]))
                 losses[index] += weight * float(loss.detach())
     training.core.train()
     for (

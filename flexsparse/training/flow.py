@@ -26,12 +26,16 @@ def denoise(z: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
     return z - _per_sample(t) * velocity
 
 
-def training_time(step: int) -> Tensor:
-    """The time of a training step, float32 `[1]`: logit-normal, most of it between 0.5 and 0.8.
+def share(step: int) -> float:
+    """How far through a distribution of times a step is, in [0, 1).
 
-    Steps walk through the distribution evenly (golden ratio) instead of at random: the loss depends on the
-    time far more than on anything else, so that a few dozen steps show a curve and not the luck of the draw.
+    Steps walk through it evenly (golden ratio) instead of at random: the loss depends on the time far more than on
+    anything else, so that a few dozen steps show a curve and not the luck of the draw.
     """
-    share = (0.5 + step * 0.6180339887498949) % 1.0
-    normal = torch.special.ndtri(torch.tensor([share], dtype=torch.float64).clamp(1e-3, 1 - 1e-3))
+    return (0.5 + step * 0.6180339887498949) % 1.0
+
+
+def training_time(step: int) -> Tensor:
+    """The time of a training step, float32 `[1]`: logit-normal, most of it between 0.5 and 0.8."""
+    normal = torch.special.ndtri(torch.tensor([share(step)], dtype=torch.float64).clamp(1e-3, 1 - 1e-3))
     return (0.7 + 0.6 * normal).sigmoid().float()

@@ -1,18 +1,20 @@
 """Clips, samples and how models are called: order, windows, latents, text, a VAE."""
 
-import warnings
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from models.zoo import ZOO
 from safetensors.torch import save_file
+from torch import nn
 
 from finetune.tiny import settings, tuned, write_video
-from flexsparse.finetune import inputs
 from flexsparse.finetune.clips import digest, find_clips
-from flexsparse.finetune.inputs import collate, family_of
-from flexsparse.finetune.model import Encoder, load_model
-from flexsparse.finetune.samples import Sample, Samples
+from flexsparse.finetune.families import FAMILIES, WAN, family_of
+from flexsparse.finetune.inputs import collate, takes_of
+from flexsparse.finetune.model import Encoder, check_channels, describe_model, load_model
+from flexsparse.finetune.samples import Samples
 from flexsparse.training.errors import RunError
 
 
@@ -44,7 +46,7 @@ def test_a_sample_depends_on_its_number_alone(tmp_path):
     one, other = _samples(data), _samples(data)
     for number in (7, 0, 3):
         a, b = one.sample(number), other.sample(number)
-        assert torch.equal(a.clean, b.clean) and a.t == b.t
+        assert torch.equal(a.clean, b.clean) and a.number == b.number == number
         assert torch.equal(torch.randn(9, generator=a.random), torch.randn(9, generator=b.random))
     assert not torch.equal(one.sample(1).clean, one.sample(2).clean)
     ahead = [sample.clean for sample, _ in zip(one.ahead(iter(range(4))), range(4))]
@@ -70,21 +72,13 @@ def test_training_never_sees_the_held_out_frames(tmp_path):
     assert float(samples.held_out()[0].clean.min()) == 1
 
 
-def test_time_shift_moves_times_to_noise(tmp_path):
-    folder = _latents(tmp_path)
-    plain, shifted = (_samples(folder, time_shift=shift) for shift in (1.0, 3.0))
-    for number in range(5):
-        t = plain.sample(number).t
-        torch.testing.assert_close(shifted.sample(number).t, 3 * t / (1 + 2 * t))
-
-
 def test_latents_with_text_train(tmp_path):
     folder = _latents(tmp_path / "latents", text=torch.randn(3, 16), pooled=torch.randn(8))
     torch.save({"latents": torch.randn(1, 4, 2, 8, 8)}, folder / "x.pt")
     torch.save(torch.randn(2, 16), folder / "x.text.pt")
     samples = _samples(folder)
     assert [clip.name for clip in find_clips(settings(data=str(folder)))][-1] == "x.pt"
-    assert samples.reader.read(find_clips(settings(data=str(folder)))[-1]).text.shape == (2, 16)
+    assert samples.reader.read(find_clips(settings(data=str(folder)))[-1]).given["text"].shape == (2, 16)
     assert samples.channels == 4 and samples.text_dim == 16
     result = tuned(tmp_path / "run", data=str(folder), steps=3, sparsity=0.25)
     assert len(result.curves.loss) == 3 and not result.bad
@@ -144,81 +138,116 @@ def test_digest_sees_names_sizes_and_text(tmp_path):
     assert digest(find_clips(told)) != first
 
 
+def _config(name: str, **others: Any) -> dict[str, Any]:
+    return {**ZOO[name].model().config, **others}
+
+
 def test_text_is_cut_filled_up_and_masked():
-    model = ZOO["wan"].model()
-    random = torch.Generator()
-    text = [torch.ones(2, 16), None, torch.ones(9, 16)]
-    some = [Sample(clean=torch.zeros(1), text=t, pooled=None, t=torch.zeros(1), random=random) for t in text]
-    batch = collate(some, torch.zeros(3, 4, 1, 4, 4), torch.full((3,), 0.5), 5, inputs.WAN, model.config)
+    takes = takes_of(WAN, ZOO["wan"].model().config, 5, vae=False)
+    clips = [{"text": torch.ones(2, 16)}, {}, {"text": torch.ones(9, 16)}]
+    batch = collate(clips, torch.zeros(3, 4, 1, 4, 4), torch.full((3,), 0.5), takes)
     assert batch.text.sum((1, 2)).tolist() == [32, 0, 80] and batch.lengths.tolist() == [2, 0, 5]
     assert batch.mask.sum(1).tolist() == [2, 1, 5] and batch.timestep.tolist() == [500] * 3
-    wrong = Sample(clean=torch.zeros(1), text=torch.ones(2, 8), pooled=None, t=torch.zeros(1), random=random)
-    with pytest.raises(RunError, match="text embeddings have 8 channels, --model takes 16"):
-        collate([wrong], torch.zeros(1, 4, 1, 4, 4), torch.zeros(1), 5, inputs.WAN, model.config)
+    with pytest.raises(RunError, match="its text has 8 channels, the model takes 16"):
+        collate([{"text": torch.ones(2, 8)}], torch.zeros(1, 4, 1, 4, 4), torch.zeros(1), takes)
 
 
-@pytest.mark.parametrize("name", ["wan", "skyreels", "hunyuan", "ltx", "mochi"])
-def test_every_family_gives_a_velocity(name):
-    model = ZOO[name].model()
-    family = family_of(model)
-    channels, size = model.config["in_channels"], (2, 4, 8) if name in ("ltx", "hunyuan") else (2, 8, 16)
-    sample = Sample(
-        clean=torch.zeros(1), text=torch.ones(3, 16), pooled=torch.ones(8), t=torch.zeros(1), random=torch.Generator()
+def test_a_second_text_may_be_empty_and_pooled_text_is_zeros_without_any():
+    config = _config("hunyuan15", in_channels=9, pooled=3)
+    family = replace(FAMILIES["HunyuanVideo15Transformer3DModel"], pooled="pooled")
+    takes = takes_of(family, config, None, vae=False)
+    assert takes.latents == 4 and takes.tokens == {"text": 1000, "text_2": 256} and not takes.condition
+    clips = [{"text_2": torch.ones(2, 8)}, {"pooled": torch.ones(3)}]
+    batch = collate(clips, torch.zeros(2, 4, 1, 4, 4), torch.full((2,), 0.5), takes)
+    assert batch.mask_2.sum(1).tolist() == [2, 0] and batch.mask.sum(1).tolist() == [1, 1]
+    assert batch.pooled.tolist() == [[0] * 3, [1] * 3] and batch.text_2.shape == (2, 256, 8)
+
+
+def test_a_clip_that_does_not_bring_what_the_model_takes_is_skipped(tmp_path):
+    folder = _latents(tmp_path, 2, text=torch.ones(3, 16))
+    latents, condition = torch.randn(4, 2, 8, 8), torch.randn(1, 4, 2, 8, 8)
+    save_file({"latents": latents, "text": torch.ones(3, 8)}, str(folder / "narrow.safetensors"))
+    save_file({"latents": latents, "text": torch.ones(16)}, str(folder / "flat.safetensors"))
+    save_file({"latents": latents, "condition": condition[..., :4].contiguous()}, str(folder / "cut.safetensors"))
+    save_file(
+        {"latents": latents, "condition": condition, "image": torch.ones(1, 3, 5)}, str(folder / "whole.safetensors")
     )
-    z = torch.randn(1, channels, *size, requires_grad=True)
-    tokens = 16 if name == "mochi" else 12
-    batch = collate([sample], z, torch.tensor([0.25]), tokens, family, model.config)
-    out = family.velocity(model, model.config, batch)
-    assert out.shape == z.shape and bool(out.isfinite().all())
-    if name == "ltx":
-        z2 = z.detach().clone()
-        z2[..., 0, 0] += 5
-        changed = family.velocity(
-            model, model.config, collate([sample], z2, torch.tensor([0.25]), tokens, family, model.config)
-        )
-        most = (changed - out).detach().abs().sum(1)[0, 0].flatten().argmax()
-        assert most == 0, "tokens go back to where they came from"
-    if name == "mochi":
-        kwargs = {
-            "encoder_hidden_states": batch.text,
-            "encoder_attention_mask": batch.mask.bool(),
-            "return_dict": False,
-        }
-        torch.testing.assert_close(out, -model(z, timestep=torch.tensor([750]), **kwargs)[0])
+    told = settings(data=str(folder), held_out=0)
+    clips = find_clips(told)
+
+    def bad(**config) -> dict[str, str]:
+        samples = Samples(told, clips, takes_of(WAN, _config("wan", **config), 4, vae=False))
+        for clip in clips:
+            samples.reader.read(clip)
+        return samples.reader.bad
+
+    found = bad()
+    assert sorted(found) == ["cut.safetensors", "flat.safetensors", "narrow.safetensors"]
+    assert found["narrow.safetensors"].startswith("its text has 8 channels, the model takes 16: encode it")
+    assert found["flat.safetensors"] == "its text is (16,): give finite embeddings [L, D]"
+    assert found["cut.safetensors"] == "its condition is (4, 2, 8, 4), its latents (4, 2, 8, 8)"
+    found = bad(in_channels=12, image_dim=5)
+    assert sorted({*(clip.name for clip in clips)} - {*found}) == ["whole.safetensors"]
+    assert found["0.safetensors"].startswith(
+        "it has no tensor 'condition' (its first frame encoded with zeros after it)"
+    )
+    with pytest.raises(RunError, match=r"none of 6 clips can be used; 0\.safetensors: it has no tensor 'image'"):
+        bad(image_dim=6)
 
 
-def test_other_families_are_refused_or_given():
-    with pytest.raises(RunError, match="CogVideoXTransformer3DModel, which this recipe cannot call"):
-        family_of(ZOO["cogvideox"].model())
+@pytest.mark.parametrize(
+    ("name", "others", "vae", "message"),
+    [
+        ("wan", {"in_channels": 9}, False, "takes 9 channels and gives 4"),
+        (
+            "wan",
+            {"in_channels": 12, "image_dim": 5},
+            True,
+            "--vae: --model takes an image's embeddings",
+        ),
+        ("cogvideox", {"in_channels": 8}, False, "takes 8 channels and gives 4"),
+        ("cogvideox", {"max_text_seq_length": 9}, False, r"--text-tokens 8: .* after 9 text tokens"),
+        ("cogvideox", {}, True, "--vae: --model takes latents of an AutoencoderKLCogVideoX"),
+        ("hunyuan15", {"task_type": "i2v"}, False, "task_type 'i2v'"),
+        ("hunyuan15", {"use_meanflow": True}, False, "use_meanflow True"),
+        ("skyreels", {"inject_sample_info": True}, False, "diffusion forcing"),
+        ("wan", {"in_channels": 12, "image_dim": 5, "pos_embed_seq_len": 6}, False, "a first and a last frame"),
+    ],
+)
+def test_configurations_that_cannot_be_trained(name, others, vae, message):
+    with pytest.raises(RunError, match=message):
+        takes_of(FAMILIES[ZOO[name].make[0]], _config(name, **others), 8, vae=vae)
+
+
+def test_a_family_for_another_configuration():
+    with pytest.raises(RunError, match="no 'text_dim' in its configuration"):
+        takes_of(WAN, _config("ltx"), None, vae=False)
+
+
+def test_other_families_are_refused():
+    with pytest.raises(RunError, match=r"a Linear, which this recipe cannot call: pass one of Wan.*family=Family"):
+        family_of(nn.Linear)
 
 
 def test_a_model_of_other_channels_or_no_model(tmp_path):
     ZOO["wan"].model().save_pretrained(tmp_path / "pipe" / "transformer")
     told = settings(model=str(tmp_path / "pipe"))
-    assert load_model(told, channels=4, text_dim=None, pixels=False).config["in_channels"] == 4
+    kind, config = describe_model(told.model)
+    model = load_model(told, channels=4, text_dim=None, pixels=False)
+    assert type(model) is kind and {name: config[name] for name in model.config if name[0] != "_"} == {
+        name: value if not isinstance(value, tuple) else list(value)
+        for name, value in model.config.items()
+        if name[0] != "_"
+    }
     with pytest.raises(RunError, match=r"takes 4 channels, videos as pixels have 3: pass --vae"):
-        load_model(told, channels=3, text_dim=None, pixels=True)
+        check_channels(told, 4, 3, pixels=True)
     (tmp_path / "config.json").write_text('{"_class_name": "Nothing"}')
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(RunError, match="is no folder of a diffusers transformer"):
-            load_model(settings(model=str(folder)), channels=3, text_dim=None, pixels=True)
+            describe_model(str(folder))
     (tmp_path / "pipe" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
     with pytest.raises(RunError, match=r"--model .* cannot be read"):
         load_model(told, channels=4, text_dim=None, pixels=False)
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    from diffusers import AutoencoderKLWan
-
-    folder = tmp_path_factory.mktemp("vae")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = AutoencoderKLWan(
-            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1] * 4, latents_std=[2.0] * 4
-        )
-    model.save_pretrained(folder)
-    return folder
 
 
 def test_videos_are_encoded_by_a_vae(vae, tmp_path):

@@ -9,6 +9,7 @@ from distributed.processes import Processes
 from safetensors.torch import load_file
 
 from finetune.ranks import full_disk_of_one, on_ranks
+from finetune.test_finetune_models import CASES, RUN
 from finetune.tiny import tuned, write_video
 
 TOLD = {"batch": 4, "ema_decay": 0.9, "export": "ema"}
@@ -94,6 +95,15 @@ def test_lora_in_bfloat16_with_fsdp(two, data, tmp_path):
     name = "pytorch_lora_weights.safetensors"
     mine, other = load_file(tmp_path / "run" / name), load_file(tmp_path / "alone" / name)
     assert {key: value.shape for key, value in mine.items()} == {key: value.shape for key, value in other.items()}
+
+
+@pytest.mark.slow
+def test_a_model_with_parameters_that_nothing_depends_on(two, tmp_path):
+    """HunyuanVideo-1.5's last block makes text that nothing reads; DDP would wait for its gradients."""
+    model, clips = CASES["hunyuan15"].save(tmp_path / "model", tmp_path / "clips")
+    told = {**RUN, "steps": 3, "batch": 2, "model": model, "data": clips}
+    losses, _, _ = two.run(on_ranks, tmp_path / "run", False, -1, told, limit=200.0)[0]
+    assert losses == pytest.approx(tuned(tmp_path / "alone", **told).curves.loss, rel=1e-5)
 
 
 def test_the_configuration_in_the_documents_is_what_accelerate_makes_fsdp2_of(tmp_path, monkeypatch):

@@ -13,7 +13,8 @@ import flexsparse as fs
 from finetune.tiny import options, quiet, settings, stop_after, tensors, tuned, write_video
 from flexsparse.finetune import saving
 from flexsparse.finetune.clips import find_clips
-from flexsparse.finetune.inputs import WAN, Batch
+from flexsparse.finetune.families import WAN
+from flexsparse.finetune.inputs import Batch
 from flexsparse.finetune.model import load_model, prepare_model
 from flexsparse.finetune.run import Result
 from flexsparse.finetune.samples import Samples

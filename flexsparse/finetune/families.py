@@ -1,0 +1,282 @@
+"""How video transformers of diffusers are called in training: a table, by class. Each call is the one of its pipeline.
+
+Letters: B batch, C channels, T frames, H and W rows and columns of latents, L text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexsparse.finetune.inputs import Batch, Family, FirstFrame
+from flexsparse.training.errors import RunError
+
+_SECONDS, _SIDE = 8 / 25, 32  # of one LTX latent: frames of its VAE at 25 frames a second, pixels
+_GUIDANCE = 6.0  # what HunyuanVideo's distilled guidance is used with
+_IMAGE_TOKENS = 729  # HunyuanVideo-1.5's, all zeros for text to video
+
+
+def _cogvideox_scheduler(config: Any) -> Mapping[str, Any]:
+    """What diffusers' `scripts/convert_cogvideox_to_diffusers.py` stores. The 5B models, which have rotary positions, were
+    published with an SNR that is not shifted."""
+    return {
+        "_class_name": "CogVideoXDDIMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "snr_shift_scale": 1.0 if config["use_rotary_positional_embeddings"] else 3.0,
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+    }
+
+
+def _allegro_scheduler(config: Any) -> Mapping[str, Any]:
+    """The defaults of `DDPMScheduler`, with which `train.py` of rhymes-ai/Allegro trains, spelled out."""
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "prediction_type": "epsilon",
+    }
+
+
+def _with_first_frame(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Latents of the first frame, and a mask `[B, 1, T, H, W]` that is 1 there."""
+    if batch.condition is None:
+        raise RunError("the model takes a first frame, and the batch has none")
+    mask = torch.zeros_like(batch.noisy[:, :1])
+    mask[:, :, 0] = 1
+    return batch.condition.to(batch.noisy), mask
+
+
+def _wan(model: nn.Module, config: Any, batch: Batch) -> Tensor:
+    noisy = batch.noisy
+    if config.in_channels > noisy.shape[1]:
+        condition, mask = _with_first_frame(batch)
+        noisy = torch.cat([noisy, mask.repeat(1, WAN_FRAME.mask, 1, 1, 1), condition], dim=1)
+    images = {} if batch.image is None else {"encoder_hidden_states_image": batch.image}
+    return model(noisy, batch.timestep, batch.text, **images, return_dict=False)[0]
+
+
+def _hunyuan(model: nn.Module, config: Any, batch: Batch) -> Tensor:
+    guidance = torch.full_like(batch.t, 1000 * _GUIDANCE) if config.guidance_embeds else None
+    return model(
+        hidden_states=batch.noisy,
+        timestep=batch.timestep,
+        encoder_hidden_states=batch.text,
+        encoder_attention_mask=batch.mask,
+        pooled_projections=batch.pooled,
+        guidance=guidance,
+        return_dict=False,
+    )[0]
+
+
+def _hunyuan15(model: nn.Module, config: Any, batch: Batch) -> Tensor:
+    """Text to video: the condition, its mask and the image are zeros. Its time's embedding has the dtype of the time."""
+    noisy = batch.noisy
+    zeros = noisy.new_zeros(len(noisy), config.in_channels - noisy.shape[1], *noisy.shape[2:])
+    return model(
+        hidden_states=torch.cat([noisy, zeros], dim=1),
+        timestep=batch.timestep.to(noisy.dtype),
+        encoder_hidden_states=batch.text,
+        encoder_attention_mask=batch.mask,
+        encoder_hidden_states_2=batch.text_2,
+        encoder_attention_mask_2=batch.mask_2,
+        image_embeds=noisy.new_zeros(len(noisy), _IMAGE_TOKENS, config.image_embed_dim),
+        return_dict=False,
+    )[0]
+
+
+def _unused_hunyuan15(model: Any) -> tuple[nn.Module, nn.Module]:
+    """What the last block makes of the text, which nothing reads."""
+    last = model.transformer_blocks[-1]
+    return last.attn.to_add_out, last.ff_context
+
+
+def _ltx(model: nn.Module, config: Any, batch: Batch) -> Tensor:
+    *_, frames, height, width = batch.noisy.shape
+    out = model(
+        hidden_states=batch.noisy.flatten(2).transpose(1, 2),
+        encoder_hidden_states=batch.text,
+        timestep=batch.timestep,
+        encoder_attention_mask=batch.mask,
+        num_frames=frames,
+        height=height,
+        width=width,
+        rope_interpolation_scale=(_SECONDS, _SIDE, _SIDE),
+        return_dict=False,
+    )[0]
+    return out.transpose(1, 2).unflatten(2, (frames, height, width))
+
+
+def _mochi(model: nn.Module, config: Any, batch: Batch) -> Tensor:
+    """Its time runs from noise to clean, and so does its velocity."""
+    out = model(
+        hidden_states=batch.noisy,
+        encoder_hidden_states=batch.text,
+        timestep=batch.steps - batch.timestep,
+        encoder_attention_mask=batch.mask.bool(),
+        return_dict=False,
+    )[0]
+    return -out
+
+
+def _cogvideox(model: nn.Module, config: Any, batch: Batch) -> Tensor:
+    """Its input has frames before channels."""
+    out = model(
+        hidden_states=batch.noisy.transpose(1, 2),
+        encoder_hidden_states=batch.text,
+        timestep=batch.timestep,
+        image_rotary_emb=_cogvideox_rotary(config, batch.noisy) if config.use_rotary_positional_embeddings else None,
+        return_dict=False,
+    )[0]
+    return out.transpose(1, 2)
+
+
+def _cogvideox_rotary(config: Any, noisy: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions as the pipeline computes them: those of version 1.0 are scaled to the grid that it was trained on."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    frames, grid = noisy.shape[2], (noisy.shape[3] // config.patch_size, noisy.shape[4] // config.patch_size)
+    base = config.sample_height // config.patch_size, config.sample_width // config.patch_size
+    if config.patch_size_t is None:
+        how: dict[str, Any] = {"crops_coords": get_resize_crop_region_for_grid(grid, base[1], base[0])}
+    else:
+        how = {"crops_coords": None, "grid_type": "slice", "max_size": base}
+        frames = -(-frames // config.patch_size_t)
+    cos, sin = get_3d_rotary_pos_embed(
+        config.attention_head_dim, grid_size=grid, temporal_size=frames, device=noisy.device, **how
+    )
+    return cos, sin
+
+
+def _check_cogvideox(config: Any, tokens: int) -> None:
+    fixed = not config.get("use_rotary_positional_embeddings") or config.get("use_learned_positional_embeddings")
+    wanted = int(config["max_text_seq_length"])
+    if fixed and tokens != wanted:
+        raise RunError(
+            f"--text-tokens {tokens}: --model's table of positions begins after {wanted} text tokens: leave it out"
+        )
+
+
+def _allegro(model: nn.Module, config: Any, batch: Batch) -> Tensor:
+    return model(
+        hidden_states=batch.noisy,
+        encoder_hidden_states=batch.text[:, None],
+        timestep=batch.timestep,
+        encoder_attention_mask=batch.mask,
+        image_rotary_emb=_allegro_rotary(config, batch.noisy),
+        return_dict=False,
+    )[0]
+
+
+def _allegro_rotary(config: Any, noisy: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Frequencies along each axis, and each token's position along it, in raster order `[1, S]`."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
+
+    frames, grid = noisy.shape[2], (noisy.shape[3] // config.patch_size, noisy.shape[4] // config.patch_size)
+    scales = (config.interpolation_scale_t, config.interpolation_scale_h, config.interpolation_scale_w)
+    found: Any = get_3d_rotary_pos_embed_allegro(
+        config.attention_head_dim,
+        crops_coords=((0, 0), grid),
+        grid_size=grid,
+        temporal_size=frames,
+        interpolation_scale=scales,
+        device=noisy.device,
+    )
+    positions = torch.cartesian_prod(*(along.long() for along in found[3:])).T[:, None].contiguous()
+    return tuple(found[:3]), tuple(positions)
+
+
+def _check_hunyuan15(config: Any, tokens: int) -> None:
+    if config.get("task_type") != "t2v" or config.get("use_meanflow"):
+        raise RunError(
+            f"--model is HunyuanVideo-1.5 with task_type {config.get('task_type')!r} and use_meanflow "
+            f"{bool(config.get('use_meanflow'))}: only text to video, undistilled, is trained: pass such a transformer"
+        )
+
+
+def _check_wan(config: Any, tokens: int) -> None:
+    if config.get("pos_embed_seq_len") is not None:
+        raise RunError(
+            "--model has pos_embed_seq_len in its configuration: it is given a first and a last frame, and only a first one is "
+            "trained here: pass a model of text to video, or of image to video"
+        )
+    if config.get("inject_sample_info"):
+        raise RunError(
+            "--model is SkyReels-V2 with inject_sample_info (diffusion forcing, told a frame rate): pass one without"
+        )
+
+
+WAN_FRAME = FirstFrame(mask=4, given=True)
+WAN = Family(text="text_dim", image="image_dim", velocity=_wan, first_frame=WAN_FRAME, check=_check_wan)
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "WanTransformer3DModel": WAN,
+        "SkyReelsV2Transformer3DModel": WAN,
+        "HunyuanVideoTransformer3DModel": Family(
+            text="text_embed_dim",
+            pooled="pooled_projection_dim",
+            tokens=256,
+            velocity=_hunyuan,
+            vae="AutoencoderKLHunyuanVideo",
+        ),
+        "HunyuanVideo15Transformer3DModel": Family(
+            text="text_embed_dim",
+            text_2="text_embed_2_dim",
+            tokens=1000,
+            velocity=_hunyuan15,
+            first_frame=FirstFrame(mask=1, given=False),
+            compile=("regional", "off"),
+            unused=_unused_hunyuan15,
+            vae="AutoencoderKLHunyuanVideo15",
+            check=_check_hunyuan15,
+        ),
+        "CogVideoXTransformer3DModel": Family(
+            text="text_embed_dim",
+            tokens="max_text_seq_length",
+            velocity=_cogvideox,
+            scheduler=_cogvideox_scheduler,
+            vae="AutoencoderKLCogVideoX",
+            check=_check_cogvideox,
+        ),
+        "LTXVideoTransformer3DModel": Family(
+            text="caption_channels", tokens=128, velocity=_ltx, vae="AutoencoderKLLTXVideo"
+        ),
+        "MochiTransformer3DModel": Family(
+            text="text_embed_dim",
+            tokens="max_sequence_length",
+            velocity=_mochi,
+            vae="AutoencoderKLMochi",
+            compile=("off",),
+        ),
+        "AllegroTransformer3DModel": Family(
+            text="caption_channels", velocity=_allegro, scheduler=_allegro_scheduler, vae="AutoencoderKLAllegro"
+        ),
+    }
+)
+
+
+def family_of(kind: type[nn.Module]) -> Family:
+    """How a class is called.
+
+    Raises:
+        RunError: it is not in the table.
+    """
+    if kind.__name__ not in FAMILIES:
+        raise RunError(
+            f"--model is a {kind.__name__}, which this recipe cannot call: pass one of {', '.join(FAMILIES)}, or give "
+            "finetune(..., family=Family(...)) in Python"
+        )
+    return FAMILIES[kind.__name__]

@@ -1,0 +1,217 @@
+"""What a model learns to predict: a velocity (flow matching), or what its noise schedule says.
+
+Schedules are those of diffusers: a model's pipeline has a folder `scheduler`, and each family names the one it was published
+with. Latents are float `[B, C, T, H, W]`, times float `[B]` in [0, 1]: 0 is clean, 1 is noise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flexsparse.finetune.settings import TINY
+from flexsparse.training import flow
+from flexsparse.training.errors import RunError
+
+SCHEDULER = "scheduler"
+_FILE = "scheduler_config.json"
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+class Objective(Protocol):
+    """Training times, noisy latents, and the loss of a prediction; functions of their arguments alone."""
+
+    @property
+    def steps(self) -> int:
+        """Timesteps between clean and noise: a model is told `steps * t`."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What it is, JSON values; a run is resumed with the same."""
+
+    def time(self, number: int, shift: float) -> Tensor:
+        """The time of a training sample, float32 `[1]`; `shift` as `Settings.time_shift`."""
+
+    def told(self, t: Tensor) -> Tensor:
+        """The times nearest to `t` that a model can be told."""
+
+    def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Latents at times that can be told."""
+
+    def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Mean squared error of a prediction, a 0-d tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatching:
+    """Straight paths from clean to noise; the prediction is the velocity `noise - clean`."""
+
+    steps: int = 1000
+
+    @property
+    def name(self) -> str:
+        return "a velocity (flow matching)"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"prediction": "flow", "steps": self.steps}
+
+    def time(self, number: int, shift: float) -> Tensor:
+        """Logit-normal."""
+        t = flow.training_time(number)
+        return shift * t / (1 + (shift - 1) * t)
+
+    def told(self, t: Tensor) -> Tensor:
+        return (self.steps * t).round() / self.steps
+
+    def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return flow.noisy(clean, noise, t)
+
+    def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return flow.velocity_loss(prediction, clean, noise)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    """Discrete diffusion: a scheduler of diffusers adds the noise, and its `prediction_type` says what is predicted.
+
+    Attributes:
+        scheduler: has `add_noise` in the variance-preserving form, and `get_velocity`.
+    """
+
+    scheduler: Any
+
+    @property
+    def steps(self) -> int:
+        return int(self.scheduler.config.num_train_timesteps)
+
+    @property
+    def name(self) -> str:
+        return f"{self.scheduler.config.prediction_type} on the schedule of a {type(self.scheduler).__name__}"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        config = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
+        return json.loads(
+            json.dumps({"prediction": config["prediction_type"], "schedule": type(self.scheduler).__name__, **config})
+        )
+
+    def time(self, number: int, shift: float) -> Tensor:
+        """Uniform over the timesteps 0 to steps - 1. The schedule has a shift of its own, if any."""
+        return torch.tensor([int(self.steps * flow.share(number)) / self.steps])
+
+    def told(self, t: Tensor) -> Tensor:
+        return (self.steps * t).round().clamp(max=self.steps - 1) / self.steps
+
+    def _timesteps(self, t: Tensor) -> Tensor:
+        return (self.steps * t).round().long()
+
+    def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return self.scheduler.add_noise(clean, noise, self._timesteps(t))
+
+    def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        kind = self.scheduler.config.prediction_type
+        if kind == "v_prediction":
+            target = self.scheduler.get_velocity(clean, noise, self._timesteps(t))
+        else:
+            target = noise if kind == "epsilon" else clean
+        return (prediction - target).square().mean()
+
+
+def model_folder(given: str) -> Path:
+    """The folder of the transformer itself, where the one of a whole pipeline is given."""
+    folder = Path(given)
+    inside = folder / "transformer"
+    return inside if not (folder / "config.json").is_file() and (inside / "config.json").is_file() else folder
+
+
+def objective_of(given: str, published: Mapping[str, Any] | None, shift: float = 1.0) -> Objective:
+    """What a model learns: its pipeline's `scheduler` folder says, where there is one, else what was published.
+
+    Args:
+        given: the model's folder, or `tiny`.
+        published: configuration of the scheduler that its family was published with; None: flow matching.
+        shift: `--time-shift`.
+
+    Raises:
+        RunError: a scheduler that is of another kind than the family's, that cannot be read, or that goes with no shift.
+    """
+    path = model_folder(given).parent / SCHEDULER / _FILE
+    config = published
+    if given != TINY and path.is_file():
+        try:
+            config = json.loads(path.read_text())
+            flows = _is_flow(config)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{str(path)!r} is no scheduler's configuration ({' '.join(str(error).split())}): mend it, or move it away"
+            ) from error
+        if flows != (published is None):
+            have, want = ("flow matching", "a noise schedule") if flows else ("a noise schedule", "flow matching")
+            raise RunError(
+                f"{str(path)!r} is {have}, and models of this class were trained with {want}: put the model's own scheduler "
+                "there, or move it away"
+            )
+        if flows:
+            return FlowMatching(steps=int(config.get("num_train_timesteps", 1000)))
+    if config is None:
+        return FlowMatching()
+    if shift != 1:
+        raise RunError(
+            f"--time-shift {shift:g}: --model was trained on the noise schedule of its scheduler, which has a shift of its "
+            "own: leave it out"
+        )
+    return NoiseSchedule(scheduler=_scheduler(config, str(path) if config is not published else "the family's"))
+
+
+def _is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's configuration is of flow matching: a class of its own, or a mode of UniPC and others."""
+    return (
+        "FlowMatch" in config["_class_name"]
+        or config.get("prediction_type") == "flow_prediction"
+        or bool(config.get("use_flow_sigmas"))
+    )
+
+
+def _scheduler(config: Mapping[str, Any], where: str) -> Any:
+    """A scheduler of diffusers with the configuration's schedule, whose `add_noise` is the variance-preserving one.
+
+    A class that samples in another form (Euler's noise has no bound) gives its betas to a `DDPMScheduler`.
+    """
+    import diffusers
+
+    kind = getattr(diffusers, config["_class_name"], None)
+    if kind is None or config.get("prediction_type", "epsilon") not in PREDICTIONS:
+        raise RunError(
+            f"{where} scheduler is {config['_class_name']} with prediction_type {config.get('prediction_type')!r}: one of "
+            f"{', '.join(PREDICTIONS)} in a class of diffusers is needed"
+        )
+    with _without_remarks():
+        scheduler = kind.from_config(dict(config))
+        if not hasattr(scheduler, "get_velocity") or hasattr(scheduler, "sigmas"):
+            scheduler = diffusers.DDPMScheduler.from_config(scheduler.config)
+    return scheduler
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Settings of sampling, which another class does not have, are nothing to report."""
+    logger = logging.getLogger("diffusers.configuration_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
