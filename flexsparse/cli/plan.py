@@ -41,15 +41,23 @@ def plan(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing/--no-checkpointing", help="Whether backward computes blocks again.")
     ] = True,
+    compiled: Annotated[
+        bool, typer.Option("--compiled/--no-compiled", help="Whether what lies between matrix products is fused.")
+    ] = True,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     gpus: Annotated[int | None, typer.Option(help="All GPUs.", show_default="as many as the next two need")] = None,
     ulysses: Annotated[int, typer.Option(help="GPUs that share a sequence.")] = 1,
     fsdp: Annotated[int, typer.Option(help="GPUs that share the weights.")] = 1,
-    gpu: Annotated[str, typer.Option(help="h100-sxm or h200.")] = "h200",
+    gpu: Annotated[
+        str,
+        typer.Option("--machine", "--gpu", help="h100-sxm, h200, or cpu: the one that a file of --results measured."),
+    ] = "h200",
     results: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="Result files of the GPU suite.", show_default="bench/results of a checkout"
+            metavar="PATH",
+            help="Folder of result files of the GPU suite and of bench.machine, or one of them.",
+            show_default="bench/results of a checkout",
         ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON: FLOPs, bytes and seconds.")] = False,
@@ -61,7 +69,7 @@ def plan(
     """Say what a step of a model costs: FLOPs, memory, communication, and an estimate of its time.
 
     The model runs on tensors without values, so that everything but the times is counted. Times are a roofline: published
-    peaks, and shares of them that are measured where result files say so and assumed where not.
+    peaks (of a CPU: measured), and shares of them that are measured where result files say so and assumed where not.
     """
     try:
         for package in ("diffusers", *(("matplotlib",) if plot else ())):
@@ -85,6 +93,7 @@ def plan(
             text=text,
             training=not inference,
             checkpointing=checkpointing,
+            compiled=compiled,
             dtype=dtype,
             gpus=max(ulysses, fsdp) if gpus is None else gpus,
             ulysses=ulysses,

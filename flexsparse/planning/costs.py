@@ -25,7 +25,8 @@ class Memory:
 
     Attributes:
         weights: its part of the parameters.
-        compute_weights: the copies in which a step computes: of all parameters, or under FSDP of two blocks.
+        compute_weights: the copies in which a step computes: of all parameters, or under FSDP of two blocks and of what is in
+            no block.
         gradients: its part.
         optimizer: its part of AdamW's two averages.
         activations: what backward needs, or for inference the most that is alive at once.
@@ -86,7 +87,7 @@ def memory_of(settings: Settings, measured: Measured, calls: list[Call]) -> Memo
     stored = MASTER if training else size
     copies = 0.0
     if F > 1:
-        copies = 2.0 * measured.largest_block * size
+        copies = float(2 * measured.largest_block + measured.parameters - measured.in_blocks) * size
     elif training and size != MASTER:
         copies = float(P * size)
     share = token_share(calls[0].layout, R)
@@ -112,14 +113,17 @@ def memory_of(settings: Settings, measured: Measured, calls: list[Call]) -> Memo
 
 
 def communication_of(settings: Settings, measured: Measured, calls: list[Call]) -> Communication:
-    """By the formulas of docs/distributed.md; FSDP2 gathers again in backward, and all in the dtype that computes."""
+    """By the formulas of docs/distributed.md, all in the dtype that computes.
+
+    FSDP2 gathers the weights of blocks again in backward; what is in no block stays gathered (`fully_shard` of the model).
+    """
     F, size, training = settings.fsdp, settings.torch_dtype.itemsize, settings.training
     weights = measured.parameters * size
-    gathers = 2 if training else 1
+    gathered = weights + training * measured.in_blocks * size
     copies = settings.gpus // F
     return Communication(
         ulysses=float(sum(_ulysses(settings, call) for call in calls)) * (settings.forwards + training),
-        gather=gathers * weights * (F - 1) / F,
+        gather=gathered * (F - 1) / F,
         scatter=training * weights * (F - 1) / F,
         replicas=training * 2 * weights / F * (copies - 1) / copies,
     )

@@ -54,6 +54,8 @@ class Counts:
         dense: its other attention calls.
         products: matrix products outside of attention, of the forward: how often one of (FLOPs, bytes) ran.
         backward: the same of the backward, with what checkpointing computes again.
+        moved: bytes that all other ops of an uncompiled forward read and write, attention left out.
+        moved_backward: the same of the backward, with what checkpointing computes again.
         saved: bytes that autograd saves, attention's included.
         largest_block: the part of them that one block saves, at most.
         peak: bytes alive at once in a forward without gradients; 0 with gradients.
@@ -64,6 +66,8 @@ class Counts:
     dense: list[Dense] = field(default_factory=list)
     products: Counter[tuple[float, int]] = field(default_factory=Counter)
     backward: Counter[tuple[float, int]] = field(default_factory=Counter)
+    moved: int = 0
+    moved_backward: int = 0
     saved: int = 0
     largest_block: int = 0
     peak: int = 0
@@ -221,6 +225,7 @@ def count(
         if checkpointing:
             model.disable_gradient_checkpointing()
     counts.products, counts.backward = products.found["forward"], products.found["backward"]
+    counts.moved, counts.moved_backward = products.moved["forward"], products.moved["backward"]
     if training:
         counts.saved, counts.largest_block = saved.bytes, saved.largest
     else:

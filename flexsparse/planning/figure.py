@@ -13,6 +13,7 @@ from flexsparse.planning.counting import PlanError
 from flexsparse.planning.measured import Measured
 from flexsparse.planning.plan import Plan, evaluate
 from flexsparse.planning.settings import Settings
+from flexsparse.planning.shares import assumed
 
 DENSITIES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 COLOURS = {"dense": "#3b3b3b", "VSA": "#0b6fb8", "BSA": "#c9510c"}
@@ -67,8 +68,8 @@ def draw(plans: Sequence[Plan], against: str) -> Figure:
     axes.set_ylabel("ms a step (estimate)")
     axes.set_ylim(bottom=0)
     first = plans[0].settings
-    measured = all(getattr(plans[0].shares, f.name).measured for f in dataclasses.fields(plans[0].shares))
-    source = "shares of the peaks measured" if measured else "roofline with assumed shares of the peaks, not measured"
+    guesses = assumed(plans[0].shares)
+    source = "roofline with assumed shares of the peaks, not measured" if guesses else "shares of the peaks measured"
     axes.set_title(
         f"{first.model}, {'x'.join(map(str, plans[0].grid))} tokens, {first.machine.name}\n{source}", fontsize=9
     )

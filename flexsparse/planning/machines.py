@@ -1,11 +1,11 @@
-"""What a GPU can do by its maker's papers, and which share of it is reached: measured where a file says so, else assumed."""
+"""What a machine can do: a GPU by its maker's papers, a CPU by a file in which its peaks were measured."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,18 +14,22 @@ from flexsparse.planning.counting import PlanError
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 """Of a checkout; an installed package has none."""
+CPU = "cpu"
+MEASURE = "python -m bench.machine --out FILE"
+TF32X3 = 3
+"""TF32 products of one float32 product."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Published peaks of one GPU.
+    """Peaks of one GPU, published; or of threads of one CPU, measured.
 
     Attributes:
         name: for people.
         label: part of the name under which a result file knows it.
-        bf16: dense bfloat16 FLOP/s (half of the data sheet's, which counts structured sparsity).
-        tf32: dense TF32 FLOP/s, likewise.
-        fp32: FLOP/s outside of tensor cores.
+        unit: ``GPU`` or ``CPU``.
+        products: FLOP/s of matrix products by dtype; dense, so half of a data sheet's, which counts structured sparsity.
+        scalar: FLOP/s in float32 outside of matrix products.
         hbm: bytes/s of memory.
         memory: bytes of memory.
         nvlink: bytes/s in one direction to the other GPUs of a node (half of the data sheet's, which adds both).
@@ -36,15 +40,24 @@ class Machine:
 
     name: str
     label: str
-    bf16: float
-    tf32: float
-    fp32: float
+    unit: str = "GPU"
+    products: Mapping[str, float]
+    scalar: float
     hbm: float
     memory: float
     nvlink: float
     network: float
     node: int
     sources: tuple[str, ...]
+
+    @property
+    def measured(self) -> bool:
+        """Whether the peaks were measured, and are no publication's."""
+        return self.unit == "CPU"
+
+
+def _half_and_full(bf16: float, tf32: float) -> Mapping[str, float]:
+    return MappingProxyType({"bfloat16": bf16, "float16": bf16, "float32": tf32 / TF32X3})
 
 
 _NODE = "NVIDIA DGX H100/H200 system data sheets: 8 GPUs, one 400 Gb/s InfiniBand port each"
@@ -53,9 +66,8 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
         "h100-sxm": Machine(
             name="H100 SXM",
             label="H100",
-            bf16=1979e12 / 2,
-            tf32=989e12 / 2,
-            fp32=67e12,
+            products=_half_and_full(1979e12 / 2, 989e12 / 2),
+            scalar=67e12,
             hbm=3.35e12,
             memory=80e9,
             nvlink=900e9 / 2,
@@ -66,9 +78,8 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
         "h200": Machine(
             name="H200 SXM",
             label="H200",
-            bf16=1979e12 / 2,
-            tf32=989e12 / 2,
-            fp32=67e12,
+            products=_half_and_full(1979e12 / 2, 989e12 / 2),
+            scalar=67e12,
             hbm=4.8e12,
             memory=141e9,
             nvlink=900e9 / 2,
@@ -81,108 +92,97 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """Which part of a peak is reached.
+class File:
+    """A result file.
 
     Attributes:
-        value: in (0, 1].
-        origin: ``assumed``, or the files that it was measured in.
+        name: relative to the folder that was searched.
+        header: where it was measured.
+        rows: what.
     """
 
-    value: float
-    origin: str = "assumed"
-
-    @property
-    def measured(self) -> bool:
-        """Whether a file says so."""
-        return self.origin != "assumed"
+    name: str
+    header: Mapping[str, Any]
+    rows: list[dict[str, Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shares:
-    """Of each peak; round guesses, which nobody measured, where a file says nothing better.
-
-    Attributes:
-        products: matrix products outside of attention, of bf16.
-        dense_forward: dense attention, of bf16.
-        dense_backward: its backward.
-        fine_forward: the fine stage, of bf16, padding counted as work.
-        fine_backward: its backward.
-        coarse: scores between tiles and the coarse output, of TF32, each product as three (tf32x3).
-        selection: comparisons, of fp32 operations.
-        memory: of memory bandwidth.
-        links: of NVLink and network.
-    """
-
-    products: Share = Share(value=0.6)
-    dense_forward: Share = Share(value=0.6)
-    dense_backward: Share = Share(value=0.5)
-    fine_forward: Share = Share(value=0.5)
-    fine_backward: Share = Share(value=0.35)
-    coarse: Share = Share(value=0.3)
-    selection: Share = Share(value=0.25)
-    memory: Share = Share(value=0.8)
-    links: Share = Share(value=0.7)
-
-
-MEASURED = {
-    "products": ("ceiling", "torch", "matmul"),
-    "memory": ("ceiling", "torch", "copy"),
-    "dense_forward": ("fine_forward", "dense_cudnn", None),
-    "dense_backward": ("fine_backward", "dense_cudnn", None),
-    "fine_forward": ("fine_forward", "flexsparse", None),
-    "fine_backward": ("fine_backward", "flexsparse", None),
-}
-"""(op, implementation, part) of the GPU suite's rows that say a share (`bench/README.md`)."""
-
-
-def shares(machine: Machine, head_dim: int, results: Path | None = None) -> Shares:
-    """What the GPU suite's result files of this GPU say, by the median of their bfloat16 rows; the rest is assumed.
-
-    Args:
-        machine: whose files count.
-        head_dim: attention's rows count where they have it.
-        results: folder of the files; None for the checkout's.
+def files(results: Path | None) -> Iterator[File]:
+    """The result files of a folder and its folders, or one file; None for the checkout's folder. Others are left out.
 
     Raises:
-        PlanError: a folder that is not there.
+        PlanError: it is not there.
     """
-    if results is not None and not results.is_dir():
-        raise PlanError(f"results {str(results)!r} is no folder: give the one that holds the GPU suite's result files")
-    folder = RESULTS if results is None else results
-    found: dict[str, list[tuple[float, str]]] = {}
-    for path in sorted(folder.rglob("*.json")) if folder.is_dir() else []:
-        for name, value in _read(path, machine, head_dim):
-            found.setdefault(name, []).append((value, path.relative_to(folder).as_posix()))
-    measured = {
-        name: Share(
-            value=min(1.0, statistics.median(v for v, _ in rows)), origin=", ".join(sorted({f for _, f in rows}))
-        )
-        for name, rows in found.items()
-    }
-    return replace(Shares(), **measured)
-
-
-def _read(path: Path, machine: Machine, head_dim: int) -> list[tuple[str, float]]:
-    try:
-        result = json.loads(path.read_text())
-        header, rows = result["header"], result["rows"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    if not isinstance(header, dict) or header.get("suite") != "gpu" or machine.label not in str(header.get("gpu")):
-        return []
-    return [item for row in rows for item in _shares_of(row, machine, head_dim)]
-
-
-def _shares_of(row: Mapping[str, Any], machine: Machine, head_dim: int) -> list[tuple[str, float]]:
-    if not row.get("ms") or row.get("dtype") != "bfloat16" or str(row.get("case")).startswith("tune-"):
-        return []
-    found = []
-    for name, key in MEASURED.items():
-        if (row.get("op"), row.get("impl"), row.get("part")) != key:
+    if results is not None and not results.exists():
+        raise PlanError(f"results {str(results)!r} is no folder and no file: give the one that holds result files")
+    place = RESULTS if results is None else results
+    paths = [place] if place.is_file() else sorted(place.rglob("*.json")) if place.is_dir() else []
+    for path in paths:
+        try:
+            result = json.loads(path.read_text())
+            header, rows = result["header"], result["rows"]
+        except (OSError, ValueError, KeyError, TypeError):
             continue
-        if name == "memory":
-            found.append((name, row["bytes"] / (statistics.median(row["ms"]) * 1e-3) / machine.hbm))
-        elif row.get("tflops") and (row["op"] == "ceiling" or row.get("D") == head_dim):
-            found.append((name, row["tflops"] * 1e12 / machine.bf16))
-    return found
+        if isinstance(header, dict) and isinstance(rows, list):
+            yield File(
+                name=path.name if path is place else path.relative_to(place).as_posix(), header=header, rows=rows
+            )
+
+
+def cpu_file(results: Path | None) -> File:
+    """The file of `bench.machine`.
+
+    Raises:
+        PlanError: there is none, or more than one.
+    """
+    found = [file for file in files(results) if file.header.get("suite") == "machine"]
+    place = RESULTS if results is None else results
+    if not found:
+        raise PlanError(
+            f"gpu is 'cpu', but {str(place)!r} holds no measured CPU: run {MEASURE}, then give --results FILE"
+        )
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise PlanError(f"gpu is 'cpu', and {str(place)!r} holds several measured CPUs: give --results one of {names}")
+    return found[0]
+
+
+def rates(file: File, op: str, part: str | None = None, *, per: str = "flops") -> list[float]:
+    """FLOPs (or what else a row counts) a second, of each row of an op, by the median of its samples."""
+    rows = (row for row in file.rows if row.get("op") == op and row.get("part") == part and row.get("ms"))
+    return [row[per] / (statistics.median(row["ms"]) * 1e-3) for row in rows]
+
+
+def machine_of(name: str, results: Path | None = None) -> Machine:
+    """A GPU of `MACHINES`, or ``cpu``: the one that a result file was measured on.
+
+    Raises:
+        PlanError: neither; no file, or several, or one that lacks a peak.
+    """
+    if name in MACHINES:
+        return MACHINES[name]
+    if name != CPU:
+        raise PlanError(f"gpu is {name!r}: give one of {', '.join((*MACHINES, CPU))}")
+    file = cpu_file(results)
+    products: dict[str, list[float]] = {}
+    for row in file.rows:
+        if (row.get("op"), row.get("part")) == ("ceiling", "matmul") and row.get("ms"):
+            products.setdefault(row["dtype"], []).append(row["flops"] / (statistics.median(row["ms"]) * 1e-3))
+    copies = rates(file, "ceiling", "copy", per="bytes")
+    if "float32" not in products or not copies:
+        raise PlanError(f"{file.name} has no rate of float32 products or of copies: measure again, {MEASURE}")
+    header = file.header
+    threads = int(header["threads"])
+    peaks = {dtype: statistics.median(found) for dtype, found in products.items()}
+    return Machine(
+        name=f"{header['cpu']} ({threads} thread{'s' * (threads > 1)})",
+        label=str(header["cpu"]),
+        unit="CPU",
+        products=MappingProxyType(peaks),
+        scalar=peaks["float32"],
+        hbm=statistics.median(copies),
+        memory=float(header["memory_bytes"]),
+        nvlink=0.0,
+        network=0.0,
+        node=1,
+        sources=(f"measured: {file.name}, {header['date']}",),
+    )

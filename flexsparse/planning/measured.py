@@ -19,6 +19,7 @@ class Measured:
         source: the model's configuration.
         grid: tokens.
         parameters: how many, gates included.
+        in_blocks: those of them in repeated blocks.
         largest_block: parameters of the largest repeated block.
         sparse: the step as planned.
         dense: the same with dense attention and without gates.
@@ -29,6 +30,7 @@ class Measured:
     source: Source
     grid: Grid
     parameters: int
+    in_blocks: int
     largest_block: int
     sparse: Counts
     dense: Counts
@@ -54,7 +56,7 @@ def measure(settings: Settings) -> Measured:
         plain = count(model, inputs, **how) if not own or training else None
         checkpointed = count(model, inputs, **how, checkpointing=True) if training and (own or able) else None
         dense = count(model, inputs, tile=settings.tile, training=training, checkpointing=own)
-        size, block = parameters(model)
+        size, in_blocks, block = parameters(model)
     sparse = checkpointed if own else plain
     if sparse is None:
         raise PlanError(f"{source.kind}: nothing was counted")
@@ -62,6 +64,7 @@ def measure(settings: Settings) -> Measured:
         source=source,
         grid=grid,
         parameters=size + sparse.gate_parameters,
+        in_blocks=in_blocks + sparse.gate_parameters,
         largest_block=block,
         sparse=sparse,
         dense=dense,

@@ -243,10 +243,11 @@ def _first(config: Any, *names: str) -> int:
     return next(int(config[name]) for name in names if config.get(name))
 
 
-def parameters(model: nn.Module) -> tuple[int, int]:
-    """(parameters, the most that one repeated block has)."""
+def parameters(model: nn.Module) -> tuple[int, int, int]:
+    """(parameters, those in repeated blocks, the most that one repeated block has)."""
 
     def size(module: nn.Module) -> int:
         return sum(x.numel() for x in module.parameters())
 
-    return size(model), max((size(block) for block in repeated_blocks(model)), default=0)
+    blocks = [size(block) for block in repeated_blocks(model)]
+    return size(model), sum(blocks), max(blocks, default=0)

@@ -21,6 +21,8 @@ from torch.utils.flop_counter import flop_registry
 
 SMALL = 2**22
 """Elements of a tensor that is computed with its values; a larger one becomes fake."""
+EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+"""Ops that make a tensor and write nothing."""
 BY_INDEX = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten._index_put_impl_.default)
 
 
@@ -40,6 +42,7 @@ class Products(TorchDispatchMode):
     Attributes:
         phase: under which name they are counted.
         found: for each phase, how often a product of (FLOPs, bytes of operands and result) ran.
+        moved: for each phase, bytes that all other ops read and write, one after the other as uncompiled PyTorch runs them.
         peak: the most bytes that were alive at once, of what was made under the mode; right without gradients only.
     """
 
@@ -47,6 +50,7 @@ class Products(TorchDispatchMode):
         super().__init__()
         self.phase = "forward"
         self.found: dict[str, Counter[tuple[float, int]]] = {"forward": Counter(), "backward": Counter()}
+        self.moved = {"forward": 0, "backward": 0}
         self.live: Counter[int] = Counter()
         self.bytes = 0
         self.peak = 0
@@ -56,10 +60,12 @@ class Products(TorchDispatchMode):
         out = with_values(func, args, kwargs)
         tensors = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         formula = flop_registry.get(func._overloadpacket)
+        operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if formula is not None:
-            operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             moved = sum(nbytes(x) for x in (*operands, *tensors))
             self.found[self.phase][(float(formula(*args, **kwargs, out_val=out)), moved)] += 1
+        else:
+            self.moved[self.phase] += traffic(func, operands, tensors)
         for x in tensors:
             self.alive(x)
         return out
@@ -78,6 +84,21 @@ class Products(TorchDispatchMode):
         self.live[key] -= 1
         if not self.live[key]:
             self.bytes -= size
+
+
+def traffic(func: Any, read: list[Tensor], written: list[Tensor]) -> int:
+    """Bytes that an op moves: what it reads, each tensor no further than its storage reaches, and what it writes.
+
+    Views move nothing, nor does what only makes room.
+    """
+    if func.is_view or func._overloadpacket.__name__ in EMPTY:
+        return 0
+    own = {identity(x) for x in read}
+    if not func._schema.is_mutable and all(
+        identity(x) in own for x in written
+    ):  # aten._unsafe_view, which no schema tells
+        return 0
+    return sum(min(nbytes(x), x.untyped_storage().nbytes()) for x in (*read, *written))
 
 
 def with_values(func: Any, args: Any, kwargs: Any) -> Any:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from flexsparse.planning.attention import BACKWARD, Call, dense_flops
 from flexsparse.planning.costs import Communication, Memory, communication_of, memory_of
 from flexsparse.planning.counting import PlanError
-from flexsparse.planning.machines import Shares, shares
 from flexsparse.planning.measured import Measured, measure
 from flexsparse.planning.modes import values
 from flexsparse.planning.settings import Settings
+from flexsparse.planning.shares import Shares, assumed, shares
 from flexsparse.planning.times import Times, dense_times, sparse_times
 
 
@@ -122,7 +122,7 @@ def evaluate(settings: Settings, measured: Measured) -> Plan:
         )
     communication = communication_of(settings, measured, calls)
     flops = _flops(settings, measured, calls)
-    found = shares(settings.machine, first.head_dim, settings.results)
+    found = shares(settings.machine, first.head_dim, settings.dtype, settings.results)
     dense = communication_of(settings, measured, [dataclasses.replace(call, gates=0) for call in calls])
     layout = first.layout
     return Plan(
@@ -171,13 +171,19 @@ def _flops(settings: Settings, measured: Measured, calls: list[Call]) -> Flops:
 
 
 def _notes(settings: Settings, measured: Measured, found: Shares) -> tuple[str, ...]:
-    assumed = [f.name for f in dataclasses.fields(found) if not getattr(found, f.name).measured]
+    guesses, machine = assumed(found), settings.machine
     notes = []
-    if assumed:
+    if guesses:
+        every = len(guesses) == len(dataclasses.fields(found))
         notes.append(
-            "Times are estimates and no measurements: a roofline with published peaks, of which "
-            f"{'every share' if len(assumed) == len(dataclasses.fields(found)) else 'the share of ' + ', '.join(assumed)} "
-            "reached is an assumption that nobody measured."
+            f"Times are estimates and no measurements: a roofline with {'measured' if machine.measured else 'published'} "
+            f"peaks, of which {'every share' if every else 'the share of ' + ', '.join(guesses)} reached is an assumption "
+            "that nobody measured."
+        )
+    elif machine.measured:
+        notes.append(
+            f"Times are estimates: a roofline whose peaks and shares were measured on {machine.name}, by operation and not by "
+            f"model, in {found.products.origin}."
         )
     else:
         notes.append("Times are estimates: a roofline with shares of the peaks that result files of this GPU say.")
@@ -186,6 +192,11 @@ def _notes(settings: Settings, measured: Measured, found: Shares) -> tuple[str, 
             "What is not attention is taken to be spread over the GPUs of a sequence as the tokens are: text that joins the "
             "video is on each of them, everything else is divided evenly."
         )
+    notes.append(
+        "What lies between matrix products is taken to be fused, one kernel between two of them (torch.compile)."
+        if settings.compiled
+        else "Each operation is taken to read and write memory by itself, as PyTorch does uncompiled."
+    )
     if settings.training:
         notes.append(
             "Weights, gradients and AdamW's averages are taken to be float32, all of them trained; what travels and what a "

@@ -10,7 +10,7 @@ import torch
 from flexsparse.grids import Grid
 from flexsparse.planning.attention import Builder
 from flexsparse.planning.counting import PlanError
-from flexsparse.planning.machines import MACHINES, Machine
+from flexsparse.planning.machines import CPU, Machine, machine_of
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -30,12 +30,13 @@ class Settings:
         text: tokens of the first text input; the pipeline's by default.
         training: a forward and a backward with AdamW, or a forward.
         checkpointing: whether blocks are computed again in backward.
+        compiled: whether what lies between matrix products is fused; else each op reads and writes by itself.
         dtype: in which the model computes.
         gpus: all of them.
         ulysses: GPUs that share a sequence.
         fsdp: GPUs that share the weights.
-        gpu: a name of `machines.MACHINES`.
-        results: folder of the GPU suite's files; the checkout's by default.
+        gpu: a name of `machines.MACHINES`, or ``cpu``: the one that a file of ``results`` was measured on.
+        results: folder of result files, or one of them; the checkout's folder by default.
 
     Raises:
         PlanError: what makes no sense.
@@ -51,6 +52,7 @@ class Settings:
     text: int | None = None
     training: bool = True
     checkpointing: bool = True
+    compiled: bool = True
     dtype: str = "bfloat16"
     gpus: int = 1
     ulysses: int = 1
@@ -75,13 +77,18 @@ class Settings:
             raise PlanError(f"gates are on, but {type(self.builder).__name__} has no coarse output: leave them out")
         if self.dtype not in DTYPES:
             raise PlanError(f"dtype is {self.dtype!r}: give one of {', '.join(DTYPES)}")
-        if self.gpu not in MACHINES:
-            raise PlanError(f"gpu is {self.gpu!r}: give one of {', '.join(MACHINES)}")
+        if self.gpu == CPU and self.gpus > 1:
+            raise PlanError(f"gpus is {self.gpus}, but between CPUs nothing was measured: plan with one, or name a GPU")
+        if self.dtype not in self.machine.products:
+            known = ", ".join(self.machine.products)
+            raise PlanError(
+                f"dtype is {self.dtype!r}, which was not measured on {self.machine.name}: give one of {known}"
+            )
 
     @property
     def machine(self) -> Machine:
-        """The GPU."""
-        return MACHINES[self.gpu]
+        """The GPU or CPU."""
+        return machine_of(self.gpu, self.results)
 
     @property
     def torch_dtype(self) -> torch.dtype:

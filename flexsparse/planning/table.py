@@ -20,6 +20,7 @@ TIMES = {
     "coarse": "coarse stage",
     "selection": "selection",
     "fine": "fine stage",
+    "tiling": "tile order, gates (uncompiled)",
     "ulysses": "all-to-alls (Ulysses)",
     "optimizer": "AdamW",
     "beside": "beside it: FSDP and replicas",
@@ -42,14 +43,16 @@ def _about(plan: Plan, console: Console) -> None:
     s, (tiles, kept, slots) = plan.settings, plan.tiles
     tokens = plan.grid[0] * plan.grid[1] * plan.grid[2]
     what = "training step" if s.training else "forward"
+    how = ("" if s.compiled else ", uncompiled") + (", checkpointed" if s.training and s.checkpointing else "")
     lines = (
-        f"{s.model}: {plan.kind}, {plan.parameters:,} parameters, a {what} in {s.dtype}"
-        + (", checkpointed" if s.training and s.checkpointing else ""),
+        f"{s.model}: {plan.kind}, {plan.parameters:,} parameters, a {what} in {s.dtype}{how}",
         f"grid {'x'.join(map(str, plan.grid))} = {tokens:,} tokens, batch {s.batch}; {plan.calls[0]} sparse attention calls, "
         f"{plan.calls[1]} dense",
         f"{type(s.builder).__name__}{' with gates' if s.gates else ''}: {kept:.4g} of {tiles:,} tiles of {slots} slots a row, "
         f"density {plan.density:.4f}; tiles pad the tokens by {plan.padding:.1%}",
-        f"{s.gpus} x {s.machine.name}: sequences over {s.ulysses}, weights over {s.fsdp}",
+        s.machine.name
+        if s.machine.measured
+        else f"{s.gpus} x {s.machine.name}: sequences over {s.ulysses}, weights over {s.fsdp}",
     )
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -83,7 +86,7 @@ def _flops(plan: Plan) -> Table:
 
 def _memory(plan: Plan) -> Table:
     m = plan.memory
-    table = _table("\nMemory of a GPU", "GiB")
+    table = _table(f"\nMemory of a {plan.settings.machine.unit}", "GiB")
     rows = {
         "weights": m.weights,
         "weights as computed with": m.compute_weights,
@@ -101,13 +104,15 @@ def _memory(plan: Plan) -> Table:
         table.add_row("activations with checkpointing", again)
     table.add_row("bitmasks", f"{m.bitmasks / GIB:,.3f}")
     room = plan.settings.machine.memory
-    table.add_row(f"the GPU has ({'fits' if m.total <= room else 'does not fit'})", f"{room / GIB:,.1f}")
+    table.add_row(
+        f"the {plan.settings.machine.unit} has ({'fits' if m.total <= room else 'does not fit'})", f"{room / GIB:,.1f}"
+    )
     return table
 
 
 def _communication(plan: Plan) -> Table:
     c = plan.communication
-    table = _table("\nReceived by a GPU in a step", "MB")
+    table = _table(f"\nReceived by a {plan.settings.machine.unit} in a step", "MB")
     rows = {
         "all-to-alls around attention (Ulysses)": c.ulysses,
         "all-gathers of weights (FSDP)": c.gather,
@@ -141,7 +146,10 @@ def _shares(plan: Plan) -> Table:
 
 
 def _peaks(machine: Machine) -> str:
-    bf16, tf32, fp32 = (rate / 1e12 for rate in (machine.bf16, machine.tf32, machine.fp32))
-    rates = f"bf16 {bf16:,.0f} and TF32 {tf32:,.0f} TFLOP/s dense, fp32 {fp32:,.0f}"
-    links = f"NVLink {machine.nvlink / 1e9:,.0f} and network {machine.network / 1e9:,.0f} GB/s one way"
-    return f"Peaks: {rates}, memory {machine.hbm / 1e12:,.2f} TB/s, {links} ({'; '.join(machine.sources)})."
+    products = ", ".join(f"{dtype} {rate / 1e12:,.3g}" for dtype, rate in machine.products.items())
+    links = f", NVLink {machine.nvlink / 1e9:,.0f} and network {machine.network / 1e9:,.0f} GB/s one way"
+    return (
+        f"Peaks, {'measured' if machine.measured else 'published'}: matrix products {products} TFLOP/s, other float32 "
+        f"{machine.scalar / 1e12:,.3g}, memory {machine.hbm / 1e9:,.3g} GB/s{'' if machine.measured else links} "
+        f"({'; '.join(machine.sources)})."
+    )

@@ -1,6 +1,7 @@
 """Step time by roofline: each part takes the longer of its work and its memory traffic; parts follow one another.
 
-Matrix products: one by one. Between two products stands one fused kernel that moves their operands once more. FSDP's and the
+Matrix products: one by one. Compiled, between two products stands one fused kernel that moves their operands once more;
+uncompiled, each op moves its own, and tokens are put in tile order and back around each sparse call. FSDP's and the
 replicas' collectives run beside the computation, Ulysses' all-to-alls do not. A part is spread evenly over the GPUs of a
 sequence, attention by whole heads.
 """
@@ -9,17 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 from flexsparse.planning.attention import BACKWARD, Call, dense_flops
 from flexsparse.planning.costs import Communication, token_share
-from flexsparse.planning.machines import Shares
+from flexsparse.planning.counting import Counts
 from flexsparse.planning.measured import Measured
 from flexsparse.planning.settings import Settings
+from flexsparse.planning.shares import Shares
 
-TF32X3 = 3
-"""Products of one float32 product."""
 OPTIMIZER = 7 * 4
 """Bytes that AdamW moves for a parameter: four tensors read, three written, in float32."""
 
@@ -36,6 +35,7 @@ class Times:
         coarse: the coarse stage; 0 in a dense step, as the next two.
         selection: the choice of tiles.
         fine: the fine stage.
+        tiling: into tile order and back, and gates, of uncompiled sparse calls.
         optimizer: AdamW.
         ulysses: all-to-alls.
         beside: FSDP's and the replicas' collectives, which run beside the computation.
@@ -48,6 +48,7 @@ class Times:
     coarse: float = 0.0
     selection: float = 0.0
     fine: float = 0.0
+    tiling: float = 0.0
     optimizer: float
     ulysses: float
     beside: float
@@ -56,7 +57,7 @@ class Times:
     def compute(self) -> float:
         """Without communication and optimizer."""
         around = self.products + self.elementwise + self.dense_calls
-        return around + self.attention + self.coarse + self.selection + self.fine
+        return around + self.attention + self.coarse + self.selection + self.fine + self.tiling
 
     @property
     def total(self) -> float:
@@ -66,13 +67,14 @@ class Times:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What a GPU reaches, in FLOP/s, operations/s and bytes/s."""
+    """What a machine reaches, in FLOP/s, operations/s and bytes/s."""
 
     products: float
     dense: tuple[float, float]
     fine: tuple[float, float]
     coarse: float
     selection: float
+    elementwise: float
     memory: float
     sequence: float
     weights: float
@@ -82,17 +84,19 @@ class Rates:
 def rates(settings: Settings, shares: Shares) -> Rates:
     """Peaks times shares; a group that does not fit into a node goes over the network."""
     machine = settings.machine
-    bf16 = machine.bf16 if settings.dtype != "float32" else machine.tf32 / TF32X3
+    peak = machine.products[settings.dtype]
 
     def link(size: int) -> float:
-        return (machine.nvlink if size <= machine.node else machine.network) * shares.links.value
+        speed = (machine.nvlink if size <= machine.node else machine.network) * shares.links.value
+        return speed or math.inf  # a CPU has none, and needs none
 
     return Rates(
-        products=bf16 * shares.products.value,
-        dense=(bf16 * shares.dense_forward.value, bf16 * shares.dense_backward.value),
-        fine=(bf16 * shares.fine_forward.value, bf16 * shares.fine_backward.value),
-        coarse=machine.tf32 / TF32X3 * shares.coarse.value,
-        selection=machine.fp32 * shares.selection.value,
+        products=peak * shares.products.value,
+        dense=(peak * shares.dense_forward.value, peak * shares.dense_backward.value),
+        fine=(peak * shares.fine_forward.value, peak * shares.fine_backward.value),
+        coarse=machine.products["float32"] * shares.coarse.value,
+        selection=machine.scalar * shares.selection.value,
+        elementwise=machine.hbm * shares.elementwise.value,
         memory=machine.hbm * shares.memory.value,
         sequence=link(settings.ulysses),
         weights=link(settings.fsdp),
@@ -100,13 +104,25 @@ def rates(settings: Settings, shares: Shares) -> Rates:
     )
 
 
-def _around(
-    share: float, products: Counter[tuple[float, int]], backward: Counter[tuple[float, int]], rate: Rates
-) -> tuple[float, float]:
+def _around(share: float, counts: Counts, rate: Rates, compiled: bool) -> tuple[float, float]:
     """Seconds of matrix products and of what lies between them, for a share of the tokens."""
-    every = products + backward
+    every = counts.products + counts.backward
     work = math.fsum(n * max(flops / rate.products, moved / rate.memory) for (flops, moved), n in every.items())
-    return share * work, share * math.fsum(n * moved / rate.memory for (_, moved), n in every.items())
+    fused = math.fsum(n * moved for (_, moved), n in every.items())
+    moved = fused if compiled else counts.moved + counts.moved_backward
+    return share * work, share * moved / rate.elementwise
+
+
+def _tiling(call: Call, training: bool) -> tuple[float, float]:
+    """Bytes moved around the fine stage of an uncompiled call, forward and backward.
+
+    Forward: q, k and v into tile order and the output out of it, each read and written; each gate reads itself and the
+    output and writes it, and the coarse output is spread to tokens, written and read. Backward: the same the other way.
+    """
+    layout, one = call.layout, float(call.batch * call.heads * call.head_dim * call.dtype.itemsize)
+    tiling = 4 * one * (layout.seq_len + layout.padded_len)
+    gates = one * layout.seq_len * (5 * min(call.gates, 1) + 3 * max(call.gates - 1, 0))
+    return tiling + gates, training * (tiling + 2 * gates)
 
 
 def _attention(flops: float, moved: float, speeds: tuple[float, float], settings: Settings, memory: float) -> float:
@@ -121,7 +137,7 @@ def _common(
     counts = measured.dense if dense else measured.sparse
     size = settings.torch_dtype.itemsize
     share = token_share(measured.sparse.sparse[0].layout, settings.ulysses)
-    products, elementwise = _around(share, counts.products, counts.backward, rate)
+    products, elementwise = _around(share, counts, rate, settings.compiled)
     calls = 0.0
     for call in measured.sparse.dense:
         B, H, queries, keys, D = call.shape
@@ -158,7 +174,7 @@ def sparse_times(
     """Of the step as planned."""
     rate = rates(settings, shares)
     again = settings.forwards
-    coarse = selection = fine = 0.0
+    coarse = selection = fine = tiling = 0.0
     for whole in calls:
         call = dataclasses.replace(whole, heads=math.ceil(whole.heads / settings.ulysses))
         flops = call.flops()
@@ -167,5 +183,8 @@ def sparse_times(
         coarse += settings.training * flops.coarse_backward / rate.coarse
         selection += again * flops.selection / rate.selection
         fine += _attention(flops.fine, 4.0 * one, rate.fine, settings, rate.memory)
-    own = {"coarse": coarse, "selection": selection, "fine": fine}
+        if not settings.compiled:
+            forward, backward = _tiling(call, settings.training)
+            tiling += (again * forward + backward) / rate.elementwise
+    own = {"coarse": coarse, "selection": selection, "fine": fine, "tiling": tiling}
     return Times(**_common(settings, measured, False, communication, rate), **own)

@@ -1,0 +1,131 @@
+"""How far plans are off: `python -m bench.plan_check`.
+
+Writes bench/results/machine_cpu.json and plan_cpu.json, and the tables of docs/plan.md. Measures what this CPU does (`bench.machine`), runs small models with random weights, and puts what `flexsparse plan` says of
+each step beside it: time, bytes of tensors, peak memory, bytes between two processes. One thread, whose CPU time is taken. The
+machine's and the models' repeats take turns, so that a slow moment hits both; their sizes differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import machine
+from bench.header import header
+from bench.plan_check import chosen, peak, ranks, tensors
+from bench.plan_check.cases import Case, inputs_of, model_of, optimizer_of, step_of
+from bench.plan_check.table import RESULTS, publish
+from bench.timing import Samples, both_clocks
+from flexsparse.planning import evaluate, measure
+
+REPEATS = 5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, compare, write; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.plan_check", description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="result file (default: bench/results/plan_cpu.json)")
+    parser.add_argument("--machine", type=Path, help="result file of the CPU (default: machine_cpu.json beside it)")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help=f"samples of a step (default: {REPEATS})")
+    parser.add_argument("--table", action="store_true", help="write the table from the result file, run nothing")
+    options = parser.parse_args(argv)
+    if options.table:
+        publish(json.loads(options.out.read_text()))
+        return 0
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore")
+    cpu = options.machine or options.out.with_name("machine_cpu.json")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measured(Path(folder), cpu, options.repeats)
+    result = {"header": header(1, clock="CPU time", machine=cpu.name, repeats=options.repeats), "rows": rows}
+    machine.write(options.out, result)
+    if options.out == RESULTS:
+        publish(result)
+    return 0
+
+
+def measured(folder: Path, cpu: Path, repeats: int) -> list[dict[str, Any]]:
+    """All rows; writes the machine's file."""
+    kernels = machine.problems(machine.Sizes())
+    functions: dict[str, Callable[[], Any]] = {case: function for case, (function, _) in kernels.items()}
+    for case in chosen.TIMED:
+        model = model_of(case, folder)
+        functions[case.name] = step_of(case, model, inputs_of(case, model), optimizer_of(case, model))
+    samples = both_clocks(functions, repeats)
+    machine.write(cpu, machine.result_of(kernels, samples, repeats=repeats))
+    rows = [time_row(case, folder, cpu, samples[case.name]) for case in chosen.TIMED]
+    for case in chosen.TENSORS:
+        found = tensors.counted(case, folder)
+        rows += [row(case, name, "bytes", planned, [real]) for name, (planned, real) in found.items()]
+    for case in chosen.PEAKS:
+        memory = evaluate(settings := case.settings(folder), measure(settings)).memory
+        got = [peak.added(case) * 2**20 for _ in range(2)]
+        rows.append(row(case, "peak over a warm process", "bytes", memory.activations + memory.lists, got))
+    return rows + exchanged(folder)
+
+
+def row(case: Case, quantity: str, unit: str, planned: float, found: list[float], **more: Any) -> dict[str, Any]:
+    """One comparison; ratio is planned over the median of what was measured."""
+    median = sorted(found)[len(found) // 2]
+    ratio = round(planned / median, 4) if median else None
+    return {
+        "quantity": quantity,
+        "unit": unit,
+        **case.fields(),
+        "planned": round(planned, 3),
+        "measured": found,
+        "ratio": ratio,
+        **more,
+    }
+
+
+def time_row(case: Case, folder: Path, cpu: Path, samples: Samples) -> dict[str, Any]:
+    """A step's time; ``parts`` are the plan's, in milliseconds."""
+    settings = case.settings(folder, cpu)
+    plan = evaluate(settings, measure(settings))
+    times = plan.dense if case.builder is None else plan.sparse
+    parts = {name: round(1e3 * value, 3) for name, value in vars(times).items() if value}
+    more = {"wall_ms": samples.wall_ms, "parts": parts}
+    return row(case, "step", "ms", 1e3 * times.total, samples.cpu_ms, **more)
+
+
+COLLECTIVES = {
+    "ulysses": {"all_to_all": "ulysses", "all_gather": None, "reduce_scatter": None},
+    "fsdp": {"all_gather": "gather", "reduce_scatter": "scatter"},
+    "ddp": {"all_reduce": "replicas"},
+}
+"""By what is spread: collectives, and the plan's part that says their bytes; None where it leaves them out."""
+
+
+def exchanged(folder: Path) -> list[dict[str, Any]]:
+    """Bytes between two processes, of the rank that receives more."""
+    found = ranks.run(list(chosen.EXCHANGED))
+    rows = []
+    for index, (kind, case) in enumerate(chosen.EXCHANGED):
+        planned = planned_bytes(kind, case, folder)
+        for collective, part in COLLECTIVES[kind].items():
+            real = max(each[index].get(collective, 0) for each in found)
+            if real or part:
+                name = f"{kind}: {collective.replace('_', '-')}"
+                rows.append(row(case, name, "bytes", planned[part] if part else 0.0, [real], ranks=ranks.RANKS))
+    return rows
+
+
+def planned_bytes(kind: str, case: Case, folder: Path) -> dict[str, float]:
+    """What a plan says of two ranks."""
+    spread = {"gpus": ranks.RANKS} | ({} if kind == "ddp" else {kind: ranks.RANKS})
+    settings = case.settings(folder, **spread)
+    return dict(vars(evaluate(settings, measure(settings)).communication))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
