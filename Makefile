@@ -55,6 +55,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench.table
 	$(BIN)/python -m bench.passes
 	$(BIN)/python -m bench.saved
+	$(BIN)/python -m bench.plan_check
 
 bench-report: $(VENV)/.installed
 	$(BIN)/python -m bench.report

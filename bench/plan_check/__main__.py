@@ -1,8 +1,9 @@
 """How far plans are off: `python -m bench.plan_check`.
 
-Writes bench/results/machine_cpu.json and plan_cpu.json, and the tables of docs/plan.md. Measures what this CPU does (`bench.machine`), runs small models with random weights, and puts what `flexsparse plan` says of
-each step beside it: time, bytes of tensors, peak memory, bytes between two processes. One thread, whose CPU time is taken. The
-machine's and the models' repeats take turns, so that a slow moment hits both; their sizes differ.
+Writes bench/results/machine_cpu.json and plan_cpu.json, and the tables of docs/plan.md. It measures what this CPU does
+(`bench.machine`), runs small models with random weights, and puts what `flexsparse plan` says of each step beside it: time,
+bytes of tensors, peak memory, bytes between two processes. One thread, whose CPU time is taken. The machine's and the models'
+repeats take turns, so that a slow moment hits both; their sizes differ.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
     cpu = options.machine or options.out.with_name("machine_cpu.json")
+    head = header(1, clock="CPU time", machine=cpu.name, repeats=options.repeats)
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        rows = measured(Path(folder), cpu, options.repeats)
-    result = {"header": header(1, clock="CPU time", machine=cpu.name, repeats=options.repeats), "rows": rows}
-    machine.write(options.out, result)
+        for part in parts(Path(folder), cpu, options.repeats):
+            rows += part
+            machine.write(options.out, {"header": head, "rows": rows})  # a run cut short keeps what it had
     if options.out == RESULTS:
-        publish(result)
+        publish({"header": head, "rows": rows})
     return 0
 
 
-def measured(folder: Path, cpu: Path, repeats: int) -> list[dict[str, Any]]:
-    """All rows; writes the machine's file."""
+def parts(folder: Path, cpu: Path, repeats: int) -> Iterator[list[dict[str, Any]]]:
+    """All rows, some at a time; writes the machine's file."""
+    yield times(folder, cpu, repeats)
+    for case in chosen.TENSORS:
+        found = tensors.counted(case, folder)
+        yield [row(case, name, "bytes", planned, [real]) for name, (planned, real) in found.items()]
+    yield exchanged(folder)
+    for case in chosen.PEAKS:
+        memory = evaluate(settings := case.settings(folder), measure(settings)).memory
+        got = [peak.added(case) * 2**20 for _ in range(2)]
+        yield [row(case, "peak over a warm process", "bytes", memory.activations + memory.lists, got)]
+
+
+def times(folder: Path, cpu: Path, repeats: int) -> list[dict[str, Any]]:
+    """Rows of all steps."""
     kernels = machine.problems(machine.Sizes())
     functions: dict[str, Callable[[], Any]] = {case: function for case, (function, _) in kernels.items()}
     for case in chosen.TIMED:
@@ -62,15 +78,7 @@ def measured(folder: Path, cpu: Path, repeats: int) -> list[dict[str, Any]]:
         functions[case.name] = step_of(case, model, inputs_of(case, model), optimizer_of(case, model))
     samples = both_clocks(functions, repeats)
     machine.write(cpu, machine.result_of(kernels, samples, repeats=repeats))
-    rows = [time_row(case, folder, cpu, samples[case.name]) for case in chosen.TIMED]
-    for case in chosen.TENSORS:
-        found = tensors.counted(case, folder)
-        rows += [row(case, name, "bytes", planned, [real]) for name, (planned, real) in found.items()]
-    for case in chosen.PEAKS:
-        memory = evaluate(settings := case.settings(folder), measure(settings)).memory
-        got = [peak.added(case) * 2**20 for _ in range(2)]
-        rows.append(row(case, "peak over a warm process", "bytes", memory.activations + memory.lists, got))
-    return rows + exchanged(folder)
+    return [time_row(case, folder, cpu, samples[case.name]) for case in chosen.TIMED]
 
 
 def row(case: Case, quantity: str, unit: str, planned: float, found: list[float], **more: Any) -> dict[str, Any]:

@@ -91,14 +91,16 @@ def traffic(func: Any, read: list[Tensor], written: list[Tensor]) -> int:
 
     Views move nothing, nor does what only makes room.
     """
-    if func.is_view or func._overloadpacket.__name__ in EMPTY:
+    name = func._overloadpacket.__name__
+    if func.is_view or name in EMPTY:
         return 0
     own = {identity(x) for x in read}
     if not func._schema.is_mutable and all(
         identity(x) in own for x in written
     ):  # aten._unsafe_view, which no schema tells
         return 0
-    return sum(min(nbytes(x), x.untyped_storage().nbytes()) for x in (*read, *written))
+    like = name.endswith("_like") or name.startswith("new_")  # reads a shape and no values
+    return sum(min(nbytes(x), x.untyped_storage().nbytes()) for x in (*(() if like else read), *written))
 
 
 def with_values(func: Any, args: Any, kwargs: Any) -> Any:
