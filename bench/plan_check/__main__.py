@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import warnings
@@ -83,7 +84,7 @@ def times(folder: Path, cpu: Path, repeats: int) -> list[dict[str, Any]]:
 
 def row(case: Case, quantity: str, unit: str, planned: float, found: list[float], **more: Any) -> dict[str, Any]:
     """One comparison; ratio is planned over the median of what was measured."""
-    median = sorted(found)[len(found) // 2]
+    median = statistics.median(found)
     ratio = round(planned / median, 4) if median else None
     return {
         "quantity": quantity,
@@ -106,33 +107,18 @@ def time_row(case: Case, folder: Path, cpu: Path, samples: Samples) -> dict[str,
     return row(case, "step", "ms", 1e3 * times.total, samples.cpu_ms, **more)
 
 
-COLLECTIVES = {
-    "ulysses": {"all_to_all": "ulysses", "all_gather": None, "reduce_scatter": None},
-    "fsdp": {"all_gather": "gather", "reduce_scatter": "scatter"},
-    "ddp": {"all_reduce": "replicas"},
-}
-"""By what is spread: collectives, and the plan's part that says their bytes; None where it leaves them out."""
-
-
 def exchanged(folder: Path) -> list[dict[str, Any]]:
     """Bytes between two processes, of the rank that receives more."""
     found = ranks.run(list(chosen.EXCHANGED))
     rows = []
     for index, (kind, case) in enumerate(chosen.EXCHANGED):
-        planned = planned_bytes(kind, case, folder)
-        for collective, part in COLLECTIVES[kind].items():
+        planned = ranks.planned_bytes(kind, case, folder)
+        for collective, part in ranks.COLLECTIVES[kind].items():
             real = max(each[index].get(collective, 0) for each in found)
             if real or part:
                 name = f"{kind}: {collective.replace('_', '-')}"
                 rows.append(row(case, name, "bytes", planned[part] if part else 0.0, [real], ranks=ranks.RANKS))
     return rows
-
-
-def planned_bytes(kind: str, case: Case, folder: Path) -> dict[str, float]:
-    """What a plan says of two ranks."""
-    spread = {"gpus": ranks.RANKS} | ({} if kind == "ddp" else {kind: ranks.RANKS})
-    settings = case.settings(folder, **spread)
-    return dict(vars(evaluate(settings, measure(settings)).communication))
 
 
 if __name__ == "__main__":

@@ -23,10 +23,23 @@ from torch.utils._pytree import tree_leaves
 
 import flexsparse as fs
 from bench.plan_check.cases import Case, inputs_of, model_of, step_of
+from flexsparse.planning import evaluate, measure
 from flexsparse.wrap import repeated_blocks
 
 RANKS = 2
-KINDS = ("ulysses", "fsdp", "ddp")
+COLLECTIVES = {
+    "ulysses": {"all_to_all": "ulysses", "all_gather": None, "reduce_scatter": None},
+    "fsdp": {"all_gather": "gather", "reduce_scatter": "scatter"},
+    "ddp": {"all_reduce": "replicas"},
+}
+"""By what is spread: collectives, and the plan's part that says their bytes; None where it leaves them out."""
+
+
+def planned_bytes(kind: str, case: Case, folder: Path) -> dict[str, float]:
+    """What a plan says of two ranks."""
+    spread = {"gpus": RANKS} | ({} if kind == "ddp" else {kind: RANKS})
+    settings = case.settings(folder, **spread)
+    return dict(vars(evaluate(settings, measure(settings)).communication))
 
 
 class Received(TorchDispatchMode):
@@ -65,7 +78,7 @@ def counted(kind: str, case: Case) -> dict[str, int]:
     """Bytes by collective of one training step on this rank, which has a process group.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `COLLECTIVES`.
         case: the model and its step.
     """
     with tempfile.TemporaryDirectory() as folder:

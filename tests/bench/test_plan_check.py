@@ -36,7 +36,7 @@ def test_planned_bytes_are_those_of_real_tensors(name: str, tmp_path: Path) -> N
     if name != "BSA":  # whose rows keep as many tiles as the data ask for
         assert planned == real > 0
     planned, real = found["saved for backward"]
-    assert planned == pytest.approx(real, rel=0.03)
+    assert planned == pytest.approx(real, rel=0.005)
 
 
 def test_the_page_holds_the_committed_table() -> None:
@@ -49,7 +49,7 @@ def test_the_committed_rows_are_of_all_cases() -> None:
     result = json.loads(table.RESULTS.read_text())
     rows = result["rows"]
     for row in rows:
-        middle = sorted(row["measured"])[len(row["measured"]) // 2]
+        middle = statistics.median(row["measured"])
         assert row["ratio"] is None or row["ratio"] == pytest.approx(row["planned"] / middle, abs=1e-4)
     assert [row["case"] for row in rows if row["unit"] == "ms"] == [case.name for case in chosen.TIMED]
     assert all(len(row["measured"]) == len(row["wall_ms"]) == result["header"]["repeats"] for row in rows[:1])
@@ -72,4 +72,3 @@ def test_a_table_says_what_was_off() -> None:
     text = table.table({"header": head, "rows": rows})
     assert "| a step | 50 | 100 | 0.50 |" in text and "| ends: a step | 0.000 | 1.000 | not planned |" in text
     assert "0.50 to 0.50" in text and "1.00 to 1.00" in text
-    assert statistics.median(rows[0]["measured"]) == 100

@@ -11,7 +11,6 @@ pytest.importorskip("diffusers")
 
 import flexsparse as fs
 from bench.plan_check import ranks
-from bench.plan_check.__main__ import COLLECTIVES, planned_bytes
 from bench.plan_check.cases import Case, model_of
 from distributed.processes import Processes
 
@@ -28,8 +27,8 @@ CASES = [
 @pytest.mark.parametrize("kind, case", CASES, ids=lambda x: x if isinstance(x, str) else x.name)
 def test_planned_bytes_are_those_that_travel(two: Processes, tmp_path: Path, kind: str, case: Case) -> None:
     found = two.run(ranks.counted, kind, case)
-    planned = planned_bytes(kind, case, tmp_path)
-    for collective, part in COLLECTIVES[kind].items():
+    planned = ranks.planned_bytes(kind, case, tmp_path)
+    for collective, part in ranks.COLLECTIVES[kind].items():
         if part is None:
             continue
         real = max(each.get(collective, 0) for each in found)
