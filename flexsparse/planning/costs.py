@@ -30,6 +30,7 @@ class Memory:
         gradients: its part.
         optimizer: its part of AdamW's two averages.
         activations: what backward needs, or for inference the most that is alive at once.
+        temporaries: what is alive beside them at the worst moment of the backward; 0 for inference.
         plain: activations without checkpointing; 0 for inference.
         checkpointed: activations with it, and one block's that are computed again; None where the model has none.
         bitmasks: of all sparse calls, among the activations in training; of one call for inference.
@@ -41,6 +42,7 @@ class Memory:
     gradients: float
     optimizer: float
     activations: float
+    temporaries: float
     plain: float
     checkpointed: float | None
     bitmasks: float
@@ -50,7 +52,7 @@ class Memory:
     def total(self) -> float:
         """Without what libraries and the allocator hold."""
         fixed = self.weights + self.compute_weights + self.gradients + self.optimizer
-        return fixed + self.activations + self.lists
+        return fixed + self.activations + self.temporaries + self.lists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,7 @@ def memory_of(settings: Settings, measured: Measured, calls: list[Call]) -> Memo
     if measured.checkpointed is not None and measured.plain is not None:
         checkpointed = (measured.checkpointed.saved + measured.plain.largest_block) * share
     own = checkpointed if settings.checkpointing and checkpointed is not None else plain
+    peak = measured.sparse.peak * share
     of = [head_share(call.heads, R) for call in calls]
     bitmasks = [call.bitmask_bytes * h for call, h in zip(calls, of)]
     workspace = max((call.list_bytes + training * call.column_bytes) * h for call, h in zip(calls, of))
@@ -104,7 +107,8 @@ def memory_of(settings: Settings, measured: Measured, calls: list[Call]) -> Memo
         compute_weights=copies,
         gradients=training * P * MASTER / F,
         optimizer=training * 2 * P * MASTER / F,
-        activations=own if training else measured.sparse.peak * share,
+        activations=own if training else peak,
+        temporaries=max(0.0, peak - own) if training else 0.0,
         plain=plain,
         checkpointed=checkpointed,
         bitmasks=math.fsum(bitmasks) if training else max(bitmasks),

@@ -58,7 +58,8 @@ class Counts:
         moved_backward: the same of the backward, with what checkpointing computes again.
         saved: bytes that autograd saves, attention's included.
         largest_block: the part of them that one block saves, at most.
-        peak: bytes alive at once in a forward without gradients; 0 with gradients.
+        peak: bytes alive at once in the step; without what attention needs in passing, and without parameters and their
+            gradients, which are there before.
         gate_parameters: of the gates that wrapping added.
     """
 
@@ -210,6 +211,8 @@ def count(
             backend = state_of(model).backend
             backend.calls, backend.parallel = _Decisions(), recorder
             counts.gate_parameters = sum(x.numel() for x in fs.gate_parameters(model))
+            for x in model.parameters() if training else ():
+                x.grad = torch.empty_like(x)
             saved = Saved(model, repeated_blocks(model))
             stack.enter_context(products)
             with saved.watch():
@@ -226,10 +229,9 @@ def count(
             model.disable_gradient_checkpointing()
     counts.products, counts.backward = products.found["forward"], products.found["backward"]
     counts.moved, counts.moved_backward = products.moved["forward"], products.moved["backward"]
+    counts.peak = products.peak
     if training:
         counts.saved, counts.largest_block = saved.bytes, saved.largest
-    else:
-        counts.peak = products.peak
     return counts
 
 

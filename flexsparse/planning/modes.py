@@ -43,7 +43,7 @@ class Products(TorchDispatchMode):
         phase: under which name they are counted.
         found: for each phase, how often a product of (FLOPs, bytes of operands and result) ran.
         moved: for each phase, bytes that all other ops read and write, one after the other as uncompiled PyTorch runs them.
-        peak: the most bytes that were alive at once, of what was made under the mode; right without gradients only.
+        peak: the most bytes that were alive at once, of what was made under the mode.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Products(TorchDispatchMode):
         self.phase = "forward"
         self.found: dict[str, Counter[tuple[float, int]]] = {"forward": Counter(), "backward": Counter()}
         self.moved = {"forward": 0, "backward": 0}
-        self.live: Counter[int] = Counter()
+        self.live: set[int] = set()
         self.bytes = 0
         self.peak = 0
 
@@ -71,19 +71,21 @@ class Products(TorchDispatchMode):
         return out
 
     def alive(self, x: Tensor) -> None:
-        """Count a tensor's storage until the last tensor of it is gone."""
-        key, size = identity(x), x.untyped_storage().nbytes()
-        if not self.live[key]:
-            self.bytes += size
-            self.peak = max(self.peak, self.bytes)
-        self.live[key] += 1
-        weakref.finalize(x, self.gone, key, size).atexit = False
+        """Count a tensor's storage until nothing holds it any more, autograd included."""
+        storage, key = x.untyped_storage(), identity(x)
+        if key in self.live:
+            return
+        self.live.add(key)
+        self.bytes += storage.nbytes()
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(
+            storage, self.gone, key, storage.nbytes()
+        ).atexit = False  # a storage's object lives as long as it
 
     def gone(self, key: int, size: int) -> None:
-        """One tensor of a storage is gone."""
-        self.live[key] -= 1
-        if not self.live[key]:
-            self.bytes -= size
+        """A storage is gone."""
+        self.live.discard(key)
+        self.bytes -= size
 
 
 def traffic(func: Any, read: list[Tensor], written: list[Tensor]) -> int:
@@ -190,6 +192,7 @@ class Saved:
             with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda x: x):
                 yield
         finally:
+            self.held.clear()  # what backward has read must be free to go
             for handle in handles:
                 handle.remove()
 

@@ -203,7 +203,7 @@ def _notes(settings: Settings, measured: Measured, found: Shares) -> tuple[str, 
             f"step computes with is {settings.dtype}."
         )
         notes.append(
-            "Activations are those that autograd saves in uncompiled PyTorch; torch.compile saves fewer. Temporaries of "
-            "the backward are not counted."
+            "Activations are those that autograd saves in uncompiled PyTorch, and temporaries its own; torch.compile has "
+            "fewer of both."
         )
     return tuple(notes)

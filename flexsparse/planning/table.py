@@ -93,6 +93,7 @@ def _memory(plan: Plan) -> Table:
         "gradients": m.gradients,
         "AdamW's averages": m.optimizer,
         "activations": m.activations,
+        "temporaries beside them": m.temporaries,
         "lists of one call": m.lists,
         "together": m.total,
     }

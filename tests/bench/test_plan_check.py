@@ -27,7 +27,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_planned_bytes_are_those_of_real_tensors(name: str, tmp_path: Path) -> None:
-    """Saved tensors but for small ones: constants of the model and layout, which fake tensors have not."""
+    """Saved tensors but for small constants of the model and layout; what is alive, but for the coarse stage's own tensors."""
     found = tensors.counted(CASES[name], tmp_path)
     for quantity in ("weights", "gradients", "AdamW's averages", "bitmasks"):
         planned, real = found[quantity]
@@ -35,8 +35,9 @@ def test_planned_bytes_are_those_of_real_tensors(name: str, tmp_path: Path) -> N
     planned, real = found["lists of one call"]
     if name != "BSA":  # whose rows keep as many tiles as the data ask for
         assert planned == real > 0
-    planned, real = found["saved for backward"]
-    assert planned == pytest.approx(real, rel=0.005)
+    for quantity, off in {"saved for backward": 0.005, "alive at once": 0.02}.items():
+        planned, real = found[quantity]
+        assert planned == pytest.approx(real, rel=off), quantity
 
 
 def test_the_page_holds_the_committed_table() -> None:
