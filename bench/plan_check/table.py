@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections import Counter
 from typing import Any
 
 from bench.header import ROOT
@@ -19,24 +21,41 @@ def _lines(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _ratio(row: dict[str, Any]) -> str:
-    return "not planned" if not row["planned"] else f"{row['ratio']:.2f}"
+    return (
+        "not planned"
+        if not row["planned"]
+        else f"{row['ratio']:.3f}"
+        if row["unit"] == "bytes"
+        else f"{row['ratio']:.2f}"
+    )
 
 
 def _spread(rows: list[dict[str, Any]]) -> str:
-    ratios = [row["ratio"] for row in rows if row["planned"]]
-    return f"{min(ratios):.2f} to {max(ratios):.2f}, median {statistics.median(ratios):.2f}"
+    rows = [row for row in rows if row["planned"]]
+    ratios = [row["ratio"] for row in rows]
+    worst = max(rows, key=lambda row: abs(math.log(row["ratio"])))
+    name = worst["case"] if worst["unit"] == "ms" else _title(worst)
+    middle = statistics.median(ratios)
+    span = f"{min(ratios):.2f} to {max(ratios):.2f}, median {middle:.2f}"
+    return f'planned over measured is {span}; furthest off is "{name}"'
+
+
+def _title(row: dict[str, Any]) -> str:
+    return f"{row['quantity']}: {row['case']}"
 
 
 def table(result: dict[str, Any]) -> str:
-    """Both tables, and a sentence over each."""
+    """Both tables, and a paragraph over each."""
     head, rows = result["header"], result["rows"]
     times = [row for row in rows if row["unit"] == "ms"]
-    sizes = [row for row in rows if row["unit"] == "bytes"]
+    sizes = [row for row in rows if row["unit"] == "bytes" and (row["planned"] or any(row["measured"]))]
+    off = [row for row in sizes if any(one != row["planned"] for one in row["measured"])]
+    equal = Counter(row["quantity"] for row in sizes if row not in off)
+    exact = ", ".join(f"{name} ({count} of {_count(sizes, name)})" for name, count in equal.items())
     where = f"{head['cpu']} ({head['cpu_capability']}), one thread, torch {head['torch']}, {head['date'][:10]}"
-    clock = "by another clock" if head["clock"] != "CPU time" else "in CPU time"
     parts = [
-        f"{where}. Medians of {head['repeats']} steps {clock}. Planned over measured: {_spread(times)}; below 1 the plan "
-        "promised too much.",
+        f"Times: {where}; medians of {head['repeats']} steps, in {head['clock']}. Of {len(times)} steps "
+        f"{_spread(times)}. Below 1 the plan promised too much.",
         "",
         _lines(
             ["time of a step, ms", "planned", "measured", "planned / measured"],
@@ -46,22 +65,26 @@ def table(result: dict[str, Any]) -> str:
             ],
         ),
         "",
-        f"Bytes, planned over measured: {_spread(sizes)}.",
+        f"Bytes: of {len(sizes)} comparisons {len(sizes) - len(off)} agree to the byte: {exact}. Of the others {_spread(off)}.",
         "",
         _lines(
-            ["bytes, MiB", "planned", "measured", "planned / measured"],
+            ["bytes that differ, MiB", "planned", "measured", "planned / measured"],
             [
                 [
-                    f"{row['quantity']}: {row['case']}",
+                    _title(row),
                     f"{row['planned'] / MIB:,.3f}",
                     f"{statistics.median(row['measured']) / MIB:,.3f}",
                     _ratio(row),
                 ]
-                for row in sizes
+                for row in off
             ],
         ),
     ]
     return "\n".join(parts)
+
+
+def _count(rows: list[dict[str, Any]], quantity: str) -> int:
+    return sum(row["quantity"] == quantity for row in rows)
 
 
 def publish(result: dict[str, Any]) -> None:

@@ -68,8 +68,15 @@ def test_a_table_says_what_was_off() -> None:
         {**common, "planned": 50.0, "measured": [90.0, 100.0, 400.0], "ratio": 0.5},
         {**common, "unit": "bytes", "quantity": "ends", "planned": 0.0, "measured": [2**20], "ratio": 0.0},
         {**common, "unit": "bytes", "quantity": "lists", "planned": 2**20, "measured": [2**20], "ratio": 1.0},
+        {**common, "unit": "bytes", "quantity": "lists", "planned": 2**20, "measured": [2**20], "ratio": 1.0},
+        {**common, "unit": "bytes", "quantity": "lists", "planned": 2**19, "measured": [2**20], "ratio": 0.5},
+        {**common, "unit": "bytes", "quantity": "nothing", "planned": 0.0, "measured": [0], "ratio": None},
     ]
     head = {"cpu": "A", "cpu_capability": "B", "torch": "2", "date": "2026-01-01T0", "clock": "CPU time", "repeats": 3}
     text = table.table({"header": head, "rows": rows})
-    assert "| a step | 50 | 100 | 0.50 |" in text and "| ends: a step | 0.000 | 1.000 | not planned |" in text
-    assert "0.50 to 0.50" in text and "1.00 to 1.00" in text
+    assert "| a step | 50 | 100 | 0.50 |" in text and 'furthest off is "a step"' in text
+    assert "2 agree to the byte: lists (2 of 3)" in text
+    assert (
+        "| ends: a step | 0.000 | 1.000 | not planned |" in text and "| lists: a step | 0.500 | 1.000 | 0.500 |" in text
+    )
+    assert text.count("lists: a step") == 2, "in the sentence and in the table, and only where it differs"
