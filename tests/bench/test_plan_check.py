@@ -18,14 +18,17 @@ SMALL = {"grid": (4, 8, 8), "training": True}
 CASES = {
     "plain": Case(builder=fs.VSA(top_k=2), **SMALL),
     "partial tiles": Case(builder=fs.VSA(sparsity=0.6), **{**SMALL, "grid": (3, 7, 9)}),
-    "gates": Case(builder=fs.VSA(top_k=2), gates=True, **SMALL),
+    "gates, partial tiles": Case(builder=fs.VSA(sparsity=0.6), gates=True, **{**SMALL, "grid": (5, 6, 7)}),
     "checkpointing": Case(builder=fs.VSA(top_k=2), checkpointing=True, **SMALL),
     "joint text": Case(model="hunyuanvideo", builder=fs.VSA(top_k=2), **SMALL),
     "BSA": Case(builder=fs.BSA(keep_queries=0.5, kv_density=0.5), **SMALL),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("plain", "partial tiles")  # of which others have all but the sizes
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_planned_bytes_are_those_of_real_tensors(name: str, tmp_path: Path) -> None:
     """Saved tensors but for small constants of the model and layout; what is alive, but for the coarse stage's own tensors."""
     found = tensors.counted(CASES[name], tmp_path)
@@ -35,7 +38,7 @@ def test_planned_bytes_are_those_of_real_tensors(name: str, tmp_path: Path) -> N
     planned, real = found["lists of one call"]
     if name != "BSA":  # whose rows keep as many tiles as the data ask for
         assert planned == real > 0
-    for quantity, off in {"saved for backward": 0.005, "alive at once": 0.02}.items():
+    for quantity, off in {"saved for backward": 0.005, "alive at once": 0.03}.items():
         planned, real = found[quantity]
         assert planned == pytest.approx(real, rel=off), quantity
 

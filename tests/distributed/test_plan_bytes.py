@@ -17,10 +17,10 @@ from distributed.processes import Processes
 SMALL = {"grid": (2, 7, 8), "training": True, "builder": fs.VSA(top_k=2)}
 CASES = [
     ("ulysses", Case(gates=True, checkpointing=True, **SMALL)),
-    ("ulysses", Case(model="hunyuanvideo", **SMALL)),
     ("fsdp", Case(gates=True, **SMALL)),
-    ("fsdp", Case(**{**SMALL, "training": False})),
     ("ddp", Case(**SMALL)),
+    pytest.param("ulysses", Case(model="hunyuanvideo", **SMALL), marks=pytest.mark.slow),
+    pytest.param("fsdp", Case(**{**SMALL, "training": False}), marks=pytest.mark.slow),
 ]
 
 
