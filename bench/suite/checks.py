@@ -16,6 +16,7 @@ from typing import Any
 
 from bench.header import ROOT, cores
 from bench.suite.cases import Case
+from bench.suite.pytest_rows import guards_path
 from bench.suite.rows import Row
 
 ALL_OPS = ("fine_forward", "fine_backward", "select", "attention_forward", "attention_training", "model_step")
@@ -24,6 +25,8 @@ SANITIZER = "compute-sanitizer"
 TOOLS = ("memcheck", "racecheck")
 WORKERS = 12
 """Processes of the tests: they spend their time compiling kernels, one core each."""
+TEST_SECONDS = 240
+"""Of one test. One that compiles a dozen kernels takes a minute; one that hangs holds a process and not the others."""
 REFUSED = re.compile(r"not supported|LibraryNotLoaded|not permitted|Unable to|unknown error|error 999", re.IGNORECASE)
 
 
@@ -57,7 +60,7 @@ def pytest_command(outcomes: Path, tests: Path) -> list[str]:
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(max(1, min(WORKERS, cores()))), "--max-worker-restart", "20"]
     if importlib.util.find_spec("pytest_timeout") is not None:  # a kernel that hangs blocks the thread: end the process
-        command += ["--timeout", "90", "--timeout-method", "thread"]
+        command += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
     return [*command, str(tests)]
 
 
@@ -65,8 +68,11 @@ def run_tests(directory: Path, seconds: float, tests: Path = ROOT / "tests" / "g
     """A row for every test; the output stays in ``check.log``."""
     outcomes = directory / "check.outcomes"
     code = run_limited(pytest_command(outcomes, tests), seconds, directory / "check.log")
-    rows = outcome_rows(outcomes.read_text() if outcomes.exists() else "")
-    outcomes.unlink(missing_ok=True)
+    guards = guards_path(outcomes)
+    told = json.loads(guards.read_text()) if guards.exists() else {}
+    rows = outcome_rows(outcomes.read_text() if outcomes.exists() else "", told)
+    for path in (outcomes, guards):
+        path.unlink(missing_ok=True)
     if code not in (0, 1, 5, None) or (not rows and code is not None):
         tail = " ".join((directory / "check.log").read_text().split())[-400:]
         rows.append(check_row(str(tests.name), "failed", f"pytest ended with code {code}: {tail}"))
@@ -75,8 +81,11 @@ def run_tests(directory: Path, seconds: float, tests: Path = ROOT / "tests" / "g
     return rows
 
 
-def outcome_rows(text: str) -> list[Row]:
-    """Rows of what `pytest_rows` wrote; a test that was collected and not reported has not run."""
+def outcome_rows(text: str, guards: dict[str, Any] | None = None) -> list[Row]:
+    """Rows of what `pytest_rows` wrote; a test that was collected and not reported has not run.
+
+    ``guards`` says by name what a test guards where its outcome does not: its process died of it.
+    """
     collected: list[str] = []
     found: dict[str, Row] = {}
     for line in text.splitlines():
@@ -88,7 +97,8 @@ def outcome_rows(text: str) -> list[Row]:
         name = entry.get("id")
         if name is None or (name in found and found[name]["outcome"] == "failed"):
             continue
-        fields = {key: value for key, value in (entry.get("guards") or {}).items() if value is not None}
+        said = entry.get("guards") or (guards or {}).get(name) or {}
+        fields = {key: value for key, value in said.items() if value is not None}
         seconds = entry.get("seconds")
         found[name] = check_row(name, entry["outcome"], entry.get("why"), **fields, seconds=seconds)
     for name in collected:
@@ -111,7 +121,11 @@ def run_sanitizer(tool: str, directory: Path, seconds: float) -> Row:
 
 
 def sanitizer_row(name: str, code: int | None, text: str, seconds: float) -> Row:
-    """What a tool's output says."""
+    """What a tool's output says.
+
+    It guards no op: it ran every candidate, and does not understand all that copy engine and barriers do; what is timed is
+    compared with an oracle anyway.
+    """
     tail = " ".join(text.split())[-400:]
     if code is None:
         return check_row(name, "not run", f"not done in {seconds:.0f} s: {tail[-200:]}")
@@ -121,7 +135,7 @@ def sanitizer_row(name: str, code: int | None, text: str, seconds: float) -> Row
         return check_row(name, "passed", None)
     if not done and REFUSED.search(text):
         return check_row(name, "skipped", f"{SANITIZER} refuses this machine: {tail}")
-    return check_row(name, "failed", f"code {code}: {tail}")
+    return check_row(name, "failed", f"code {code}: {tail}", guards=[])
 
 
 def run_checks(directory: Path, seconds: Callable[[], float], tests: Path = ROOT / "tests" / "gpu") -> list[Row]:
@@ -150,6 +164,21 @@ def refusal(rows: list[Row], case: Case) -> dict[str, str]:
             if op in row["guards"]:
                 found.setdefault(op, f"the check {row['case']} failed: {str(row['reason'])[:200]}")
     return found
+
+
+def wrong_choices(rows: list[Row], case: Case) -> dict[str, str]:
+    """Configurations of a tuned case that a failed check is about, as text, and which check: they are not tried.
+
+    Such a check guards no op: other configurations may be right.
+    """
+    return {
+        str(row["choice"]): f"the check {row['case']} failed: {str(row['reason'])[:200]}"
+        for row in rows
+        if row["op"] == "check"
+        and row["outcome"] == "failed"
+        and row.get("choice")
+        and (row["D"], row["dtype"], row["slots"]) == (case.D, case.dtype, case.layout.slots)
+    }
 
 
 def tally(rows: list[Row]) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """A pytest plugin that writes what became of every test, one JSON line each, as it happens: a run cut short keeps the rest.
 
 `python -m pytest -p bench.suite.pytest_rows --outcomes FILE ...`. The first lines name the tests that were collected.
+FILE.guards says what each test guards: of one that takes its process with it, nobody else can tell.
 """
 
 from __future__ import annotations
@@ -18,8 +19,33 @@ def pytest_addoption(parser: Any) -> None:
 
 def pytest_configure(config: Any) -> None:
     path = config.getoption("--outcomes")
-    if path is not None and not hasattr(config, "workerinput"):  # processes of pytest-xdist send theirs to the first
+    if path is None:
+        return
+    worker = getattr(config, "workerinput", None)
+    if worker is None:  # processes of pytest-xdist send their outcomes to the first
         config.pluginmanager.register(Outcomes(path), "outcomes")
+    if worker is None or worker["workerid"] == "gw0":  # all of them collect the same tests, and the first collects none
+        config.pluginmanager.register(Guards(guards_path(path)), "guards")
+
+
+def guards_path(outcomes: Path) -> Path:
+    """Where `Guards` writes."""
+    return outcomes.with_name(outcomes.name + ".guards")
+
+
+class Guards:
+    """Writes what each test guards, by its id, before any runs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        self.path.write_text(json.dumps({item.nodeid: guards_of(item.user_properties) for item in session.items}))
+
+
+def guards_of(properties: Any) -> Any:
+    """What a test's properties say that it guards; None where they say nothing."""
+    return dict(properties).get("guards")
 
 
 class Outcomes:
@@ -60,8 +86,7 @@ class Outcomes:
                 why = _skip_reason(report)
             elif report.outcome == "failed":
                 why = " ".join(str(report.longrepr).split())[-600:]
-            guards = dict(report.user_properties).get("guards")
-            seconds = round(report.duration, 3)
+            guards, seconds = guards_of(report.user_properties), round(report.duration, 3)
             self.line(id=report.nodeid, outcome=report.outcome, why=why, seconds=seconds, guards=guards)
 
 

@@ -126,13 +126,22 @@ class Run:
             if not choices:
                 self.add("tune", [case.row("fine_forward", OURS, reason="this version has no candidates to tune")])
                 continue
+            wrong = checks.wrong_choices(self.checked, case)
+            refused = {str(choice.config()): choice for choice in choices if str(choice.config()) in wrong}
+            choices = [choice for choice in choices if str(choice.config()) not in refused]
             rows = self.run_case(
                 "tune", case, lambda case=case, choices=choices: tuning.contenders(case, self.device, choices)
             )  # type: ignore[misc]
+            self.add("tune", [self.wrong_row(case, choice, wrong[text]) for text, choice in refused.items()])
             best = tuning.winner(rows, choices)
             if best is not None:
                 self.winners[tuning.key_of(case)] = best
                 self.say(f"tuned {case.name}: {best.config()}")
+
+    def wrong_row(self, case: Case, choice: Any, why: str) -> Row:
+        """The row of a configuration whose own check failed."""
+        self.say(f"  not tried: {choice.config()}: {why}")
+        return case.row(tuning.op_of(choice), OURS, reason=why, error=why, config=choice.config())
 
     def run_bench(self, cases: list[Case]) -> None:
         """The stage `bench`."""

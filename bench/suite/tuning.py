@@ -108,7 +108,7 @@ def contenders(case: Case, device: Device, choices: list[Any]) -> Found:
         "fine_backward": (backward, gradients, fine.expected(case, problem, grad, False, (0,)), 10),
     }
     for choice in choices:
-        op = "fine_forward" if choice.op == "forward" else "fine_backward"
+        op = op_of(choice)
         run, results, expected, operations = parts[op]
         yield Contender(
             impl=OURS,
@@ -121,6 +121,11 @@ def contenders(case: Case, device: Device, choices: list[Any]) -> Found:
             density=pairs / whole,
             config=choice.config(),
         )
+
+
+def op_of(choice: Any) -> str:
+    """What a choice is timed in, as rows name it."""
+    return "fine_forward" if choice.op == "forward" else "fine_backward"
 
 
 def winner(rows: list[dict[str, Any]], choices: list[Any]) -> Winners | None:

@@ -82,6 +82,50 @@ def test_the_tests_become_rows(tmp_path: Path) -> None:
     assert "test_bad" in checks.refusal(list(found.values()), one)["fine_forward"]
 
 
+CHOICES = """
+import os
+import pytest
+
+class Choice:
+    def __init__(self, number): self.number = number
+    def config(self): return {"kernel": "triton", "number": self.number}
+
+params = [pytest.param(64, Choice(n), id=str(n), marks=pytest.mark.guards() if n else ()) for n in (0, 1, 2)]
+pytestmark = pytest.mark.guards("fine_forward")
+
+@pytest.mark.parametrize("D", [16])
+@pytest.mark.parametrize("slots, choice", params)
+def test_it(D, slots, choice):
+    if choice.number == 1:
+        os._exit(1)
+    assert choice.number == 0
+"""
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_what_only_a_candidate_gets_wrong_stops_that_candidate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, several: bool
+) -> None:
+    """Also where it takes its process with it, as a kernel does that hangs: then only the collection told what it guards."""
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "gpu" / "conftest.py").read_text())
+    tests = tmp_path / "test_some.py"
+    tests.write_text(CHOICES if several else CHOICES.replace("os._exit(1)", "assert False"))
+    monkeypatch.setattr(checks, "WORKERS", 1)
+    if not several:
+        monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    found = checks.run_tests(tmp_path, 100, tests)
+    assert sorted((row["outcome"], row["guards"], row["choice"]["number"]) for row in found) == [
+        ("failed", [], 1),
+        ("failed", [], 2),
+        ("passed", ["fine_forward"], 0),
+    ]
+    one = case("forward", "fine_forward", dtype="bfloat16")
+    found = [{**row, "dtype": "bfloat16"} for row in found]
+    assert not checks.refusal(found, one)
+    assert set(checks.wrong_choices(found, one)) == {str({"kernel": "triton", "number": n}) for n in (1, 2)}
+    assert not checks.wrong_choices(found, case("forward", "fine_forward", dtype="bfloat16", D=32))
+
+
 def test_tests_that_cannot_start_or_do_not_end_are_no_pass(tmp_path: Path) -> None:
     broken = tmp_path / "test_broken.py"
     broken.write_text("import no_such_module")
@@ -126,6 +170,7 @@ def test_what_the_sanitizer_says(code: int | None, text: str, outcome: str) -> N
     row = checks.sanitizer_row("compute-sanitizer-memcheck", code, text, 60)
     assert row["outcome"] == outcome and row["checked"] is (outcome == "passed")
     assert bool(row["reason"]) is (outcome != "passed")
+    assert not checks.refusal([row], case("forward", "fine_forward")), "it ran every candidate, right and wrong"
 
 
 def test_the_sanitizer_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from suite_helpers import case, of, run
 
-from bench import tune
+from bench import gpu_suite, tune
 from bench.suite import (
     cases,
+    checks,
     fine,
     rows,
     tuning,
@@ -88,6 +89,22 @@ def test_the_fastest_right_candidate_wins_and_is_used(tmp_path: Path, monkeypatc
     assert entry["number"] == 1 and source == "tune.json" and header["arch"] == "host"
     table.choices = [FakeChoice(5)]
     assert tune.main([str(tmp_path / "tune.json")]) == 1  # measured under other candidates
+
+
+def test_a_candidate_whose_check_failed_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = FakeTable(FakeChoice(0), FakeChoice(1))
+    monkeypatch.setattr(tuning, "table", lambda: table)
+    about = {"guards": [], "D": 16, "dtype": "float32", "slots": 64, "choice": FakeChoice(1).config()}
+    path = tmp_path / "check.json"
+    failed = checks.check_row("test_a_candidate[1]", "failed", "it is wrong", **about)
+    rows.write(path, {"sources": gpu_suite.sources(), "gpu": None}, [failed])
+    tuned, after = case("tune-it", "fine_forward", baselines=()), case("after", "fine_forward")
+    arguments = ("--only", "tune", "bench", "--checks", str(path))
+    code, result = run(tmp_path / "out", after, tuned=[tuned], arguments=arguments)
+    _, found = rows.load(tmp_path / "out" / "tune.json")
+    assert [(row["config"]["number"], bool(row["ms"])) for row in found] == [(0, True), (1, False)] and code == 1
+    assert "test_a_candidate[1] failed" in found[1]["reason"]
+    assert of(result, "fine_forward")["ms"] and of(result, "fine_forward")["config"]["number"] == 0
 
 
 def test_each_op_has_its_own_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 ROOT = str(Path(__file__).resolve().parents[2])
 if ROOT not in sys.path:
     sys.path.append(ROOT)  # `bench` is not installed
+import bench  # noqa: E402, F401  # puts an installed flexsparse before the checkout, which would hide it and is none
 
 WIDTHS = (128, 64)
 
@@ -31,7 +32,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 
 
 def guarded(item: Any) -> dict[str, Any]:
-    """Ops, and the head dim and dtype that the test is about."""
+    """Ops, and the head dim, dtype, slots and choice of kernel that the test is about."""
     parameters = getattr(item, "callspec", None)
     values = {} if parameters is None else parameters.params
     found: dict[str, Any] = {}
@@ -39,6 +40,8 @@ def guarded(item: Any) -> dict[str, Any]:
         found["D"] = values["D"]
     if isinstance(values.get("dtype"), torch.dtype):
         found["dtype"] = str(values["dtype"]).removeprefix("torch.")
+    if hasattr(values.get("choice"), "config"):
+        found |= {"choice": values["choice"].config(), "slots": values["slots"]}
     mark = item.get_closest_marker("guards")
     return found if mark is None else {**found, "guards": list(mark.args)}
 

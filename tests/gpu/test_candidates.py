@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import oracle
 import pytest
 import torch
@@ -41,19 +44,32 @@ def arch() -> str:
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
-def candidates() -> list[object]:
-    """All candidates, as parameters."""
+def candidates(
+    ops: Sequence[str] = ("forward", "dq", "dkdv"),
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16),
+    tiles: Sequence[int] = (64, 128),
+    defaults: bool = True,
+) -> list[object]:
+    """Candidates as parameters: dtype, D, slots, choice. One that is no default guards itself alone: nothing takes it yet."""
     if not torch.cuda.is_available() or not has_triton():
         return []
     from flexsparse.compile_passes.templates import tuned
 
     return [
-        pytest.param(dtype, D, slots, choice, id=f"{str(dtype)[6:]}-D{D}-{slots}-{op}-{number}-{choice.kernel}")
-        for dtype in (torch.bfloat16, torch.float16)
+        pytest.param(
+            dtype,
+            D,
+            slots,
+            choice,
+            id=f"{str(dtype)[6:]}-D{D}-{slots}-{op}-{number}-{choice.kernel}",
+            marks=pytest.mark.guards() if number else (),
+        )
+        for dtype in dtypes
         for D in (128, 64)
-        for slots in (64, 128)
-        for op in tuned.OPS
+        for slots in tiles
+        for op in ops
         for number, choice in enumerate(tuned.candidates(arch(), dtype, D, slots, slots, op))
+        if defaults or number
     ]
 
 
@@ -68,7 +84,7 @@ def truth(
 
 
 @pytest.mark.parametrize("dtype, D, slots, choice", candidates())
-def test_a_candidate_computes_the_same(dtype: torch.dtype, D: int, slots: int, choice: object) -> None:
+def test_a_candidate_computes_the_same(dtype: torch.dtype, D: int, slots: int, choice: Any) -> None:
     from flexsparse.compile_passes.templates import tuned
 
     for layout in LAYOUTS[slots]:
@@ -76,7 +92,7 @@ def test_a_candidate_computes_the_same(dtype: torch.dtype, D: int, slots: int, c
         for scale in (1.0, 8.0, 16.0):
             tensors = inputs(layout, dtype, D, scale)
             grad = (torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(5)) / scale).to(dtype)
-            with tuned.using(choice):  # type: ignore[arg-type]
+            with tuned.using(choice):
                 found = on_gpu(layout, tensors, selection, grad)
                 again = on_gpu(layout, tensors, selection, grad)
             assert all(torch.equal(a, b) for a, b in zip(found, again)), f"{layout.grid}: two runs differ"
@@ -89,56 +105,51 @@ def test_a_candidate_computes_the_same(dtype: torch.dtype, D: int, slots: int, c
             assert_lse(found[-1].cpu(), lse, largest)
 
 
-@pytest.mark.parametrize("D", [128, 64])
 @pytest.mark.parametrize("heads", [12, 3])
-@pytest.mark.parametrize("slots", [64, 128])
-def test_many_tiles_agree_in_backward(D: int, heads: int, slots: int) -> None:
+@pytest.mark.parametrize("dtype, D, slots, choice", candidates(("dq", "dkdv"), (torch.bfloat16,), defaults=False))
+def test_many_tiles_agree_in_backward(dtype: torch.dtype, D: int, slots: int, choice: Any, heads: int) -> None:
     """As below, for dq and dkdv; with shared KV heads, and with a tile that every row keeps: its column is split."""
     from flexsparse.compile_passes.templates import tuned
 
     layout = fs.TileLayout(grid=(8, 32, 32), tile=(4, 4, 4) if slots == 64 else (4, 8, 4), text_last=70)
     q, k, v = (
-        torch.randn(1, n, layout.seq_len, D, device="cuda", dtype=torch.bfloat16).requires_grad_()
-        for n in (12, heads, heads)
+        torch.randn(1, n, layout.seq_len, D, device="cuda", dtype=dtype).requires_grad_() for n in (12, heads, heads)
     )
     keep = torch.rand(1, 12, layout.num_tiles, layout.num_tiles) < 0.1
     keep[..., 5] = True
     selection = to(fs.TileSelection.from_mask(keep, layout), "cuda")
     grad = torch.randn_like(q)
     out = fs.sparse_attention(q, k, v, layout, selection, backend="triton")
-    for op in ("dq", "dkdv"):
-        plain, *others = tuned.candidates(arch(), torch.bfloat16, D, slots, slots, op)
-        with tuned.using(plain):
-            expected = torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
-        for choice in others:
-            with tuned.using(choice):
-                found = torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
-                for _ in range(3):
-                    again = torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
-                    assert all(torch.equal(a, b) for a, b in zip(found, again)), f"{choice}: two runs differ"
-            for what, one, other in zip(("dq", "dk", "dv"), found, expected):
-                error = (one.float() - other.float()).square().mean().sqrt() / other.float().square().mean().sqrt()
-                assert error < 0.01, f"{what} of {choice} differs by {error:.3f} from {plain}"
+    plain = tuned.candidates(arch(), dtype, D, slots, slots, choice.op)[0]
+    with tuned.using(plain):
+        expected = torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+    with tuned.using(choice):
+        found = torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+        for _ in range(3):
+            again = torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+            assert all(torch.equal(a, b) for a, b in zip(found, again)), f"{choice}: two runs differ"
+    for what, one, other in zip(("dq", "dk", "dv"), found, expected):
+        error = (one.float() - other.float()).square().mean().sqrt() / other.float().square().mean().sqrt()
+        assert error < 0.01, f"{what} of {choice} differs by {error:.3f} from {plain}"
 
 
-@pytest.mark.parametrize("D", [128, 64])
-def test_many_tiles_agree_between_candidates(D: int) -> None:
+@pytest.mark.parametrize("dtype, D, slots, choice", candidates(("forward",), (torch.bfloat16,), (64,), defaults=False))
+def test_many_tiles_agree_between_candidates(dtype: torch.dtype, D: int, slots: int, choice: Any) -> None:
     """Long lists, every SM busy: what a pipeline gets wrong only when it is full."""
     from flexsparse.compile_passes.templates import tuned
 
     layout = fs.TileLayout(grid=(8, 32, 32), tile=(4, 4, 4))
-    q, k, v = (torch.randn(1, 12, layout.seq_len, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q, k, v = (torch.randn(1, 12, layout.seq_len, D, device="cuda", dtype=dtype) for _ in range(3))
     selection = to(fs.VSA(sparsity=0.6).select(q.cpu(), k.cpu(), layout), "cuda")
-    first, *others = tuned.candidates(arch(), torch.bfloat16, D, 64, 64)
+    plain = tuned.candidates(arch(), dtype, D, slots, slots)[0]
     with torch.no_grad():
-        with tuned.using(first):
+        with tuned.using(plain):
             expected = fs.sparse_attention(q, k, v, layout, selection, backend="triton").float()
-        for choice in others:
-            for _ in range(3):
-                with tuned.using(choice):
-                    found = fs.sparse_attention(q, k, v, layout, selection, backend="triton").float()
-                error = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-                assert error < 0.01, f"{choice} differs by {error:.3f} from {first}"
+        for _ in range(3):
+            with tuned.using(choice):
+                found = fs.sparse_attention(q, k, v, layout, selection, backend="triton").float()
+            error = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+            assert error < 0.01, f"{choice} differs by {error:.3f} from {plain}"
 
 
 def test_there_are_candidates_where_triton_is() -> None:
