@@ -22,7 +22,7 @@ import torch
 import flexsparse
 import flexsparse.compile_passes
 from bench.header import header
-from bench.suite import checks, measures, plots, rows, supervise, targets, tuning
+from bench.suite import checks, measures, plots, rows, supervise, targets, tuning, warm
 from bench.suite.cases import OURS, Case, all_cases, tuned_cases
 from bench.suite.device import Cuda, Device
 from bench.suite.runner import Budget, ContextLost, Run
@@ -30,6 +30,8 @@ from bench.suite.runner import Budget, ContextLost, Run
 STAGES = ("check", "tune", "bench")
 CHECK_SHARE, TUNE_SHARE = 0.4, 0.3
 """Of the time that is left when a stage begins."""
+WARM_SHARE, WARM_SECONDS = 0.2, 75.0
+"""Of the time that is left before `tune`, and at most so long: to compile its kernels in many processes."""
 RESERVE = 12.0
 """Seconds kept for figures and the table."""
 
@@ -191,6 +193,14 @@ def main(
     if state is None and "check" in stages:
         run.run_check(CHECK_SHARE if len(stages) > 1 else 1.0, tests)
     if supervised and state is None:
+        if "tune" in stages and tuning.table() is not None:
+            wrong = {case.name: checks.wrong_choices(run.checked, case) for case in tuned}
+            tasks = warm.tasks_of(tuned, device, wrong)
+            ended = warm.run(tasks, min(WARM_SECONDS, WARM_SHARE * run.budget.left()))
+            print(
+                f"compiled for tune: {len(tasks)} tasks, {ended} processes done, {run.budget.left():.0f} s left",
+                flush=True,
+            )
         if len(stages) > ("check" in stages):
             with tempfile.TemporaryDirectory() as folder:
                 arguments = sys.argv[1:] if argv is None else list(argv)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from bench.suite import (
     fine,
     rows,
     tuning,
+    warm,
 )
 from bench.suite.device import Host
 
@@ -105,6 +108,39 @@ def test_a_candidate_whose_check_failed_is_not_tried(tmp_path: Path, monkeypatch
     assert [(row["config"]["number"], bool(row["ms"])) for row in found] == [(0, True), (1, False)] and code == 1
     assert "test_a_candidate[1] failed" in found[1]["reason"]
     assert of(result, "fine_forward")["ms"] and of(result, "fine_forward")["config"]["number"] == 0
+
+
+def test_all_that_tune_runs_is_compiled_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each candidate once, under its own choice, with a backward where its op needs one; what raises stops no other."""
+    table = FakeTable(FakeChoice(0), FakeChoice(1), FakeChoice(0, "dq"), FakeChoice(1, "dkdv"))
+    right, seen = fine.ours, []
+
+    def ours(problem: Any, training: bool) -> Any:
+        (choice,) = table.forced
+        seen.append((choice.op, choice.number, training, int(problem.selection.counts.max())))
+        assert choice != FakeChoice(1)
+        return right(problem, training)
+
+    monkeypatch.setattr(fine, "ours", ours)
+    monkeypatch.setattr(tuning, "table", lambda: table)
+    some = [case("tune-it", "fine_forward"), case("tune-other", "fine_forward", D=32)]
+    tasks = warm.tasks_of(some, Host(), {"tune-other": {str(FakeChoice(0).config()): "it is wrong"}})
+    assert tasks == [("tune-it", n) for n in range(-1, 4)] + [("tune-other", n) for n in (-1, 1, 2, 3)]
+    warm.work(tasks, some, Host())
+    kept = some[0].builder.tiles_kept(some[0].layout.num_tiles)
+    both = [("forward", 0, False, kept), ("forward", 1, False, kept), ("dq", 0, True, kept), ("dkdv", 1, True, kept)]
+    assert seen == both + both[1:]
+
+
+def test_compiling_ahead_takes_no_longer_than_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm, "cores", lambda: 5)
+    done = f"from pathlib import Path; import json, sys, time; Path({str(tmp_path)!r}, sys.argv[2]).touch()"
+    hang = (
+        "; time.sleep(60 * (sys.argv[2] == '1')); assert sys.argv[3] == '3' and len(json.load(open(sys.argv[1]))) == 4"
+    )
+    started = time.monotonic()
+    assert warm.run([("a", n) for n in range(4)], 5.0, (sys.executable, "-c", done + hang)) == 2
+    assert time.monotonic() - started < 30 and sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
 
 
 def test_each_op_has_its_own_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
