@@ -51,10 +51,10 @@ def complaint(actual: Tensor, reference: Tensor, oracle: Tensor) -> str | None:
     eps = torch.finfo(actual.dtype).eps
     own, allowed = (actual.double() - oracle), (reference.double() - oracle)
     bound = 2 * rms(allowed) + eps / 8 * rms(oracle)
-    if rms(own) > bound:
+    if not rms(own) <= bound:  # what is no number does not pass
         return f"has RMS error {rms(own):.2e}, more than {bound:.2e}"
     worst, bound = float(own.abs().max()), 2 * float(allowed.abs().max()) + eps / 2 * float(oracle.abs().max())
-    return f"has maximal error {worst:.2e}, more than {bound:.2e}" if worst > bound else None
+    return None if worst <= bound else f"has maximal error {worst:.2e}, more than {bound:.2e}"
 
 
 def first_heads(selection: fs.TileSelection, heads: int) -> fs.TileSelection:
@@ -167,7 +167,7 @@ def check_select(problem: Problem, selection: fs.TileSelection) -> Verdict:
     verdict.error = {"scores": float(short) / rms(scores)}
     if not bool((keep.sum(-1) == n).all()):
         verdict.reason = f"rows keep {int(keep.sum(-1).min())} to {int(keep.sum(-1).max())} tiles, not {n}"
-    elif verdict.error["scores"] > 32 * torch.finfo(torch.float32).eps:
+    elif not verdict.error["scores"] <= 32 * torch.finfo(torch.float32).eps:
         verdict.reason = f"a kept tile scores {verdict.error['scores']:.2e} (of the scores' RMS) too little"
     return verdict
 

@@ -169,6 +169,12 @@ class Backend:
             within: the path of a module that runs it: what its builders are looked up by.
         """
         schedules = self.rules.schedules
+        config = _inductor_options(options)
+        if schedules and _captures(config, example_inputs):
+            raise RewriteError(
+                "a builder follows a SparsitySchedule, whose value is read when kernels are launched, and the options ask for "
+                "CUDA graphs, which would keep the first value: give another mode ('max-autotune-no-cudagraphs', or none)"
+            )
         met = Report()
 
         def seen(
@@ -213,7 +219,7 @@ class Backend:
         if self.inner == "aot_eager":
             compiled = compile_eagerly(gm, list(example_inputs), lower)
         else:
-            compiled = compile_guarded(gm, list(example_inputs), _inductor_options(options), lower)
+            compiled = compile_guarded(gm, list(example_inputs), config, lower)
         if lower is not None:
             self._note_lowering(lower, met)
         self.calls.update(met)
@@ -300,6 +306,14 @@ def _inductor_options(options: Mapping[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = dict(list_mode_options(options["mode"])) if options.get("mode") else {}
     config.update(options.get("options") or {})
     return config
+
+
+def _captures(config: Mapping[str, Any], example_inputs: Sequence[Any]) -> bool:
+    """Whether Inductor will make CUDA graphs of what it compiles."""
+    from torch._inductor import config as inductor
+
+    wanted = config.get("triton.cudagraphs", inductor.triton.cudagraphs)
+    return bool(wanted) and any(isinstance(x, Tensor) and x.is_cuda for x in example_inputs)
 
 
 def backend(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
@@ -75,6 +76,22 @@ def auto_tile(grid: tuple[int, int, int], slots: int = AUTO_SLOTS) -> tuple[int,
     return min(filling if filling and math.prod(grid) >= slots else candidates, key=cost)
 
 
+def lasting(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """int32 copies on a device that a cache keeps.
+
+    On CUDA from a thread of their own: where torch warms up a CUDA graph (``mode="reduce-overhead"``), all that its thread
+    allocates is the graph's memory, and torch refuses to go on where anybody else still holds some of it.
+    """
+    if device.type != "cuda":
+        return _moved(tensors, device)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_moved, tensors, device).result()
+
+
+def _moved(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(x.to(device=device, dtype=torch.int32) for x in tensors)
+
+
 @functools.lru_cache(128)
 @torch.inference_mode(False)  # what is cached must serve training later
 def token_tables(
@@ -109,10 +126,7 @@ def token_tables(
     token_to_slot = torch.empty(first + math.prod(grid) + last, dtype=torch.int64)
     token_to_slot[slot_to_token[valid]] = torch.arange(len(slot_to_token))[valid]
     tile_counts = torch.cat([first_counts, counts, last_counts])
-    return cast(
-        tuple[Tensor, Tensor, Tensor],
-        tuple(x.to(device=device, dtype=torch.int32) for x in (slot_to_token, token_to_slot, tile_counts)),
-    )
+    return cast(tuple[Tensor, Tensor, Tensor], lasting((slot_to_token, token_to_slot, tile_counts), device))
 
 
 @functools.lru_cache(128)

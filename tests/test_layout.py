@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+import threading
+from typing import Any
 
 import oracle
 import pytest
@@ -13,8 +15,9 @@ from strategies import layouts
 from torch import Tensor
 
 import flexsparse as fs
-from flexsparse import TileLayout
-from flexsparse.tables import auto_tile, slots_of, tile_index
+from flexsparse import TileLayout, tables
+from flexsparse.ops.windows import window_table
+from flexsparse.tables import auto_tile, slots_of, tile_index, token_tables
 
 AXIS = st.integers(1, 70)
 
@@ -186,3 +189,18 @@ def test_a_compiled_reordering_is_the_eager_one(fresh_dynamo: None) -> None:
     assert torch.equal(out, layout.to_tiles(x) * 2)
     (grad,) = torch.autograd.grad(out.square().sum(), x)
     torch.testing.assert_close(grad, 8 * x.detach())
+
+
+def test_what_is_cached_for_cuda_is_made_in_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the thread in which torch warms up a CUDA graph, the graph takes all memory that stays."""
+    threads, moved = [], tables._moved
+
+    def move(tensors: Any, device: torch.device) -> Any:
+        threads.append(threading.get_ident())
+        return moved(tensors, torch.device("cpu"))
+
+    monkeypatch.setattr(tables, "_moved", move)
+    for device in (torch.device("cpu"), torch.device("cuda", 0)):
+        token_tables.__wrapped__((4, 4, 4), (2, 2, 2), 0, 0, device)
+        window_table.__wrapped__((4, 4, 4), (2, 2, 2), (2, 2, 2), device)
+    assert threads[:2] == [threading.get_ident()] * 2 and threading.get_ident() not in threads[2:] and len(threads) == 4

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flexsparse as fs
 from flexsparse import SparsitySchedule
@@ -114,3 +115,38 @@ def test_a_new_step_changes_the_selection_and_compiles_nothing(name: str, fresh_
         for schedule in schedules:
             schedule.advance()
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["VSA", "TopP", "BSA", "BSA's queries"])
+def test_no_cuda_graph_keeps_a_schedules_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its value is read on the CPU when kernels are launched: replays would never see another."""
+    schedule, layout = SparsitySchedule(start=1.0, target=0.5), fs.TileLayout(grid=(4, 8, 8), tile=(4, 4, 4))
+    builder = {
+        "VSA": fs.VSA(sparsity=schedule),
+        "TopP": fs.TopP(mass=schedule),
+        "BSA": fs.BSA(kv_density=schedule),
+        "BSA's queries": fs.BSA(keep_queries=schedule),
+    }[name]
+    q = torch.randn(1, 1, layout.seq_len, 16)
+    assert builder.select(q, q, layout).counts.min() >= 1
+    for name in ("is_initialized", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    with pytest.raises(RuntimeError, match="give the builder a plain number"):
+        builder.select(q, q, layout)
+    fs.BSA().select(q, q, layout)
+
+
+@pytest.mark.parametrize(
+    "device, mode, refused", [("cuda", "reduce-overhead", True), ("cpu", "reduce-overhead", False)]
+)
+def test_a_schedule_is_refused_where_the_options_ask_for_cuda_graphs(device: str, mode: str, refused: bool) -> None:
+    backend = fs.backend(fs.VSA(sparsity=SparsitySchedule(target=0.5)), grid=(4, 8, 8), inner="aot_eager")
+    gm = torch.fx.symbolic_trace(lambda x: (x + 1,))
+    with FakeTensorMode():
+        x = torch.empty(2, device=device)
+    if refused:
+        with pytest.raises(Exception, match="'max-autotune-no-cudagraphs'"):
+            backend(gm, [x], mode=mode)
+    else:
+        backend(gm, [x], mode=mode)
+    fs.backend(fs.VSA(sparsity=0.5), grid=(4, 8, 8), inner="aot_eager")(gm, [torch.empty(2)], mode=mode)

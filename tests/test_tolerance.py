@@ -1,10 +1,15 @@
 """The tolerance rule accepts what is right and rejects the bugs that popular rules miss."""
 
+import math
+from typing import Any
+
 import oracle
 import pytest
 import torch
 from tolerance import complaint
 from torch import Tensor
+
+from bench.check import complaint as bench_complaint
 
 SCALES = (1.0, 4.0, 8.0, 16.0)
 B, H, S, D, BLOCK = 1, 2, 512, 32, 64
@@ -65,6 +70,16 @@ def test_wrong_blocks_are_rejected(scale: float, bug: str) -> None:
 def test_what_is_not_finite_is_rejected_even_where_the_oracle_agrees() -> None:
     x = torch.tensor([1.0, float("nan")])
     assert "not finite" in str(complaint(x, x, x.double()))
+
+
+@pytest.mark.parametrize("where", ["oracle", "reference"])
+@pytest.mark.parametrize("rule", [complaint, bench_complaint])
+def test_an_oracle_that_is_no_number_accepts_nothing(rule: Any, where: str) -> None:
+    actual = torch.ones(2, 3)
+    given = {"reference": actual.clone(), "oracle": actual.double()}
+    assert rule(actual, **given) is None
+    given[where][0, 0] = math.nan
+    assert rule(actual, **given) is not None and rule(2 * actual, **given) is not None
 
 
 def test_another_dtype_or_shape_is_rejected() -> None:

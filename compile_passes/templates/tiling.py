@@ -92,8 +92,8 @@ def tile_tokens(xs: Sequence[Tensor], tables: Sequence[Tensor]) -> list[Tensor]:
     """Raster order to tile order, all tensors in one launch.
 
     Args:
-        xs: one to four tensors ``[B, H, S, D]`` of one dtype, B and D; H and S may differ. Any strides, but the last
-            must be 1 (a transposed ``[B, S, H, D]`` is fine).
+        xs: one to four tensors ``[B, H, S, D]`` of one dtype, B and D; H and S may differ. They are read where they lie (a
+            transposed ``[B, S, H, D]``), and copied only where the last stride is not 1 (the gradient of a sum, say).
         tables: slot -> token of each, int32 ``[P]``, -1 for padding; P may differ.
 
     Returns:
@@ -133,6 +133,7 @@ def gather_reference(xs: Sequence[Tensor], tables: Sequence[Tensor]) -> list[Ten
 
 def _gather(xs: Sequence[Tensor], tables: Sequence[Tensor]) -> list[Tensor]:
     _check(xs, tables)
+    xs = [x if x.stride(3) == 1 else x.contiguous() for x in xs]
     B, _, _, D = xs[0].shape
     meta = config(xs[0].dtype, D)
     out = [x.new_empty(B, x.shape[1], len(table), D) for x, table in zip(xs, tables)]
@@ -164,8 +165,8 @@ def _check(xs: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
     if not 1 <= len(xs) <= MAX_TENSORS or len(xs) != len(tables):
         raise ValueError(f"{len(xs)} tensors and {len(tables)} tables: give one to {MAX_TENSORS}, a table for each")
     for x, table in zip(xs, tables):
-        if x.dim() != 4 or x.stride(3) != 1:
-            raise ValueError(f"x is {tuple(x.shape)}, strides {x.stride()}: give [B, H, S, D] with a last stride of 1")
+        if x.dim() != 4:
+            raise ValueError(f"x is {tuple(x.shape)}: give [B, H, S, D]")
         if (x.shape[0], x.shape[3], x.dtype) != (xs[0].shape[0], xs[0].shape[3], xs[0].dtype):
             raise ValueError(
                 f"x is {x.dtype} {tuple(x.shape)}, another {xs[0].dtype} {tuple(xs[0].shape)}: give one dtype, B and D"

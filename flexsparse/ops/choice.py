@@ -42,7 +42,21 @@ class Rule:
         """The number to compute with; a 0-d tensor on the CPU is read."""
         if self.now is None:
             return self.value
-        return float(self.now) if self.now.dim() == 0 and self.now.device.type == "cpu" else self.now
+        return read(self.now) if self.now.dim() == 0 and self.now.device.type == "cpu" else self.now
+
+
+def read(number: Tensor) -> float:
+    """A 0-d tensor on the CPU, as kernels are launched with it.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, which would keep the number for good.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"a schedule's value ({float(number):.4g}) is read on the CPU while a CUDA graph is captured, which would keep it: "
+            "give the builder a plain number, or capture no graph"
+        )
+    return float(number)
 
 
 class Choice(NamedTuple):

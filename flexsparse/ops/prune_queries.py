@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.ops import has_triton
+from flexsparse.ops.choice import read
 from flexsparse.ops.windows import window_table
 from flexsparse.selection import ascending_lists
 
@@ -62,7 +63,7 @@ def prune_queries(
         fields of `KeptQueries`: kept int32 ``[B, H, N, Q]``, counts int32 ``[N]``, source and position int32 ``[B, H, S]``.
     """
     windows, centres = window_table(tuple(grid), tuple(tile), tuple(window), q.device)  # type: ignore[arg-type]
-    now_or_share = share if now is None else now
+    now_or_share = share if now is None else read(now) if now.device.type == "cpu" else now
     operands = (q, windows, centres, tokens, now_or_share, first_rows, length, packed, fill, representative)
     if q.is_cuda and has_triton():
         from flexsparse.compile_passes.templates import prune

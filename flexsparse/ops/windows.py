@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flexsparse.tables import ceil_div
+from flexsparse.tables import ceil_div, lasting
 
 Axes = tuple[int, int, int]
 
@@ -55,4 +55,5 @@ def window_table(grid: Axes, tile: Axes, window: Axes, device: torch.device) -> 
     slots = torch.where(inside, (t * extent[1] + h) * extent[2] + w, -1)
     centre = [size[i] // 2 for i in range(3)]
     local = ((centre[0] * window[1] + centre[1]) * window[2] + centre[2]).expand(*slots.shape[:2], 1)
-    return slots.to(device, torch.int32), local[..., 0].to(device, torch.int32)
+    found, centres = lasting((slots, local[..., 0]), device)
+    return found, centres
