@@ -67,7 +67,9 @@ def pytest_command(outcomes: Path, tests: Path) -> list[str]:
 def run_tests(directory: Path, seconds: float, tests: Path = ROOT / "tests" / "gpu") -> list[Row]:
     """A row for every test; the output stays in ``check.log``."""
     outcomes = directory / "check.outcomes"
-    code = run_limited(pytest_command(outcomes, tests), seconds, directory / "check.log")
+    # by itself each process that compiles a graph starts another for every core
+    threads = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    code = run_limited(pytest_command(outcomes, tests), seconds, directory / "check.log", **threads)
     guards = guards_path(outcomes)
     told = json.loads(guards.read_text()) if guards.exists() else {}
     rows = outcome_rows(outcomes.read_text() if outcomes.exists() else "", told)

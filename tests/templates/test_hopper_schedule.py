@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import json
@@ -19,7 +21,22 @@ print(json.dumps([[task.config, compiled_kernel(task, "sm_90a")[0].asm["sass"]] 
 """
 
 
-def machine_code(folder: Path, module: str) -> list[tuple[dict[str, Any], list[str]]]:
+Code = list[tuple[dict[str, Any], list[str]]]
+
+
+@pytest.fixture(scope="module")
+def forwards(tmp_path_factory: pytest.TempPathFactory) -> Code:
+    """Of the forward."""
+    return machine_code(tmp_path_factory.mktemp("forward"), "hopper_forward")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Code:
+    """Of the forward by pairs."""
+    return machine_code(tmp_path_factory.mktemp("pairs"), "hopper_pairs")
+
+
+def machine_code(folder: Path, module: str) -> Code:
     """Configurations and instructions; compiled in a process that does not interpret."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -39,8 +56,30 @@ def places(code: list[str], pattern: str) -> list[int]:
     return [i for i, line in enumerate(code) if re.search(pattern, line)]
 
 
-def test_weights_are_made_while_the_tensor_cores_work(tmp_path: Path) -> None:
-    for config, code in machine_code(tmp_path, "hopper_forward"):
+def assert_all_warps_are_done(code: list[str], pattern: str) -> None:
+    """A warp waits for its own products; before what gives a buffer away lies a barrier that tells of the others' too."""
+    waits, barriers = places(code, r"DEPBAR\.LE gsb0"), places(code, r"BAR\.SYNC")
+    given_away = [i for i in places(code, pattern) if i > min(waits)]
+    assert given_away
+    for place in given_away:
+        before = max(i for i in waits if i < place)
+        assert any(before < i < place for i in barriers)
+
+
+def test_all_warps_are_done_with_a_buffer_before_it_is_copied_into(forwards: Code) -> None:
+    """The compiler places that barrier, and no simulator can know."""
+    for _, code in forwards:
+        assert_all_warps_are_done(code, "UTMALDG")
+
+
+def test_all_warps_of_a_consumer_are_done_with_a_buffer_before_it_is_given_back(pairs: Code) -> None:
+    for _, code in pairs:
+        assert_all_warps_are_done(code, r"SYNCS\.ARRIVE\.TRANS64\.A1T0")
+        assert_all_warps_are_done(code, r"UTMASTG")
+
+
+def test_weights_are_made_while_the_tensor_cores_work(forwards: Code) -> None:
+    for config, code in forwards:
         all_done, one_left = places(code, r"DEPBAR\.LE gsb0, 0x0"), places(code, r"DEPBAR\.LE gsb0, 0x1")
         assert len(one_left) == 1 and len(all_done) == 3, "a product is waited for alone, in the loop, and at the end"
         (half,) = one_left
@@ -58,8 +97,8 @@ def test_weights_are_made_while_the_tensor_cores_work(tmp_path: Path) -> None:
         assert len(rescaling) > config["D"] // 2 - 8, "the output is rescaled while keys are multiplied"
 
 
-def test_both_consumers_of_a_pair_overlap_products_and_weights(tmp_path: Path) -> None:
-    for config, code in machine_code(tmp_path, "hopper_pairs"):
+def test_both_consumers_of_a_pair_overlap_products_and_weights(pairs: Code) -> None:
+    for config, code in pairs:
         all_done, one_left = places(code, r"DEPBAR\.LE gsb0, 0x0"), places(code, r"DEPBAR\.LE gsb0, 0x1")
         assert len(one_left) == 2, "in the loop of each consumer"
         for half in one_left:
