@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from bench.header import ROOT, cores
 from bench.suite.cases import Case
 from bench.suite.pytest_rows import guards_path
 from bench.suite.rows import Row
+from bench.suite.supervise import kill
 
 ALL_OPS = ("fine_forward", "fine_backward", "select", "attention_forward", "attention_training", "model_step")
 SMALL = "bench.suite.small"
@@ -49,9 +49,7 @@ def run_limited(command: Sequence[str], seconds: float, log: Path, **environment
         except subprocess.TimeoutExpired:
             return None
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            kill(process)
 
 
 def pytest_command(outcomes: Path, tests: Path) -> list[str]:

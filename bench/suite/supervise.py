@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -67,6 +68,14 @@ def beats(path: Path) -> Callable[[str, str, float], None]:
     return beat
 
 
+def kill(process: subprocess.Popen[Any], patience: float = 20.0) -> None:
+    """End a process that leads its own group, and what it started; one that a driver holds back is not waited for longer."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=patience)
+
+
 def watch(command: Sequence[str], path: Path, **options: Any) -> tuple[int, str | None]:
     """Run a process; its exit code, and how it died, None where it ended by itself."""
     process = subprocess.Popen(list(command), start_new_session=True, **options)
@@ -79,9 +88,7 @@ def watch(command: Sequence[str], path: Path, **options: Any) -> tuple[int, str 
             if time.time() > state.until + 60:  # a step that began in time may end
                 return -1, "it was still running a minute after the time was over"
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        kill(process)
     code = process.returncode
     if code == LOST:
         return code, "the GPU answered no more (an illegal access, or the like)"

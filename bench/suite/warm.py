@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +25,7 @@ from bench.header import ROOT, cores
 from bench.suite import fine, tuning
 from bench.suite.cases import Case, tuned_cases
 from bench.suite.device import Cuda, Device
+from bench.suite.supervise import kill
 
 Task = tuple[str, int]
 """Name of a case, and number of a candidate of it; -1 for the choice of its tiles."""
@@ -94,8 +93,7 @@ def run(
                 process.wait(timeout=max(0.1, until - time.monotonic()))
                 ended += 1
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                kill(process, patience=1.0)
     return ended
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import textwrap
 import time
@@ -126,6 +127,13 @@ def test_what_only_a_candidate_gets_wrong_stops_that_candidate(
     assert not checks.wrong_choices(found, case("forward", "fine_forward", dtype="bfloat16", D=32))
 
 
+def test_the_tests_on_a_gpu_begin_with_what_runs_by_default() -> None:
+    command = [sys.executable, "-m", "pytest", "--co", "-p", "no:cacheprovider", "tests/gpu"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    files = [line.split("/")[-1].split(".")[0] for line in listed if line.startswith("tests/gpu/")]
+    assert list(dict.fromkeys(files)) == ["test_templates", "test_candidates", "test_models", "test_bsa"]
+
+
 def test_tests_that_cannot_start_or_do_not_end_are_no_pass(tmp_path: Path) -> None:
     broken = tmp_path / "test_broken.py"
     broken.write_text("import no_such_module")
@@ -225,6 +233,18 @@ def test_a_process_that_dies_goes_on_without_what_it_died_of(tmp_path: Path, wha
         code = supervise.supervise([sys.executable, str(script), str(path)], path, time.time() + 100, stdout=out)
     text = log.read_text()
     assert code == 0 and "bad left out" in text and how in text and text.count("good done") == 2
+
+
+def test_a_process_that_cannot_be_ended_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does whose kernel the driver waits for."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(supervise.os, "killpg", lambda *_: None)
+        started = time.monotonic()
+        supervise.kill(process, patience=0.2)
+        assert time.monotonic() - started < 10 and process.poll() is None
+    supervise.kill(process)
+    assert process.poll() is not None
 
 
 def test_a_process_that_dies_before_it_begins_is_not_run_again(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ if ROOT not in sys.path:
 import bench  # noqa: E402, F401  # puts an installed flexsparse before the checkout, which would hide it and is none
 
 WIDTHS = (128, 64)
+FILES = ("test_templates", "test_candidates", "test_models", "test_bsa")
+"""The time may end before all have run: first what runs by default, then what may be chosen, whole models, BSA's kernels."""
 
 
 def pytest_configure(config: Any) -> None:
@@ -28,7 +30,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     own = [item for item in items if Path(__file__).parent in item.path.parents]
     for item in own:
         item.user_properties.append(("guards", guarded(item)))
-    items[:] = sorted(items, key=lambda item: rank(item) if item in own else 0)
+    items[:] = sorted(items, key=lambda item: rank(item) if item in own else (0, 0))
 
 
 def guarded(item: Any) -> dict[str, Any]:
@@ -46,10 +48,11 @@ def guarded(item: Any) -> dict[str, Any]:
     return found if mark is None else {**found, "guards": list(mark.args)}
 
 
-def rank(item: Any) -> int:
-    """0 for bfloat16 at the head dims that are measured, and for what has neither."""
+def rank(item: Any) -> tuple[int, int]:
+    """bfloat16 at the head dims that are measured first, with what has neither; of these what runs by default (`FILES`)."""
     values = item.callspec.params if hasattr(item, "callspec") else {}
-    return 2 * (values.get("dtype", torch.bfloat16) != torch.bfloat16) + (values.get("D", 128) not in WIDTHS)
+    rare = 2 * (values.get("dtype", torch.bfloat16) != torch.bfloat16) + (values.get("D", 128) not in WIDTHS)
+    return rare, FILES.index(item.path.stem) if item.path.stem in FILES else 0
 
 
 @pytest.fixture(autouse=True)
