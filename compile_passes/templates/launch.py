@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 import triton
 
 LOG2E = 1.4426950408889634
+MOST_PROGRAMS = 65535
+"""Along the second and the third axis of a grid."""
 
 _launched: list[list[str]] = []
 
@@ -21,11 +24,21 @@ def interpreting() -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Run a kernel on the device of its first tensor; an empty grid launches nothing."""
+    """Run a kernel on the device of its first tensor; an empty grid launches nothing.
+
+    Raises:
+        ValueError: a grid that CUDA does not take, or of so many programs that Triton would launch none and not say so.
+    """
     if 0 in grid:
         return
+    name = kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__
+    if math.prod(grid) >= 2**31 or max(grid[1:], default=1) > MOST_PROGRAMS:
+        raise ValueError(
+            f"{name} would run on a grid of {grid}, beyond what a GPU takes (samples and heads: {MOST_PROGRAMS} each): give "
+            "fewer samples at a time"
+        )
     for names in _launched:
-        names.append(kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__)
+        names.append(name)
     tensor = next(x for x in args if isinstance(x, torch.Tensor))
     with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
         kernel[grid](*args, **meta)

@@ -1,6 +1,7 @@
 """Tiling and untiling against the twin in plain torch and against the layout: every row, and zeros in the padding."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from flexsparse import TileLayout
 from flexsparse.compile_passes.templates import tiling
-from flexsparse.compile_passes.templates.launch import count_launches
+from flexsparse.compile_passes.templates.launch import count_launches, launch
 
 ODD = TileLayout(grid=(3, 5, 6), tile=(2, 3, 3), text_first=5, text_last=17)  # 32 slots for 18 tokens, borders
 OTHER = TileLayout(grid=(2, 4, 4), tile=(2, 2, 4))  # 16 of 16 slots: no padding
@@ -114,6 +115,15 @@ def test_nothing_to_do() -> None:
         tiling.tile_tokens([x[:, :, :0], x], [table[:0], table]),
         tiling.gather_reference([x[:, :, :0], x], [table[:0], table]),
     )
+
+
+@pytest.mark.parametrize("grid", [(1, 65536), (1, 1, 65536), (2**16, 2**15 - 1, 2), (2**15, 2**15, 4)])
+def test_a_grid_that_no_gpu_takes_is_refused(grid: tuple[int, ...]) -> None:
+    """Triton multiplies in 32 bits, and launches nothing where the product is not positive."""
+    kernel = types.SimpleNamespace(fn=test_nothing_to_do)
+    with count_launches() as names, pytest.raises(ValueError, match="test_nothing_to_do would run on a grid of"):
+        launch(kernel, grid, torch.zeros(1))
+    assert names == []
 
 
 def test_what_does_not_go_together_is_refused() -> None:
