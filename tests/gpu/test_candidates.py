@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import oracle
@@ -83,26 +85,44 @@ def truth(
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(precision))], lse.detach()
 
 
+@dataclass(frozen=True)
+class Problem:
+    """Inputs and what must come of them."""
+
+    selection: fs.TileSelection
+    tensors: list[Tensor]
+    grad: Tensor
+    reference: list[Tensor]
+    gold: list[Tensor]
+    lse: Tensor
+
+
+@functools.lru_cache(64)
+def problem(layout: fs.TileLayout, dtype: torch.dtype, D: int, scale: float) -> Problem:
+    """The same for all candidates: computed once a process, as it takes longer than they do."""
+    selection, tensors = selection_of(layout), inputs(layout, dtype, D, scale)
+    grad = (torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(5)) / scale).to(dtype)
+    gold, lse = truth(tensors, layout, selection, grad, torch.float64)
+    reference, _ = truth(tensors, layout, selection, grad, dtype)
+    return Problem(selection, tensors, grad, reference, gold, lse)
+
+
 @pytest.mark.parametrize("dtype, D, slots, choice", candidates())
 def test_a_candidate_computes_the_same(dtype: torch.dtype, D: int, slots: int, choice: Any) -> None:
     from flexsparse.compile_passes.templates import tuned
 
     for layout in LAYOUTS[slots]:
-        selection = selection_of(layout)
         for scale in (1.0, 8.0, 16.0):
-            tensors = inputs(layout, dtype, D, scale)
-            grad = (torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(5)) / scale).to(dtype)
+            one = problem(layout, dtype, D, scale)
             with tuned.using(choice):
-                found = on_gpu(layout, tensors, selection, grad)
-                again = on_gpu(layout, tensors, selection, grad)
+                found = on_gpu(layout, one.tensors, one.selection, one.grad)
+                again = on_gpu(layout, one.tensors, one.selection, one.grad)
             assert all(torch.equal(a, b) for a, b in zip(found, again)), f"{layout.grid}: two runs differ"
-            gold, lse = truth(tensors, layout, selection, grad, torch.float64)
-            reference, _ = truth(tensors, layout, selection, grad, dtype)
             noise = torch.finfo(torch.float32).eps * 4 * (1 + scale**2) * D**0.5
-            for what, actual, same, exact in zip(("out", "dq", "dk", "dv"), found, reference, gold):
+            for what, actual, same, exact in zip(("out", "dq", "dk", "dv"), found, one.reference, one.gold):
                 assert_as_good(actual.cpu(), same, exact, f"{choice} {layout.grid} scale {scale} {what}", noise)
-            largest = float(tensors[0].double().norm(dim=-1).max() * tensors[1].double().norm(dim=-1).max() * D**-0.5)
-            assert_lse(found[-1].cpu(), lse, largest)
+            norms = [float(x.double().norm(dim=-1).max()) for x in one.tensors[:2]]
+            assert_lse(found[-1].cpu(), one.lse, norms[0] * norms[1] * D**-0.5)
 
 
 @pytest.mark.parametrize("heads", [12, 3])
