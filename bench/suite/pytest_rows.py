@@ -25,7 +25,7 @@ def pytest_configure(config: Any) -> None:
     if worker is None:  # processes of pytest-xdist send their outcomes to the first
         config.pluginmanager.register(Outcomes(path), "outcomes")
     if worker is None or worker["workerid"] == "gw0":  # all of them collect the same tests, and the first collects none
-        config.pluginmanager.register(Guards(guards_path(path)), "guards")
+        config.pluginmanager.register(Guards(guards_path(Path(path))), "guards")
 
 
 def guards_path(outcomes: Path) -> Path:

@@ -33,13 +33,14 @@ WORKERS = 14
 
 
 def tasks_of(cases: Sequence[Case], device: Device, wrong: dict[str, dict[str, str]]) -> list[Task]:
-    """All tasks, but for candidates whose check failed (by case, as text)."""
+    """All tasks, but for candidates whose check failed (by case, as text); none of a case whose candidates cannot be told."""
     found: list[Task] = []
     for case in cases:
-        choices = enumerate(tuning.candidates(case, device))
-        left_out = wrong.get(case.name, {})
-        numbers = [number for number, choice in choices if str(choice.config()) not in left_out]
-        found += [(case.name, number) for number in (-1, *numbers)]
+        with contextlib.suppress(Exception):  # `tune` says why
+            choices = enumerate(tuning.candidates(case, device))
+            left_out = wrong.get(case.name, {})
+            numbers = [number for number, choice in choices if str(choice.config()) not in left_out]
+            found += [(case.name, number) for number in (-1, *numbers)]
     return found
 
 
@@ -98,7 +99,7 @@ def run(
 
 
 def main() -> int:
-    """A process of `run`: every so manieth task."""
+    """A process of `run`: its share of the tasks."""
     path, share, count = sys.argv[1:]
     work(json.loads(Path(path).read_text())[int(share) :: int(count)], tuned_cases(), Cuda())
     return 0
