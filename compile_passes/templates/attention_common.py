@@ -7,7 +7,7 @@ T all KV slots (U * slots), D head dim.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ NUMBERS = (
 """The kernels' integers; none recompiles anything."""
 _KINDS = {
     "*fp32": ("lse", "lse_log2", "delta", "estimate", "grad_lse", "coarse", "dcoarse", "workspace"),
-    "*i32": ("lists", "sizes", "counts", "kv_counts", "columns", "indices", "pieces"),
+    "*i32": ("lists", "sizes", "counts", "kv_counts", "columns", "indices", "pieces", "q_tokens", "kv_tokens"),
     "*i64": ("offsets",),
     "fp32": ("scale", "scale_log2"),
     "i32": NUMBERS,
@@ -62,6 +62,30 @@ def query_tile(row, bh, lists, counts, N, M, first_rows, capacity, QUERY_ROWS: t
 
 
 @triton.jit
+def tokens_at(table, start, ROWS: tl.constexpr):
+    """The tokens in slots ``start`` to ``start + ROWS``, -1 for none; without a table None: rows are slots."""
+    if table is None:
+        return None
+    else:  # Triton compiles what follows a return
+        return tl.load(table + start + tl.arange(0, ROWS))
+
+
+@triton.jit
+def tokens_again(table, start, ROWS: tl.constexpr):
+    """As `tokens_at`, read anew after a loop: volatile, as what was read before it would be kept in registers through it."""
+    if table is None:
+        return None
+    else:
+        return tl.load(table + start + tl.arange(0, ROWS), volatile=True)
+
+
+@triton.jit
+def _places(head, token, STRIDE: tl.constexpr, ALIGN: tl.constexpr):
+    """Where the rows of tokens start; 32 bits count units of ALIGN (`strides` checks it)."""
+    return (head + token * (STRIDE // ALIGN)).to(tl.int64) * ALIGN
+
+
+@triton.jit
 def load_rows(
     array,
     head,
@@ -73,14 +97,24 @@ def load_rows(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
+    token=None,
 ):
     """Rows ``start`` to ``start + ROWS`` of a head as ``[ROWS, BLOCK_D]``; `strides` says what STRIDE and ALIGN are.
 
     ``head`` is where the head starts, in units of ALIGN. 0 past D and, if MASKED, where not valid. Head and start move the
     pointer: what is left are offsets that no loop changes, so that they cost fewer registers, and so does a head of 32 bits.
+    Where ``token [ROWS]`` is given (`tokens_at`), its rows are taken instead, and 0 of those below 0.
     """
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
+    if token is not None:
+        at = array + _places(head, token, STRIDE, ALIGN)[:, None] + column[None, :]
+        seen = token >= 0
+        if MASKED:
+            seen = seen & valid
+        if D == BLOCK_D:
+            return tl.load(at, mask=seen[:, None], other=0.0)
+        return tl.load(at, mask=seen[:, None] & (column < D)[None, :], other=0.0)
     first = array + (head + start * (STRIDE // ALIGN)).to(tl.int64) * ALIGN
     at = first + (row[:, None] * STRIDE + column[None, :])
     if MASKED:
@@ -103,13 +137,21 @@ def store_rows(
     ALIGN: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    token=None,
 ):
-    """The opposite of `load_rows`, rounded to the array's type."""
+    """The opposite of `load_rows`, rounded to the array's type; of tokens below 0 nothing is written."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
+    values = values.to(array.dtype.element_ty)
+    if token is not None:
+        at = array + _places(head, token, STRIDE, ALIGN)[:, None] + column[None, :]
+        if D == BLOCK_D:
+            tl.store(at, values, mask=(token >= 0)[:, None])
+        else:
+            tl.store(at, values, mask=(token >= 0)[:, None] & (column < D)[None, :])
+        return
     first = array + (head + start * (STRIDE // ALIGN)).to(tl.int64) * ALIGN
     at = first + (row[:, None] * STRIDE + column[None, :])
-    values = values.to(array.dtype.element_ty)
     if D == BLOCK_D:
         tl.store(at, values)
     else:
@@ -166,6 +208,13 @@ class Blocks:
         """As the kernels' keyword arguments."""
         return {"ROWS": self.rows, "KEYS": self.keys, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
+    def deeper(self, by_table: bool) -> Blocks:
+        """For a walk whose rows are found by a table, a stage more: a tile's number, its tokens and their rows are loaded
+        one after the other, each a step ahead of the next. It takes no more memory than the tokens.
+        """
+        pipelined = by_table and self.num_stages > 1
+        return replace(self, num_stages=self.num_stages + 1) if pipelined else self
+
 
 @dataclass(frozen=True, kw_only=True)
 class CappedBlocks(Blocks):
@@ -193,16 +242,30 @@ def unaccelerated_blocks(D: int, query_rows: int, slots: int) -> Blocks:
     return Blocks(rows=min(query_rows, edge), keys=min(slots, edge), num_warps=4, num_stages=1)
 
 
+def lengths(q: Tensor, k: Tensor, q_tokens: Tensor | None, kv_tokens: Tensor | None) -> tuple[int, int]:
+    """Query rows and KV slots: those of tables where there are any, as q and k are in raster order then."""
+    return (q.shape[2] if q_tokens is None else len(q_tokens)), (k.shape[2] if kv_tokens is None else len(kv_tokens))
+
+
 def flags(
-    q: Tensor, k: Tensor, bits: Tensor, query_rows: int, kv_video: int, slots: int, partial: bool
+    q: Tensor,
+    k: Tensor,
+    bits: Tensor,
+    query_rows: int,
+    kv_video: int,
+    slots: int,
+    partial: bool,
+    q_tokens: Tensor | None = None,
+    kv_tokens: Tensor | None = None,
 ) -> dict[str, Any]:
     """The constants by which all attention kernels are specialised."""
+    rows, keys = lengths(q, k, q_tokens, kv_tokens)
     return {
         "D": q.shape[3],
         "BLOCK_D": padded_dim(q.shape[3]),
         "QUERY_ROWS": query_rows,
         "SLOTS": slots,
-        "EXTRA": k.shape[2] > kv_video * slots or q.shape[2] > bits.shape[2] * query_rows,
+        "EXTRA": keys > kv_video * slots or rows > bits.shape[2] * query_rows,
         "PARTIAL": partial,
     }
 
@@ -219,6 +282,7 @@ class Shape:
         group: query heads of a KV head.
         heads: query heads whose rows lie side by side, as a model's linear maps leave them; 1 for a head after the other.
         full: no partial tiles, no extra tokens, no coarse output; else all of them.
+        raster: what is in raster order and read by a table: ``"qkv"``, ``"kv"`` (packed queries), or nothing.
         auto: whether ``backend="auto"`` can choose it.
     """
 
@@ -229,6 +293,7 @@ class Shape:
     group: int = 1
     heads: int = 24
     full: bool = False
+    raster: str = ""
     auto: bool = True
 
 
@@ -269,6 +334,29 @@ def shapes(long_tail: bool) -> list[Shape]:
     return found
 
 
+def raster_shapes(long_tail: bool) -> list[Shape]:
+    """The shapes that they are compiled for where rows are found by a table."""
+    found = [
+        Shape(raster="qkv"),
+        Shape(raster="qkv", full=True),
+        Shape(raster="qkv", D=64),
+        Shape(raster="qkv", query_rows=128, slots=128),
+    ]
+    if long_tail:
+        rare: list[dict[str, Any]] = [
+            {"raster": "kv"},
+            {"raster": "kv", "query_rows": 32},
+            {"group": 2},
+            {"heads": 1},
+            {"D": 96},
+            {"D": 256},
+            {"dtype": torch.float16, "D": 64, "query_rows": 128, "slots": 128},
+            {"dtype": torch.float32},
+        ]
+        found += [Shape(**{"auto": False, "raster": "qkv", **changes}) for changes in rare]
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionCompilation(Compilation):
     """A compilation with further launch options.
@@ -293,14 +381,16 @@ def compilation(kernel: Any, shape: Shape, size: Blocks, **constants: Any) -> At
     constants |= {"GROUP": shape.group, "D": shape.D, "BLOCK_D": padded_dim(shape.D), "EXTRA": partly}
     constants |= {"QUERY_ROWS": shape.query_rows, "SLOTS": shape.slots, "PARTIAL": partly}
     constants |= {"ROWS": size.rows, "KEYS": size.keys}
+    constants |= {name: None for name, tiled in (("q_tokens", "q"), ("kv_tokens", "kv")) if tiled not in shape.raster}
     rows = [name for name in kernel.arg_names if name.endswith("_ROW")]
     constants |= dict.fromkeys(rows, shape.heads * shape.D) | {"ALIGN": math.gcd(16, shape.D)}
     array = "*" + TYPES[shape.dtype]
     signature = {n: "constexpr" if n in constants else ARGUMENT_TYPES.get(n, array) for n in kernel.arg_names}
     config = {"dtype": TYPES[shape.dtype], "D": shape.D, "query_rows": shape.query_rows, "slots": shape.slots}
+    in_order = {"raster": shape.raster} if shape.raster else {}
     return AttentionCompilation(
         kernel=kernel,
-        config=config | {"group": shape.group, "heads": shape.heads, "full": shape.full},
+        config=config | in_order | {"group": shape.group, "heads": shape.heads, "full": shape.full},
         signature=signature,
         constants={name: constants[name] for name, kind in signature.items() if kind == "constexpr"},
         aligned=tuple(name for name, kind in signature.items() if kind.startswith("*")),

@@ -18,6 +18,8 @@ from flexsparse.compile_passes.templates.attention_common import (
     compilation,
     dense_rows,
     flags,
+    lengths,
+    raster_shapes,
     seen_slots,
     shapes,
     strides,
@@ -51,6 +53,8 @@ def backward(
     capacity: int,
     scale: float,
     partial: bool,
+    q_tokens: Tensor | None = None,
+    kv_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of `forward`; deterministic.
 
@@ -75,12 +79,15 @@ def backward(
         capacity: most video tiles that a row keeps.
         scale: softmax scale.
         partial: False promises that every KV tile is full.
+        q_tokens: int32 ``[R]`` or None; with it grad_out and all that is as q are in the order of tokens.
+        kv_tokens: int32 ``[U * slots]`` or None.
 
     Returns:
         Gradients of q, k, v and gate (in their dtypes and memory formats) and, before gate's, of coarse (float32); None for
         the last two without them.
     """
-    B, H, R, D = q.shape
+    B, H, _, D = q.shape
+    R, _ = lengths(q, k, q_tokens, kv_tokens)
     G, N = k.shape[1], counts.shape[2]
     grad_out, q, k, v, out = (dense_rows(x) for x in (grad_out, q, k, v, out))
     gate, lse = None if gate is None else dense_rows(gate), lse.contiguous()
@@ -110,7 +117,12 @@ def backward(
         capacity=capacity,
         scale=scale,
         partial=partial,
-        constants={"GROUP": H // G, **flags(q, k, bits, query_rows, kv_video, slots, partial)},
+        q_tokens=q_tokens,
+        kv_tokens=kv_tokens,
+        constants={
+            "GROUP": H // G,
+            **flags(q, k, bits, query_rows, kv_video, slots, partial, q_tokens, kv_tokens),
+        },
     )
     size = row_blocks(q.dtype, D, query_rows, slots)
     launch(
@@ -122,6 +134,7 @@ def backward(
         lse,
         None if coarse is None else coarse.contiguous(),
         gate,
+        q_tokens,
         *(lse_log2, estimate, dcoarse, dgate),
         *(H, N, R, first_rows),
         COARSE=gated,
@@ -184,15 +197,16 @@ def backward_reference(
 def compilations(long_tail: bool) -> list[Compilation]:
     """What to compile offline."""
     found: list[Compilation] = []
-    for shape in shapes(long_tail):
+    for shape in (*shapes(long_tail), *raster_shapes(long_tail)):
         sizes = (shape.dtype, shape.D, shape.query_rows, shape.slots)
         correct = shape.dtype != torch.float32 or not shape.full
         absent = dict.fromkeys(("coarse", "gate", "dcoarse", "dgate", "grad_lse") if shape.full else ("grad_lse",))
         constants = {"COARSE": not shape.full, "LSE_GRADIENT": False, **absent}
         found.append(compilation(_delta, shape, row_blocks(*sizes), **constants))
         constants = {"CORRECT": correct, "LSE_GRADIENT": False, "grad_lse": None}
-        found.append(compilation(_dq, shape, dq_blocks(*sizes), **constants))
-        size = column_blocks(*sizes, shape.group, not shape.full)
+        size = dq_blocks(*sizes).deeper(bool(shape.raster))
+        found.append(compilation(_dq, shape, size, **constants))
+        size = column_blocks(*sizes, shape.group, not shape.full).deeper(shape.raster == "qkv")
         found.append(compilation(_dkdv, shape, size, SPLIT=False, workspace=None))
         split = compilation(_dkdv, shape, size, SPLIT=True)
         found.append(replace(split, config=split.config | {"split": True}))

@@ -20,6 +20,8 @@ from flexsparse.compile_passes.templates.attention_common import (
     nth_tile,
     query_tile,
     store_rows,
+    tokens_again,
+    tokens_at,
 )
 
 
@@ -31,6 +33,7 @@ def _delta(
     lse,
     coarse,
     gate,
+    q_tokens,
     lse_log2,
     estimate,
     dcoarse,
@@ -73,10 +76,11 @@ def _delta(
     for piece in range(QUERY_ROWS // ROWS):
         start = first + piece * ROWS
         at = bh * R + start
+        token = tokens_at(q_tokens, start, ROWS)
         g_block = load_rows(
-            grad_out, b * grad_out_b + h * grad_out_h, start, None, ROWS, grad_out_ROW, ALIGN, D, BLOCK_D, False
+            grad_out, b * grad_out_b + h * grad_out_h, start, None, ROWS, grad_out_ROW, ALIGN, D, BLOCK_D, False, token
         ).to(tl.float32)
-        fine = load_rows(out, b * out_b + h * out_h, start, None, ROWS, out_ROW, ALIGN, D, BLOCK_D, False)
+        fine = load_rows(out, b * out_b + h * out_h, start, None, ROWS, out_ROW, ALIGN, D, BLOCK_D, False, token)
         fine = fine.to(tl.float32)
         natural = tl.load(lse + at + row)
         # where a row saw nothing, all its weights shall be 0: -inf would make NaN of its masked logits
@@ -84,10 +88,11 @@ def _delta(
         tl.store(lse_log2 + at + row, lse_block)
         if COARSE:
             gate_head, dgate_head = b * gate_b + h * gate_h, b * dgate_b + h * dgate_h
-            gates = load_rows(gate, gate_head, start, None, ROWS, gate_ROW, ALIGN, D, BLOCK_D, False).to(tl.float32)
+            gates = load_rows(gate, gate_head, start, None, ROWS, gate_ROW, ALIGN, D, BLOCK_D, False, token)
+            gates = gates.to(tl.float32)
             fine = tl.where(video, fine - gates * coarse_row[None, :], fine)
             dgates = g_block * coarse_row[None, :]
-            store_rows(dgate, dgate_head, start, dgates, ROWS, dgate_ROW, ALIGN, D, BLOCK_D)
+            store_rows(dgate, dgate_head, start, dgates, ROWS, dgate_ROW, ALIGN, D, BLOCK_D, token)
             coarse_sum += tl.sum(gates * g_block, 0)
         result = tl.sum(g_block * fine, 1)
         if LSE_GRADIENT:
@@ -110,6 +115,8 @@ def _dq(
     lists,
     counts,
     kv_counts,
+    q_tokens,
+    kv_tokens,
     dq,
     scale,
     scale_log2,
@@ -164,9 +171,10 @@ def _dq(
     start = block * ROWS
     row = tl.arange(0, ROWS)
     slot = tl.arange(0, KEYS)
-    q_block = load_rows(q, b * q_b + h * q_h, start, None, ROWS, q_ROW, ALIGN, D, BLOCK_D, False)
+    q_token = tokens_at(q_tokens, start, ROWS)
+    q_block = load_rows(q, b * q_b + h * q_h, start, None, ROWS, q_ROW, ALIGN, D, BLOCK_D, False, q_token)
     grad_out_head = b * grad_out_b + h * grad_out_h
-    g_block = load_rows(grad_out, grad_out_head, start, None, ROWS, grad_out_ROW, ALIGN, D, BLOCK_D, False)
+    g_block = load_rows(grad_out, grad_out_head, start, None, ROWS, grad_out_ROW, ALIGN, D, BLOCK_D, False, q_token)
     lse_block = tl.load(lse_log2 + bh * R + start + row)
     delta_block = tl.load(estimate + bh * R + start + row)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -179,8 +187,9 @@ def _dq(
         valid = slot < SLOTS
         if PARTIAL:
             valid = key + slot < tl.load(tokens + index)
-        k_block = load_rows(k, k_head, index * SLOTS + key, valid, KEYS, k_ROW, ALIGN, D, BLOCK_D, PARTIAL)
-        v_block = load_rows(v, v_head, index * SLOTS + key, valid, KEYS, v_ROW, ALIGN, D, BLOCK_D, PARTIAL)
+        token = tokens_at(kv_tokens, index * SLOTS + key, KEYS)
+        k_block = load_rows(k, k_head, index * SLOTS + key, valid, KEYS, k_ROW, ALIGN, D, BLOCK_D, PARTIAL, token)
+        v_block = load_rows(v, v_head, index * SLOTS + key, valid, KEYS, v_ROW, ALIGN, D, BLOCK_D, PARTIAL, token)
         logits = tl.dot(q_block, tl.trans(k_block), input_precision="ieee") * scale_log2
         if PARTIAL:
             logits = tl.where(valid[None, :], logits, float("-inf"))
@@ -196,4 +205,5 @@ def _dq(
             missing -= tl.load(grad_lse + bh * R + start + row)
         tl.store(delta + bh * R + start + row, delta_block + missing)
         acc -= missing[:, None] * mean_key
-    store_rows(dq, b * dq_b + h * dq_h, start, acc * scale, ROWS, dq_ROW, ALIGN, D, BLOCK_D)
+    q_token = tokens_again(q_tokens, start, ROWS)
+    store_rows(dq, b * dq_b + h * dq_h, start, acc * scale, ROWS, dq_ROW, ALIGN, D, BLOCK_D, q_token)

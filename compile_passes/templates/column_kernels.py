@@ -9,7 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flexsparse.compile_passes.templates.attention_common import NUMBERS, load_rows, nth_tile, store_rows
+from flexsparse.compile_passes.templates.attention_common import (
+    NUMBERS,
+    load_rows,
+    nth_tile,
+    store_rows,
+    tokens_again,
+    tokens_at,
+)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -25,6 +32,8 @@ def _dkdv(
     indices,
     pieces,
     kv_counts,
+    q_tokens,
+    kv_tokens,
     dk,
     dv,
     workspace,
@@ -89,8 +98,9 @@ def _dkdv(
     valid = slot < SLOTS
     if PARTIAL:
         valid = within + slot < tl.load(kv_counts + b.to(tl.int64) * U + u)
-    k_block = load_rows(k, b * k_b + g * k_h, key, valid, KEYS, k_ROW, ALIGN, D, BLOCK_D, PARTIAL)
-    v_block = load_rows(v, b * v_b + g * v_h, key, valid, KEYS, v_ROW, ALIGN, D, BLOCK_D, PARTIAL)
+    kv_token = tokens_at(kv_tokens, key, KEYS)
+    k_block = load_rows(k, b * k_b + g * k_h, key, valid, KEYS, k_ROW, ALIGN, D, BLOCK_D, PARTIAL, kv_token)
+    v_block = load_rows(v, b * v_b + g * v_h, key, valid, KEYS, v_ROW, ALIGN, D, BLOCK_D, PARTIAL, kv_token)
     dk_block = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv_block = tl.zeros([KEYS, BLOCK_D], tl.float32)
     for member in range(GROUP):
@@ -110,8 +120,11 @@ def _dkdv(
             step = first * STEPS + nth
             index = nth_tile(step // STEPS, tiles, first_tiles, listed, absent, EXTRA)
             start = index * QUERY_ROWS + step % STEPS * ROWS
-            q_block = load_rows(q, q_head, start, None, ROWS, q_ROW, ALIGN, D, BLOCK_D, False)
-            g_block = load_rows(grad_out, grad_out_head, start, None, ROWS, grad_out_ROW, ALIGN, D, BLOCK_D, False)
+            token = tokens_at(q_tokens, start, ROWS)
+            q_block = load_rows(q, q_head, start, None, ROWS, q_ROW, ALIGN, D, BLOCK_D, False, token)
+            g_block = load_rows(
+                grad_out, grad_out_head, start, None, ROWS, grad_out_ROW, ALIGN, D, BLOCK_D, False, token
+            )
             lse_block = tl.load(lse_log2 + bh * R + start + row)
             logits = tl.dot(k_block, tl.trans(q_block), input_precision="ieee") * scale_log2  # [KEYS, ROWS]
             weights = tl.exp2(logits - lse_block[None, :])
@@ -129,14 +142,16 @@ def _dkdv(
         at += tl.num_programs(2).to(tl.int64) * G * most * SLOTS
         store_rows(workspace, 0, at, dv_block, KEYS, D, 8, D, BLOCK_D)
         return
-    store_rows(dk, b * dk_b + g * dk_h, key, dk_block * scale, KEYS, dk_ROW, ALIGN, D, BLOCK_D)
-    store_rows(dv, b * dv_b + g * dv_h, key, dv_block, KEYS, dv_ROW, ALIGN, D, BLOCK_D)
+    kv_token = tokens_again(kv_tokens, key, KEYS)
+    store_rows(dk, b * dk_b + g * dk_h, key, dk_block * scale, KEYS, dk_ROW, ALIGN, D, BLOCK_D, kv_token)
+    store_rows(dv, b * dv_b + g * dv_h, key, dv_block, KEYS, dv_ROW, ALIGN, D, BLOCK_D, kv_token)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _add_pieces(
     pieces,
     workspace,
+    kv_tokens,
     dk,
     dv,
     scale,
@@ -172,5 +187,6 @@ def _add_pieces(
         dk_block += load_rows(workspace, 0, at, None, KEYS, D, 8, D, BLOCK_D, False)
         dv_block += load_rows(workspace, 0, at + other, None, KEYS, D, 8, D, BLOCK_D, False)
     key = u * SLOTS + within
-    store_rows(dk, b * dk_b + g * dk_h, key, dk_block * scale, KEYS, dk_ROW, ALIGN, D, BLOCK_D)
-    store_rows(dv, b * dv_b + g * dv_h, key, dv_block, KEYS, dv_ROW, ALIGN, D, BLOCK_D)
+    kv_token = tokens_at(kv_tokens, key, KEYS)
+    store_rows(dk, b * dk_b + g * dk_h, key, dk_block * scale, KEYS, dk_ROW, ALIGN, D, BLOCK_D, kv_token)
+    store_rows(dv, b * dv_b + g * dv_h, key, dv_block, KEYS, dv_ROW, ALIGN, D, BLOCK_D, kv_token)

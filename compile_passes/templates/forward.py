@@ -18,17 +18,23 @@ from torch import Tensor
 from flexsparse.compile_passes.templates import tuned
 from flexsparse.compile_passes.templates.attention_common import (
     NUMBERS,
+    Blocks,
+    CappedBlocks,
     Shape,
     compilation,
     dense_rows,
     flags,
+    lengths,
     load_rows,
     nth_tile,
     query_tile,
+    raster_shapes,
     seen_slots,
     shapes,
     store_rows,
     strides,
+    tokens_again,
+    tokens_at,
 )
 from flexsparse.compile_passes.templates.launch import LOG2E, Compilation, launch
 from flexsparse.compile_passes.templates.lists import ascending
@@ -44,6 +50,8 @@ def _forward(
     kv_counts,
     coarse,
     gate,
+    q_tokens,
+    kv_tokens,
     out,
     lse,
     scale_log2,
@@ -99,7 +107,8 @@ def _forward(
 
     start = block * ROWS
     slot = tl.arange(0, KEYS)
-    q_block = load_rows(q, b * q_b + h * q_h, start, None, ROWS, q_ROW, ALIGN, D, BLOCK_D, False)
+    q_token = tokens_at(q_tokens, start, ROWS)
+    q_block = load_rows(q, b * q_b + h * q_h, start, None, ROWS, q_ROW, ALIGN, D, BLOCK_D, False, q_token)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -109,8 +118,9 @@ def _forward(
         valid = slot < SLOTS
         if PARTIAL:
             valid = piece + slot < tl.load(tokens + index)
-        k_block = load_rows(k, k_head, index * SLOTS + piece, valid, KEYS, k_ROW, ALIGN, D, BLOCK_D, PARTIAL)
-        v_block = load_rows(v, v_head, index * SLOTS + piece, valid, KEYS, v_ROW, ALIGN, D, BLOCK_D, PARTIAL)
+        token = tokens_at(kv_tokens, index * SLOTS + piece, KEYS)
+        k_block = load_rows(k, k_head, index * SLOTS + piece, valid, KEYS, k_ROW, ALIGN, D, BLOCK_D, PARTIAL, token)
+        v_block = load_rows(v, v_head, index * SLOTS + piece, valid, KEYS, v_ROW, ALIGN, D, BLOCK_D, PARTIAL, token)
         logits = tl.dot(q_block, tl.trans(k_block), input_precision="ieee") * scale_log2
         if PARTIAL:
             logits = tl.where(valid[None, :], logits, float("-inf"))
@@ -124,22 +134,24 @@ def _forward(
         acc = tl.dot(weights.to(v_block.dtype), v_block, acc * decay[:, None], input_precision="ieee")
         top = new_top
 
+    q_token = tokens_again(q_tokens, start, ROWS)
     blank = total == 0.0
     acc = acc / tl.where(blank, 1.0, total)[:, None]
     if COARSE and video:
         column = tl.arange(0, BLOCK_D)
         coarse_row = tl.load(coarse + (bh * N + tile) * D + column, mask=column < D, other=0.0)
-        gates = load_rows(gate, b * gate_b + h * gate_h, start, None, ROWS, gate_ROW, ALIGN, D, BLOCK_D, False)
+        gate_head = b * gate_b + h * gate_h
+        gates = load_rows(gate, gate_head, start, None, ROWS, gate_ROW, ALIGN, D, BLOCK_D, False, q_token)
         acc += gates.to(tl.float32) * coarse_row[None, :]
-    store_rows(out, b * out_b + h * out_h, start, acc, ROWS, out_ROW, ALIGN, D, BLOCK_D)
+    store_rows(out, b * out_b + h * out_h, start, acc, ROWS, out_ROW, ALIGN, D, BLOCK_D, q_token)
     natural = (top + tl.log2(tl.where(blank, 1.0, total))) * 0.6931471805599453
     tl.store(lse + bh * R + start + tl.arange(0, ROWS), tl.where(blank, float("-inf"), natural))
 
 
-def _choose(q: Tensor, query_rows: int, slots: int, scale: float) -> tuned.Choice:
+def _choose(q: Tensor, query_rows: int, slots: int, scale: float, by_table: bool) -> tuned.Choice:
     """`tuned.chosen`, but for scales of which the Hopper kernels take none: plain Triton, unless it is forced."""
     arch = tuned.arch_of(q)
-    choice = tuned.chosen(arch, q.dtype, q.shape[3], query_rows, slots)
+    choice = tuned.chosen(arch, q.dtype, q.shape[3], query_rows, slots, by_table=by_table)
     if choice.kernel != "triton":
         if arch != "sm_90a":
             raise ValueError(
@@ -153,6 +165,14 @@ def _choose(q: Tensor, query_rows: int, slots: int, scale: float) -> tuned.Choic
             "slots, which they do not divide: force one of `tuned.candidates`"
         )
     return choice
+
+
+def _blocks(size: Blocks, D: int, by_table: bool) -> Blocks:
+    """The blocks as they are launched: by a table deeper, and with D=64 still three programs an SM."""
+    deeper = size.deeper(by_table)
+    if by_table and 16 < D <= 64 and size.rows == size.keys == 64:
+        return CappedBlocks(**vars(deeper), registers=168)
+    return deeper
 
 
 def forward(
@@ -174,6 +194,8 @@ def forward(
     scale: float,
     partial: bool,
     frame_tiles: int = 1,
+    q_tokens: Tensor | None = None,
+    kv_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention over tiles, with the gated coarse output added to it.
 
@@ -197,6 +219,9 @@ def forward(
         partial: False promises that every KV tile is full.
         frame_tiles: query tiles n and n + frame_tiles are neighbours in time; a kernel that reads for two tiles at once pairs
             these.
+        q_tokens: int32 ``[R]``, the token in each query row, -1 for none: q, gate and the output are ``[B, H, S, D]`` in the
+            order of tokens then, each of which is in one row; the log-sum-exp stays that of rows. None: they are rows.
+        kv_tokens: int32 ``[U * slots]``, as that for k and v.
 
     Returns:
         Output in q's memory format (`torch.empty_like`), and the fine stage's log-sum-exp (natural), float32 ``[B, H, R]``.
@@ -204,8 +229,9 @@ def forward(
     Raises:
         ValueError: a kernel is forced (`tuned.using`) that does not do the case.
     """
-    B, H, R, _ = q.shape
-    choice = _choose(q, query_rows, slots, scale)
+    B, H = q.shape[:2]
+    R, keys = lengths(q, k, q_tokens, kv_tokens)
+    choice = _choose(q, query_rows, slots, scale, by_table=q_tokens is not None or kv_tokens is not None)
     if choice.kernel != "triton":
         from flexsparse.compile_passes.templates import hopper_forward, hopper_pairs
 
@@ -232,12 +258,12 @@ def forward(
             scale=scale,
             partial=partial,
         )
-    N, U = counts.shape[2], k.shape[2] // slots
+    N, U = counts.shape[2], keys // slots
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     gate = None if gate is None else dense_rows(gate)
     out = torch.empty_like(q)
     lse = torch.empty((B, H, R), dtype=torch.float32, device=q.device)
-    size = choice.blocks
+    size = _blocks(choice.blocks, q.shape[3], kv_tokens is not None)
     launch(
         _forward,
         (R // size.rows, H, B),
@@ -249,6 +275,8 @@ def forward(
         kv_counts,
         None if coarse is None else coarse.contiguous(),
         gate,
+        q_tokens,
+        kv_tokens,
         out,
         lse,
         scale * LOG2E,
@@ -264,7 +292,7 @@ def forward(
         GROUP=H // k.shape[1],
         COARSE=coarse is not None,
         **strides(q=q, k=k, v=v, gate=gate, out=out),
-        **flags(q, k, bits, query_rows, kv_video, slots, partial),
+        **flags(q, k, bits, query_rows, kv_video, slots, partial, q_tokens, kv_tokens),
         **size.meta(),
     )
     return out, lse
@@ -309,10 +337,11 @@ def compilations(long_tail: bool) -> list[Compilation]:
         Shape(D=64, query_rows=128, slots=128),
         Shape(query_rows=128, slots=128, full=True),
     )
-    for shape in shapes(long_tail):
+    for shape in (*shapes(long_tail), *raster_shapes(long_tail)):
         if shape in alike and not long_tail:
             continue
         size = tuned.default_blocks(shape.dtype, shape.D, shape.query_rows, shape.slots)
+        size = _blocks(size, shape.D, bool(shape.raster))
         absent = {"coarse": None, "gate": None} if shape.full else {}
         found.append(compilation(_forward, shape, size, COARSE=not shape.full, **absent))
     return found

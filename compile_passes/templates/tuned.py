@@ -102,9 +102,12 @@ def _default(dtype: torch.dtype, D: int, query_rows: int, slots: int, op: str) -
 
 def arch_of(x: Tensor) -> str | None:
     """``"sm_90a"`` and the like for a tensor on a CUDA device; None elsewhere, where kernels run in the interpreter."""
-    if not x.is_cuda:
-        return None
-    major, minor = torch.cuda.get_device_capability(x.device)
+    return arch_on(x.device) if x.is_cuda else None
+
+
+def arch_on(device: torch.device) -> str:
+    """As `arch_of`, of a CUDA device."""
+    major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
@@ -150,23 +153,57 @@ def _hopper_backward(arch: str | None, D: int, query_rows: int, slots: int, op: 
     return [_choice("hopper", size, op) for size in sizes(D, query_rows, slots)]
 
 
-def chosen(arch: str | None, dtype: torch.dtype, D: int, query_rows: int, slots: int, op: str = "forward") -> Choice:
-    """What `using` forces, else what was measured to be fastest, else plain Triton with default blocks."""
+def chosen(
+    arch: str | None,
+    dtype: torch.dtype,
+    D: int,
+    query_rows: int,
+    slots: int,
+    op: str = "forward",
+    by_table: bool = False,
+) -> Choice:
+    """What `using` forces, else what was measured to be fastest, else plain Triton with default blocks.
+
+    ``by_table``: rows are found by a table, which of all kernels only plain Triton's can (`finds_rows`).
+
+    Raises:
+        ValueError: another is forced there.
+    """
     wanted = [choice for choice in _forced if choice.op == op]
     if wanted:
+        if by_table and wanted[-1].kernel != "triton":
+            raise ValueError(
+                f"kernel {wanted[-1].kernel!r} is forced on {op}, and takes no tokens in raster order: give tile order"
+            )
         return wanted[-1]
     measured = None if arch is None else _table(TABLE).get((op, arch, TYPES[dtype], D, query_rows, slots))
-    return measured or _default(dtype, D, query_rows, slots, op)
+    if measured is None or (by_table and measured.kernel != "triton"):
+        return _default(dtype, D, query_rows, slots, op)
+    return measured
 
 
-def hopper_blocks(op: str, q: Tensor, query_rows: int, slots: int) -> Blocks | None:
+def finds_rows(device: torch.device, dtype: torch.dtype, D: int, query_rows: int, slots: int) -> bool:
+    """Whether all kernels that are chosen for a case can find rows by a table, so that nobody need bring them to tile order.
+
+    The one place that decides it: before tokens are left in raster order, and not where kernels run.
+    """
+    if any(choice.kernel != "triton" for choice in _forced):
+        return False
+    case = (TYPES[dtype], D, query_rows, slots)
+    if device.type != "cuda" or not any(key[2:] == case for key in _table(TABLE)):
+        return True
+    arch = arch_on(device)
+    return all(chosen(arch, dtype, D, query_rows, slots, op).kernel == "triton" for op in OPS)
+
+
+def hopper_blocks(op: str, q: Tensor, query_rows: int, slots: int, by_table: bool = False) -> Blocks | None:
     """Blocks of the Hopper kernel of dq or dkdv where it is chosen for queries ``[B, H, R, D]``; None for plain Triton.
 
     Raises:
         ValueError: it is forced where it does not run.
     """
     arch = arch_of(q)
-    choice = chosen(arch, q.dtype, q.shape[3], query_rows, slots, op)
+    choice = chosen(arch, q.dtype, q.shape[3], query_rows, slots, op, by_table)
     if choice.kernel != "hopper":
         return None
     if arch != "sm_90a":

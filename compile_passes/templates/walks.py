@@ -16,6 +16,7 @@ from flexsparse.compile_passes.templates import tuned
 from flexsparse.compile_passes.templates.attention_common import (
     Blocks,
     CappedBlocks,
+    lengths,
     padded_dim,
     strides,
     unaccelerated_blocks,
@@ -80,6 +81,8 @@ class Walk:
         capacity: most video tiles that a row keeps.
         scale: softmax scale.
         partial: False promises that every KV tile is full.
+        q_tokens: int32 ``[R]`` or None, as in `backward`, like the next.
+        kv_tokens: int32 ``[U * slots]`` or None.
         constants: by which all kernels are specialised.
     """
 
@@ -99,6 +102,13 @@ class Walk:
     scale: float
     partial: bool
     constants: dict[str, Any]
+    q_tokens: Tensor | None = None
+    kv_tokens: Tensor | None = None
+
+    @property
+    def by_table(self) -> bool:
+        """Whether any rows are found by a table."""
+        return self.q_tokens is not None or self.kv_tokens is not None
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
@@ -109,14 +119,15 @@ class Walk:
 def dq_of(walk: Walk, lists: Tensor) -> Tensor:
     """dq, from the kept tiles of each row, int32 ``[B, H, N, capacity]``; and delta, which `dkdv_of` reads."""
     q, k = walk.rows["q"], walk.rows["k"]
-    B, H, R, D = q.shape
-    hopper = tuned.hopper_blocks("dq", q, walk.query_rows, walk.slots)
+    B, H, _, D = q.shape
+    R, keys = lengths(q, k, walk.q_tokens, walk.kv_tokens)
+    hopper = tuned.hopper_blocks("dq", q, walk.query_rows, walk.slots, walk.by_table)
     if hopper is not None:
         from flexsparse.compile_passes.templates import hopper_backward
 
         return hopper_backward.dq(walk, lists, hopper)
     dq = torch.empty_like(q)
-    size = dq_blocks(q.dtype, D, walk.query_rows, walk.slots)
+    size = dq_blocks(q.dtype, D, walk.query_rows, walk.slots).deeper(walk.kv_tokens is not None)
     launch(
         _dq,
         (R // size.rows, H, B),
@@ -125,9 +136,10 @@ def dq_of(walk: Walk, lists: Tensor) -> Tensor:
         lists,
         walk.counts,
         walk.kv_counts,
+        *(walk.q_tokens, walk.kv_tokens),
         dq,
         *(walk.scale, walk.scale * LOG2E),
-        *(H, walk.counts.shape[2], walk.kv_video, k.shape[2] // walk.slots, R),
+        *(H, walk.counts.shape[2], walk.kv_video, keys // walk.slots, R),
         *(walk.first_rows, walk.kv_first, walk.capacity),
         CORRECT=walk.estimate is not walk.delta,
         LSE_GRADIENT=walk.grad_lse is not None,
@@ -141,11 +153,14 @@ def dq_of(walk: Walk, lists: Tensor) -> Tensor:
 def dkdv_of(walk: Walk, offsets: Tensor, columns: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """dk and dv, from the query tiles that keep each KV tile, as `transpose` says them."""
     q, k, v = (walk.rows[name] for name in "qkv")
-    (B, H, R, D), G, N = q.shape, k.shape[1], walk.counts.shape[2]
-    U, M, query_tiles = k.shape[2] // walk.slots, walk.kv_video, R // walk.query_rows
+    (B, H, _, D), G, N = q.shape, k.shape[1], walk.counts.shape[2]
+    R, keys = lengths(q, k, walk.q_tokens, walk.kv_tokens)
+    U, M, query_tiles = keys // walk.slots, walk.kv_video, R // walk.query_rows
     dk, dv = torch.empty_like(k), torch.empty_like(v)
-    hopper = tuned.hopper_blocks("dkdv", q, walk.query_rows, walk.slots)
-    size = hopper or column_blocks(q.dtype, D, walk.query_rows, walk.slots, H // G, walk.partial)
+    hopper = tuned.hopper_blocks("dkdv", q, walk.query_rows, walk.slots, walk.by_table)
+    size = hopper or column_blocks(q.dtype, D, walk.query_rows, walk.slots, H // G, walk.partial).deeper(
+        walk.q_tokens is not None
+    )
     halves = walk.slots // size.keys
     entries = N * min(walk.capacity, M) + (query_tiles - N) * M + (U - M) * query_tiles
     most = most_pieces(B * G, halves, U, H // G * entries, H // G * query_tiles)
@@ -164,6 +179,7 @@ def dkdv_of(walk: Walk, offsets: Tensor, columns: Tensor, indices: Tensor) -> tu
             *walk.operands,
             *(offsets, columns, indices, work),
             walk.kv_counts,
+            *(walk.q_tokens, walk.kv_tokens),
             *(dk, dv, workspace),
             *(walk.scale, walk.scale * LOG2E),
             *(N, M, U, R, walk.first_rows // walk.query_rows, walk.kv_first, G, most),
@@ -173,11 +189,13 @@ def dkdv_of(walk: Walk, offsets: Tensor, columns: Tensor, indices: Tensor) -> tu
             **size.meta(),
         )
     if workspace is not None:
-        add_pieces(work, workspace, dk, dv, walk.scale)
+        add_pieces(work, workspace, dk, dv, walk.scale, walk.kv_tokens)
     return dk, dv
 
 
-def add_pieces(work: Tensor, workspace: Tensor, dk: Tensor, dv: Tensor, scale: float) -> None:
+def add_pieces(
+    work: Tensor, workspace: Tensor, dk: Tensor, dv: Tensor, scale: float, kv_tokens: Tensor | None = None
+) -> None:
     """Write dk and dv of the columns that were split, their pieces added in order.
 
     Args:
@@ -186,13 +204,14 @@ def add_pieces(work: Tensor, workspace: Tensor, dk: Tensor, dv: Tensor, scale: f
         dk: ``[B, G, U * slots, D]``, written in place.
         dv: as dk.
         scale: softmax scale.
+        kv_tokens: int32 ``[U * slots]``, the token in each slot, where dk and dv are in the order of tokens.
     """
     _, B, G, most, slots, D = workspace.shape
     keys = min(slots, 32)
     launch(
         _add_pieces,
         (most * (slots // keys), G, B),
-        *(work, workspace, dk, dv, scale, work.shape[2] - most, G, most),
+        *(work, workspace, kv_tokens, dk, dv, scale, work.shape[2] - most, G, most),
         **strides(dk=dk, dv=dv),
         D=D,
         BLOCK_D=padded_dim(D),
