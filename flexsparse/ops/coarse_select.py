@@ -17,6 +17,7 @@ from torch import Tensor
 from flexsparse.ops import templates_for
 from flexsparse.ops.choice import Rule, choose
 from flexsparse.ops.select_tiles import fake_choice, tiles_to_keep
+from flexsparse.ops.tile_tokens import rows_at
 from flexsparse.selection import unpack_bits
 
 CHUNK_SCORES = 1 << 18
@@ -50,6 +51,10 @@ def coarse_select(
     capacity: int,
     scale: float,
     count_bias: bool,
+    q_tokens: Tensor | None = None,
+    kv_tokens: Tensor | None = None,
+    q_back: Tensor | None = None,
+    kv_back: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The whole coarse stage.
 
@@ -68,6 +73,12 @@ def coarse_select(
         capacity: the most tiles that a row keeps.
         scale: factor of the scores.
         count_bias: add ``log(max(kv_counts, 1))`` to the scores.
+        q_tokens: int32 ``[N, s]``, the token in each slot, -1 for none, where q comes in raster order, ``[B, H, S, D]``: it is
+            pooled from where it lies, and its gradient comes in raster order too. None: q is as said above.
+        kv_tokens: int32 ``[M, t]``, the same for k and v.
+        q_back: int32 ``[S]``, the slot of each token, counted from the first video slot, given with ``q_tokens``; slots
+            outside of the video are those of extra tokens, which have no gradient.
+        kv_back: the same with ``kv_tokens``.
 
     Returns:
         Coarse output ``[B, H, N, D]`` and its natural log-sum-exp ``[B, H, N]`` (0 and -inf for a row that allows nothing;
@@ -76,11 +87,15 @@ def coarse_select(
         alone is differentiable.
     """
     how = Rule(name=rule, value=value, now=now, min_tiles=min_tiles)
-    B, H, N, D = *q.shape[:3], q.shape[4]
-    M = k.shape[2]
+    B, H, D = *q.shape[:2], q.shape[-1]
+    N = q.shape[2] if q_tokens is None else q_tokens.shape[0]
+    M = k.shape[2] if kv_tokens is None else kv_tokens.shape[0]
     templates = templates_for(q, M)
     if templates is not None:
-        return _on_cuda(templates, q, k, v, q_counts, kv_counts, allowed, how, capacity, scale, count_bias)
+        fields = (q_counts, kv_counts, allowed, how, capacity, scale, count_bias)
+        return _on_cuda(templates, q, k, v, *fields, q_tokens, kv_tokens)
+    q, k = _tiles(q, q_tokens), _tiles(k, kv_tokens)
+    v = None if v is None else _tiles(v, kv_tokens)
     q_c, k_c = pool_tiles(q, q_counts), pool_tiles(k, kv_counts)
     v_c = k_c.new_empty(0) if v is None else pool_tiles(v, kv_counts)
     bits, counts, wanted = fake_choice(q_c, B, H, N, M)
@@ -97,6 +112,11 @@ def coarse_select(
     return coarse, lse, q_c, k_c, v_c, bits, counts, wanted
 
 
+def _tiles(x: Tensor, tokens: Tensor | None) -> Tensor:
+    """Tokens in raster order ``[B, H, S, D]`` as tiles ``[B, H, n, s, D]``, where there is a table ``[n, s]``."""
+    return x if tokens is None else rows_at(x, tokens.flatten()).unflatten(2, tokens.shape)
+
+
 def _on_cuda(
     templates: Any,
     q: Tensor,
@@ -109,11 +129,13 @@ def _on_cuda(
     capacity: int,
     scale: float,
     count_bias: bool,
+    q_tokens: Tensor | None = None,
+    kv_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from flexsparse.compile_passes.templates.pool import pool
 
     parts = [(q, q_counts, False), (k, kv_counts, False)] + ([] if v is None else [(v, kv_counts, False)])
-    pooled = pool(parts)
+    pooled = pool(parts, (q_tokens, kv_tokens, kv_tokens))
     v_c = None if v is None else pooled[2]
     sparsity = rule.name == "sparsity"
     bits, counts, wanted, coarse, lse = templates.select(
@@ -126,7 +148,7 @@ def _on_cuda(
         alive=False,
         scale=scale,
         rule="top_k" if sparsity else rule.name,
-        value=tiles_to_keep(rule, k.shape[2]) if sparsity else rule.number(),
+        value=tiles_to_keep(rule, pooled[1].shape[2]) if sparsity else rule.number(),
         min_tiles=rule.min_tiles,
         capacity=capacity,
     )
@@ -190,9 +212,11 @@ def _log_softmax(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 @coarse_select.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
-    B, H, N, D = *q.shape[:3], q.shape[4]
-    G, M = k.shape[1:3]
+def _(q: Tensor, k: Tensor, v: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    q_tokens, kv_tokens = (*args, None, None)[10:12]
+    B, H, D = *q.shape[:2], q.shape[-1]
+    N = q.shape[2] if q_tokens is None else q_tokens.shape[0]
+    G, M = k.shape[1], k.shape[2] if kv_tokens is None else kv_tokens.shape[0]
 
     def floats(*shape: int) -> Tensor:
         return q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -305,22 +329,36 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, q_counts, kv_counts, allowed, *_, scale, count_bias = inputs
+    q, k, v, q_counts, kv_counts, allowed, *_, scale, count_bias, q_tokens, kv_tokens, q_back, kv_back = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[:5], q_counts, kv_counts, allowed)
-    ctx.rest = (q.shape[3], k.shape[3], scale, count_bias, q.dtype, k.dtype, q.dtype if v is None else v.dtype)
+    ctx.save_for_backward(*output[:5], q_counts, kv_counts, allowed, q_back, kv_back)
+    # of tokens in raster order, the op makes the gradient of a tile, which is spread here: a compiler fuses that with its reader
+    slots = [1 if table is not None else x.shape[3] for x, table in ((q, q_tokens), (k, kv_tokens))]
+    ctx.rest = (*slots, scale, count_bias, q.dtype, k.dtype, q.dtype if v is None else v.dtype)
+    ctx.slots = [None if table is None else table.shape[1] for table in (q_tokens, kv_tokens)]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     d_coarse = grads[0]
     if d_coarse is None or not d_coarse.numel():
-        return (None,) * 13
-    coarse, lse, q_c, k_c, v_c, q_counts, kv_counts, allowed = ctx.saved_tensors
-    of_tokens = torch.ops.flexsparse.coarse_select_backward(
+        return (None,) * 17
+    coarse, lse, q_c, k_c, v_c, q_counts, kv_counts, allowed, q_back, kv_back = ctx.saved_tensors
+    dq, dk, dv = torch.ops.flexsparse.coarse_select_backward(
         d_coarse, coarse, lse, q_c, k_c, v_c, q_counts, kv_counts, allowed, *ctx.rest
     )
-    return (*of_tokens, *(None,) * 10)
+    if q_back is not None:
+        dq = _of_tokens(dq[:, :, :, 0], q_back, ctx.slots[0])
+    if kv_back is not None:
+        dk, dv = (_of_tokens(x[:, :, :, 0], kv_back, ctx.slots[1]) for x in (dk, dv))
+    return (dq, dk, dv, *(None,) * 14)
+
+
+def _of_tokens(d: Tensor, back: Tensor, slots: int) -> Tensor:
+    """``d [B, H, n, D]`` of tiles to their tokens, ``[B, H, S, D]``; zero for tokens of no tile."""
+    tile = torch.div(back, slots, rounding_mode="floor")
+    none = (tile < 0) | (tile >= d.shape[2])
+    return d.index_select(2, tile.clamp_min(0).clamp_max(d.shape[2] - 1)).masked_fill(none[:, None], 0)
 
 
 coarse_select.register_autograd(_backward, setup_context=_setup)

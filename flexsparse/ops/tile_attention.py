@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.ops import gathered
+from flexsparse.ops.tile_tokens import inverse, rows_at
 
 HEAD_DIMS = range(8, 257, 8)
 ROWS = (16, 32, 64, 128, 256)
@@ -52,6 +53,8 @@ def tile_attention(
     partial: bool,
     scale: float,
     wants_lse: bool,
+    q_tokens: Tensor | None = None,
+    kv_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the tokens of the kept tiles and the extra tokens, plus ``gate * coarse``.
 
@@ -77,6 +80,9 @@ def tile_attention(
         partial: whether a KV tile may have fewer valid tokens than slots.
         scale: softmax scale.
         wants_lse: whether the log-sum-exp is computed; the backward needs it.
+        q_tokens: int32 ``[R]``, the token in each row, -1 for none. With it q, the gate and the output are in raster order,
+            ``[B, H, S, D]``, each token in one row, so that nobody brings them to tile order; without, as said above.
+        kv_tokens: int32 ``[U * slots]``, the same for k and v. Kernels read them by these tables.
 
     Returns:
         Output as q, and log-sum-exp (natural) of the fine stage ``[B, H, R]`` in at least float32, or ``[B, H, 0]``.
@@ -84,6 +90,8 @@ def tile_attention(
     """
     sizes = (query_rows, first_rows, kv_first, kv_video, slots)
     high = torch.promote_types(q.dtype, torch.float32)
+    tokens = q.shape[2]
+    (q, gate), (k, v) = _in_rows(q_tokens, q, gate), _in_rows(kv_tokens, k, v)
     out, lse = gathered.forward(
         q, k, v, bits, counts, kv_counts, *sizes, scale, wants_lse, out_dtype=q.dtype if gate is None else high
     )
@@ -91,7 +99,20 @@ def tile_attention(
         video = out.narrow(2, first_rows, counts.shape[2] * query_rows).unflatten(2, (-1, query_rows))
         video.addcmul_(_video_rows(gate, first_rows, last_rows, query_rows).to(high), coarse[:, :, :, None].to(high))
         out = out.to(q.dtype)
-    return out, lse
+    return _in_raster(q_tokens, tokens, out)[0], lse
+
+
+def _in_rows(tokens: Tensor | None, *xs: Any) -> list[Any]:
+    """Tensors as they are computed: brought to the order of a table where there is one."""
+    return [x if tokens is None or x is None else rows_at(x, tokens) for x in xs]
+
+
+def _in_raster(tokens: Tensor | None, length: int, *xs: Tensor) -> list[Tensor]:
+    """Results in the order of their inputs."""
+    if tokens is None:
+        return list(xs)
+    back = inverse(tokens, length)
+    return [x.index_select(2, back) if x.numel() else x for x in xs]
 
 
 def _video_rows(x: Tensor, first_rows: int, last_rows: int, query_rows: int) -> Tensor:
@@ -113,8 +134,9 @@ def run_forward(
     """`tile_attention` by the Triton templates: on CUDA, and in Triton's interpreter."""
     from flexsparse.compile_passes.templates.forward import forward
 
+    numbers, tables = sizes[:11], dict(zip(("q_tokens", "kv_tokens"), sizes[11:]))
     operands = (q, k, v, bits, counts, kv_counts.expand(q.shape[0], -1), coarse, gate)
-    return forward(*operands, **_keywords(*sizes[:-1]), frame_tiles=sizes[7])
+    return forward(*operands, **_keywords(*numbers[:-1]), frame_tiles=numbers[7], **tables)
 
 
 def _keywords(
@@ -152,8 +174,9 @@ def result_like(x: Tensor) -> Tensor:
 
 @tile_attention.register_fake
 def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    wants_lse, q_tokens = (*args, None)[17:19]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    rows = q.shape[2] if args[-1] or q.is_cuda else 0
+    rows = (q.shape[2] if q_tokens is None else q_tokens.shape[0]) if wants_lse or q.is_cuda else 0
     return result_like(q), q.new_empty((*q.shape[:2], rows), dtype=dtype)
 
 
@@ -181,6 +204,8 @@ def tile_attention_backward(
     frame_tiles: int,
     partial: bool,
     scale: float,
+    q_tokens: Tensor | None = None,
+    kv_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `tile_attention` with respect to q, k, v, coarse and gate (of size 0 where there are none).
 
@@ -188,15 +213,18 @@ def tile_attention_backward(
     and needs it not: None is allowed.
     """
     sizes = (query_rows, first_rows, kv_first, kv_video, slots)
+    lengths = q.shape[2], k.shape[2]
+    (grad, q, out, gate), (k, v) = _in_rows(q_tokens, grad, q, out, gate), _in_rows(kv_tokens, k, v)
     fine = out if gate is None else None  # with a gate, out is not the fine stage's alone
-    grads = gathered.backward(grad, grad_lse, q, k, v, fine, lse, bits, counts, kv_counts, *sizes, scale)
+    dq, dk, dv = gathered.backward(grad, grad_lse, q, k, v, fine, lse, bits, counts, kv_counts, *sizes, scale)
+    grads = *_in_raster(q_tokens, lengths[0], dq), *_in_raster(kv_tokens, lengths[1], dk, dv)
     if gate is None or coarse is None:
         return (*grads, q.new_empty(0), q.new_empty(0))
     g = _video_rows(grad, first_rows, last_rows, query_rows).to(lse.dtype)
     d_coarse = (g * _video_rows(gate, first_rows, last_rows, query_rows)).sum(3)
     d_gate = torch.zeros_like(gate, memory_format=torch.contiguous_format)
     _video_rows(d_gate, first_rows, last_rows, query_rows).copy_(g * coarse[:, :, :, None])
-    return (*grads, d_coarse.to(coarse.dtype), d_gate)
+    return (*grads, d_coarse.to(coarse.dtype), *_in_raster(q_tokens, lengths[0], d_gate))
 
 
 def run_backward(
@@ -223,8 +251,9 @@ def run_backward(
 
     if out is None:
         raise ValueError("out is None, and the templates' backward reads it: give what tile_attention returned")
+    numbers, tables = sizes[:10], dict(zip(("q_tokens", "kv_tokens"), sizes[10:]))
     operands = (grad, grad_lse, q, k, v, out, lse, bits, counts, kv_counts.expand(q.shape[0], -1), coarse, gate)
-    dq, dk, dv, d_coarse, d_gate = backward(*operands, **_keywords(*sizes))
+    dq, dk, dv, d_coarse, d_gate = backward(*operands, **_keywords(*numbers), **tables)
     none = q.new_empty(0)
     return dq, dk, dv, none if d_coarse is None else d_coarse, none.clone() if d_gate is None else d_gate
 
@@ -241,19 +270,20 @@ def _(grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *a
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, coarse, gate, bits, counts, kv_counts, *ctx.rest, _ = inputs
+    q, k, v, coarse, gate, bits, counts, kv_counts, *ctx.rest, _, q_tokens, kv_tokens = inputs
     out, lse = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, lse, coarse, gate, bits, counts, kv_counts)
+    ctx.save_for_backward(q, k, v, out, lse, coarse, gate, bits, counts, kv_counts, q_tokens, kv_tokens)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    q, *_, coarse, gate, _bits, _counts, _kv_counts = ctx.saved_tensors
+    *saved, q_tokens, kv_tokens = ctx.saved_tensors
+    q, *_, coarse, gate, _bits, _counts, _kv_counts = saved
     grad = torch.zeros_like(q) if grad is None else grad
     dq, dk, dv, d_coarse, d_gate = torch.ops.flexsparse.tile_attention_backward(
-        grad, grad_lse, *ctx.saved_tensors, *ctx.rest
+        grad, grad_lse, *saved, *ctx.rest, q_tokens, kv_tokens
     )
-    return (dq, dk, dv, None if coarse is None else d_coarse, None if gate is None else d_gate, *(None,) * 14)
+    return (dq, dk, dv, None if coarse is None else d_coarse, None if gate is None else d_gate, *(None,) * 16)
 
 
 tile_attention.register_autograd(_backward, setup_context=_setup)

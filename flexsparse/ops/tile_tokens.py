@@ -27,7 +27,20 @@ def tile_tokens(xs: list[Tensor], tables: list[Tensor], back: list[Tensor]) -> l
         from flexsparse.compile_passes.templates import tiling
 
         return tiling.tile_tokens(xs, tables)
-    return [x.index_select(2, table.clamp_min(0)).masked_fill((table < 0)[:, None], 0) for x, table in zip(xs, tables)]
+    return [rows_at(x, table) for x, table in zip(xs, tables)]
+
+
+def rows_at(x: Tensor, table: Tensor) -> Tensor:
+    """Rows ``[B, H, P, D]`` of ``x [B, H, S, D]`` that an int32 table ``[P]`` names; zeros where it is -1."""
+    return x.index_select(2, table.clamp_min(0)).masked_fill((table < 0)[:, None], 0)
+
+
+def inverse(table: Tensor, length: int) -> Tensor:
+    """The place of each of ``length`` rows in a table that names each once: int32 ``[length]``."""
+    places = torch.empty(length, dtype=torch.int32, device=table.device)
+    there = (table >= 0).nonzero()[:, 0]
+    places[table[there].long()] = there.to(torch.int32)
+    return places
 
 
 @tile_tokens.register_fake

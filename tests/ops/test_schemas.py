@@ -15,7 +15,8 @@ ops = torch.ops.flexsparse
 
 SCHEMAS = {
     "coarse_select": "(Tensor q, Tensor k, Tensor? v, Tensor q_counts, Tensor kv_counts, Tensor? allowed, Tensor? now, "
-    "str rule, float value, SymInt min_tiles, SymInt capacity, float scale, bool count_bias) "
+    "str rule, float value, SymInt min_tiles, SymInt capacity, float scale, bool count_bias, Tensor? q_tokens=None, "
+    "Tensor? kv_tokens=None, Tensor? q_back=None, Tensor? kv_back=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "coarse_select_backward": "(Tensor d_coarse, Tensor coarse, Tensor lse, Tensor q_c, Tensor k_c, Tensor v_c, "
     "Tensor q_counts, Tensor kv_counts, Tensor? allowed, SymInt q_slots, SymInt kv_slots, float scale, bool count_bias, "
@@ -24,11 +25,12 @@ SCHEMAS = {
     "SymInt capacity) -> (Tensor, Tensor, Tensor)",
     "tile_attention": "(Tensor q, Tensor k, Tensor v, Tensor? coarse, Tensor? gate, Tensor bits, Tensor counts, "
     "Tensor kv_counts, SymInt query_rows, SymInt first_rows, SymInt last_rows, SymInt kv_first, SymInt kv_video, "
-    "SymInt slots, SymInt capacity, SymInt frame_tiles, bool partial, float scale, bool wants_lse) -> (Tensor, Tensor)",
+    "SymInt slots, SymInt capacity, SymInt frame_tiles, bool partial, float scale, bool wants_lse, "
+    "Tensor? q_tokens=None, Tensor? kv_tokens=None) -> (Tensor, Tensor)",
     "tile_attention_backward": "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, "
     "Tensor? coarse, Tensor? gate, Tensor bits, Tensor counts, Tensor kv_counts, SymInt query_rows, SymInt first_rows, "
     "SymInt last_rows, SymInt kv_first, SymInt kv_video, SymInt slots, SymInt capacity, SymInt frame_tiles, bool partial, "
-    "float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float scale, Tensor? q_tokens=None, Tensor? kv_tokens=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "pack_tiles": "(Tensor keep) -> (Tensor, Tensor)",
     "pack_lists": "(Tensor indices, Tensor counts, SymInt tiles) -> (Tensor, Tensor)",
     "block_lists": "(Tensor bits, Tensor counts, Tensor kv_counts, SymInt query_rows, SymInt first_rows, "
