@@ -7,10 +7,12 @@ On Dynamo's graph, before autograd:
 - `unfold`: a sparse call => tiling, the nodes of its coarse stage, the fine stage.
 - `fuse_selection`: pooling, scores, coarse output and choice of tiles => one op; `tile_choice`, `coarse_chain`, `views` match
   them.
+- `pool_tokens`: that op pools tokens where they lie in raster order.
 
 On the joint graph of forward and backward:
 
 - `lower_flex`: FlexAttention under a tile list => tile attention.
+- `fold_tiling`: tile attention reads and writes raster order, and nothing is brought to tile order (`gathers`: what it finds).
 
 Besides:
 
@@ -20,10 +22,21 @@ Besides:
 - `marks`: identity ops by which a wrapped model tells its graph the grid and the gates.
 """
 
+from flexsparse.compile_passes.fold_tiling import FoldTiling
 from flexsparse.compile_passes.fuse_selection import FuseSelection
 from flexsparse.compile_passes.keep_tiles import KeepTiles
 from flexsparse.compile_passes.lower_flex import LowerFlex
+from flexsparse.compile_passes.pool_tokens import PoolTokens
 from flexsparse.compile_passes.rewrite_sdpa import RewriteError, RewriteSDPA
 from flexsparse.compile_passes.unfold import UnfoldAttention
 
-__all__ = ["FuseSelection", "KeepTiles", "LowerFlex", "RewriteError", "RewriteSDPA", "UnfoldAttention"]
+__all__ = [
+    "FoldTiling",
+    "FuseSelection",
+    "KeepTiles",
+    "LowerFlex",
+    "PoolTokens",
+    "RewriteError",
+    "RewriteSDPA",
+    "UnfoldAttention",
+]

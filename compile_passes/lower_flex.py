@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flexsparse.compile_passes import epilogue
-from flexsparse.compile_passes.epilogue import find_epilogue
+from flexsparse.compile_passes.epilogue import combine, find_epilogue
 from flexsparse.compile_passes.graphs import finish, graph_modules, is_attribute
 from flexsparse.ops.tile_attention import result_like, templates_refuse
 from flexsparse.selection import tile_mask_mod
@@ -26,6 +26,8 @@ FORWARD = torch.ops.higher_order.flex_attention
 BACKWARD = torch.ops.higher_order.flex_attention_backward
 LISTS = torch.ops.flexsparse.block_lists.default
 LOG2E = 1.4426950408889634
+CALL_NAME = "flexsparse_call"
+"""Key of ``node.meta``: the sparse call that a `tile_attention` node computes."""
 
 
 class NotLowered(Exception):
@@ -84,7 +86,10 @@ class LowerFlex(CustomGraphPass):
                 try:
                     lists = self._tile_lists(gm, node)
                     if node.target is FORWARD:
-                        self.combined += _combine(gm.graph, _lower_forward(gm.graph, node, lists))
+                        out = _lower_forward(gm.graph, node, lists)
+                        rows = lists.args[3]
+                        found = find_epilogue(out, rows) if isinstance(rows, int) else None
+                        self.combined += combine(gm.graph, out, found)
                         self.matches = (forward + 1, backward)
                     else:
                         _lower_backward(gm.graph, node, lists)
@@ -221,6 +226,7 @@ def _lower_forward(graph: Graph, node: Node, lists: Node) -> Node:
     with graph.inserting_before(node):
         op = torch.ops.flexsparse.tile_attention.default
         new = _call(graph, node, op, q, k, v, None, None, *lists.args[:-1], scale, wants_lse)
+        new.meta[CALL_NAME] = str(lists.args[-1])
         out = _call(graph, node, operator.getitem, new, 0)
         if wants_lse:
             natural = _call(graph, node, operator.getitem, new, 1)
@@ -234,27 +240,6 @@ def _lower_forward(graph: Graph, node: Node, lists: Node) -> Node:
         graph.erase_node(user)
     graph.erase_node(node)
     return out
-
-
-def _combine(graph: Graph, out: Node) -> bool:
-    """Give an op's coarse output and gate to it, where its output ``out`` is added to their product at once."""
-    node = out.args[0]
-    assert isinstance(node, Node)
-    rows = node.args[8]
-    found = find_epilogue(out, rows) if isinstance(rows, int) else None
-    if found is None:
-        return False
-    total, coarse, gate = found
-    before = set()
-    for earlier in graph.nodes:
-        if earlier is node:
-            break
-        before.add(earlier)
-    if coarse not in before or gate not in before:
-        return False
-    node.args = (*node.args[:3], coarse, gate, *node.args[5:])
-    total.replace_all_uses_with(out)
-    return True
 
 
 def _lower_backward(graph: Graph, node: Node, lists: Node) -> None:

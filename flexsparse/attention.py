@@ -18,7 +18,7 @@ from flexsparse.backends import Case, choose, flex, gather, reference, softmax_s
 from flexsparse.gated import GatedCoarse, gated_coarse
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import CoarseInputs, MaskBuilder
-from flexsparse.ops import has_triton, tile_tokens  # noqa: F401
+from flexsparse.ops import tile_tokens
 from flexsparse.selection import TileSelection
 from flexsparse.tables import is_tracing
 
@@ -191,7 +191,7 @@ def tiles_of(
 ) -> Tiles:
     """q, k and v in tile order, ``[B, H, P, D]`` each; what is no valid token of k and v is zero."""
     kv_layout = layout if kv_layout is None else kv_layout
-    if q.is_cuda and q.dtype != torch.float64 and has_triton() and layout.order == kv_layout.order == "raster":
+    if layout.order == kv_layout.order == "raster" and tile_tokens.in_one_kernel(q.device, q.dtype):
         indices = [one.index(q.device)[:2] for one in (layout, kv_layout, kv_layout)]
         tables, back = ([pair[i] for pair in indices] for i in (0, 1))
         q_tiles, k_tiles, v_tiles = torch.ops.flexsparse.tile_tokens([q, k, v], tables, back)

@@ -145,6 +145,8 @@ class CallParts:
             order)``; ``mask`` is a key mask ``[B, 1, 1, S]`` or None, ``order`` that of the tokens (`TileLayout`), here and
             in the parts.
         tiles: q, k and v in tile order.
+        video_tables: the tables by which the coarse stage finds tokens in raster order (`ops.coarse_select`).
+        video_starts: the first video slots of queries and keys.
         plan: the coarse stage.
         fine: the fine stage and the combination.
     """
@@ -204,6 +206,15 @@ class CallParts:
                 k, v = hide_text(k, v, mask, layout)
             return tiles_of(q, k, v, layout, kv_layout, None)
 
+        def flexsparse_video_tables(q: Tensor, k: Tensor, grid: Geometry, tables: Tables) -> tuple[Tensor, ...]:
+            found = []
+            for x, one in zip((q, k), ordered(grid, tables, "raster")):
+                tokens, back, _ = one.index(x.device)
+                start = one.tiles_first * one.slots  # `video_starts`
+                found.append((one.video(tokens[:, None])[..., 0], back - start if one.tiles_first else back))
+            (q_tokens, q_back), (kv_tokens, kv_back) = found
+            return q_tokens, kv_tokens, q_back, kv_back
+
         def flexsparse_plan(
             q: Tensor,
             k: Tensor,
@@ -249,12 +260,16 @@ class CallParts:
             layout, kv_layout = ordered(grid, None, order)
             return (*layout.tables(device), *(() if kv_layout is layout else kv_layout.tables(device)))
 
+        def video_starts(grid: Geometry) -> tuple[int, ...]:
+            return tuple(one.tiles_first * one.slots for one in layouts_of(grid))
+
         def whole(grid: Geometry) -> bool:
             layout, kv_layout = layouts_of(grid)
             return kv_layout is layout and layout.whole
 
         self.attend, self.tables, self.whole, self.reorder = flexsparse_attend, tables, whole, flexsparse_reorder
         self.tiles, self.plan, self.fine = flexsparse_tiles, flexsparse_plan, flexsparse_fine
+        self.video_tables, self.video_starts = flexsparse_video_tables, video_starts
 
 
 def flat(selection: TileSelection, coarse_out: Tensor | None) -> list[Any]:

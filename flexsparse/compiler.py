@@ -15,8 +15,17 @@ from torch import Tensor
 from flexsparse.attention import case_of
 from flexsparse.backends import choose
 from flexsparse.calls import CallParts, autocast_dtype
-from flexsparse.compile_passes import FuseSelection, KeepTiles, LowerFlex, RewriteError, RewriteSDPA, UnfoldAttention
-from flexsparse.compile_passes.fusion_guard import compile_eagerly, compile_guarded
+from flexsparse.compile_passes import (
+    FoldTiling,
+    FuseSelection,
+    KeepTiles,
+    LowerFlex,
+    PoolTokens,
+    RewriteError,
+    RewriteSDPA,
+    UnfoldAttention,
+)
+from flexsparse.compile_passes.fusion_guard import InOrder, compile_eagerly, compile_guarded
 from flexsparse.grids import Geometry
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import MaskBuilder, StaticBuilder
@@ -43,6 +52,7 @@ class Backend:
         fuse_selection: bool = True,
         lower_flex: bool = True,
         keep_tiles: bool = True,
+        fold_tiling: bool = True,
         text_first: int = 0,
         text_last: int = 0,
         min_tokens: int = 0,
@@ -72,6 +82,7 @@ class Backend:
         self.layouts_of(self.geometry or (1, 1, 1, text_first, text_last))
         self.expect, self.min_tokens, self.attention, self.gates = expect, min_tokens, attention, gates
         self.fuse_selection, self.lower_flex, self.keep_tiles = fuse_selection, lower_flex, keep_tiles
+        self.fold_tiling = fold_tiling and lower_flex
         self.inner, self.wrapped = inner, wrapped
         self.calls = Report()
 
@@ -206,22 +217,27 @@ class Backend:
             self.parallel.rewrite(gm, self)
         rewrite(gm)
         self._verify(rewrite, met, is_region=bool(region))
+        keep = None
         if self.keep_tiles and all(isinstance(b, MaskBuilder) for b in self.rules.builders):  # others read raster order
             keep = KeepTiles(parts.attend, parts)
             keep(gm)
-            met.annotate(notes=_said_of_order(keep))
         UnfoldAttention(parts.attend, parts)(gm)
         if self.fuse_selection:
             fuse = FuseSelection()
             fuse(gm)
             met.annotate(fused=fuse.fused, notes=self._why_not_fused(fuse, met))
+        if self.fold_tiling:
+            PoolTokens(parts)(gm)
         lower = LowerFlex() if self.lower_flex else None
+        fold = FoldTiling() if self.fold_tiling else None
+        joint = InOrder([lower, fold]) if fold is not None else lower
         if self.inner == "aot_eager":
-            compiled = compile_eagerly(gm, list(example_inputs), lower)
+            compiled = compile_eagerly(gm, list(example_inputs), joint)
         else:
-            compiled = compile_guarded(gm, list(example_inputs), config, lower)
+            compiled = compile_guarded(gm, list(example_inputs), config, joint)
         if lower is not None:
             self._note_lowering(lower, met)
+        met.annotate(notes=_said_of_order(keep, set() if fold is None else fold.folded))
         self.calls.update(met)
         return compiled
 
@@ -295,8 +311,13 @@ def _is_whole_call() -> bool:
     return not resumed and (reason is None or not reason.graph_break)
 
 
-def _said_of_order(keep: KeepTiles) -> dict[str, str]:
-    refused = {name: f"tokens reordered in the call: {why}" for name, why in keep.refused.items()}
+def _said_of_order(keep: KeepTiles | None, folded: set[str]) -> dict[str, str]:
+    if keep is None:
+        return {}
+    refused = {
+        name: f"tokens {'read in raster order' if name in folded else 'reordered in the call'}: {why}"
+        for name, why in keep.refused.items()
+    }
     return dict.fromkeys(keep.kept, "tokens stay in tile order") | refused
 
 
@@ -336,8 +357,9 @@ def backend(
         options: ``text_first``, ``text_last`` (extra tokens in every call), ``query_tile`` (queries in other tiles than keys:
             BSA's (4, 4, 8), of which half are kept, fill 64 rows), ``min_tokens`` (shorter calls stay dense),
             ``attention`` (``"auto"`` or a backend's name), ``inner`` (``"inductor"``, or ``"aot_eager"`` to leave out
-            code generation when debugging), ``fuse_selection``, ``lower_flex`` and ``keep_tiles`` (off, the graph keeps the
-            coarse stage's own nodes, stock FlexAttention, or tokens in raster order between calls; for comparison).
+            code generation when debugging), ``fuse_selection``, ``lower_flex``, ``keep_tiles`` and ``fold_tiling`` (off, the
+            graph keeps the coarse stage's own nodes, stock FlexAttention, tokens in raster order between calls, or calls that
+            bring them to tile order; for comparison).
 
     Returns:
         The backend; its ``report()`` says what became of every attention call.

@@ -38,6 +38,7 @@ OWN_OPTIONS = (
     "fuse_selection",
     "lower_flex",
     "keep_tiles",
+    "fold_tiling",
     "expect",
 )
 

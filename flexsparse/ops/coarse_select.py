@@ -333,7 +333,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[:5], q_counts, kv_counts, allowed, q_back, kv_back)
-    # of tokens in raster order, the op makes the gradient of a tile, which is spread here: a compiler fuses that with its reader
+    # of tokens in raster order, the op makes the gradient of tiles, which is spread here: a compiler fuses that with its reader
     slots = [1 if table is not None else x.shape[3] for x, table in ((q, q_tokens), (k, kv_tokens))]
     ctx.rest = (*slots, scale, count_bias, q.dtype, k.dtype, q.dtype if v is None else v.dtype)
     ctx.slots = [None if table is None else table.shape[1] for table in (q_tokens, kv_tokens)]

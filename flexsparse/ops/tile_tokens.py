@@ -10,6 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexsparse.ops import has_triton
+
+
+def in_one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tensors are brought to tile order by this op, and not each by plain torch."""
+    return device.type == "cuda" and dtype != torch.float64 and has_triton()
+
 
 @torch.library.custom_op("flexsparse::tile_tokens", mutates_args=())
 def tile_tokens(xs: list[Tensor], tables: list[Tensor], back: list[Tensor]) -> list[Tensor]:

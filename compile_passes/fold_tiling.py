@@ -1,0 +1,275 @@
+"""FoldTiling: the fine stage reads and writes tokens in raster order, and nobody brings them to tile order and back."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule, Node
+
+from flexsparse.compile_passes import epilogue, gathers
+from flexsparse.compile_passes.epilogue import combine, find_epilogue
+from flexsparse.compile_passes.gathers import gathered, restride, same_table
+from flexsparse.compile_passes.graphs import finish, graph_modules, value_of
+from flexsparse.compile_passes.lower_flex import CALL_NAME
+from flexsparse.compile_passes.views import aten, is_op
+
+ops = torch.ops.flexsparse
+FORWARD, BACKWARD, TILE = (
+    ops.tile_attention.default,
+    ops.tile_attention_backward.default,
+    ops.tile_tokens.default,
+)
+SAME = (aten.detach.default, aten.alias.default)
+
+
+class NotFolded(Exception):
+    """Why the tokens of a call are brought to tile order."""
+
+
+class FoldTiling(CustomGraphPass):
+    """Give `tile_attention` and its backward tokens in raster order, with the tables that tiling would use.
+
+    Before, in the joint graph after `LowerFlex`::
+
+        q_t, k_t, v_t = tile_tokens([q, k, v], [tokens, tokens, tokens], ...)
+        o_t, lse      = tile_attention(q_t, k_t, v_t, ..., None, None)
+        o             = o_t[:, :, slots]
+        ...
+        do_t          = where(tokens < 0, 0, do[:, :, max(tokens, 0)])
+        dq_t, dk_t, dv_t, .. = tile_attention_backward(do_t, .., q_t, k_t, v_t, o_t, lse, ..., None, None)
+        dq, dk, dv    = tile_tokens([dq_t, dk_t, dv_t], [slots, slots, slots], ...)
+
+    After::
+
+        o, lse        = tile_attention(q, k, v, ..., tokens, tokens)
+        ...
+        dq, dk, dv, .. = tile_attention_backward(do, .., q, k, v, o, lse, ..., tokens, tokens)
+
+    The log-sum-exp stays that of rows. Where the gated coarse output of each token is added to ``o`` at once, the op does that
+    too (`epilogue`): that spares a pass that reads ``o`` and one that writes the sum.
+
+    A call is left as it was where anything else reads its tiles, its output in tile order or its gradients (BSA's packed
+    queries, a coarse stage that is not fused), where plain torch tiles, and where a kernel is chosen that takes no tables. A
+    memory format that changes is followed down the graph.
+
+    Args:
+        supports: told ``(device, dtype, head dim, query rows, slots)``, says whether the kernels find rows by a table.
+
+    Attributes:
+        matches: (forward, backward) nodes changed so far.
+        combined: forward nodes that took in the gated coarse output.
+        folded: names of their calls.
+        refused: why others were not, by name.
+    """
+
+    def __init__(self, supports: Callable[[torch.device, torch.dtype, int, int, int], bool] | None = None) -> None:
+        self.supports = supports or kernels_find_rows
+        self.matches, self.combined = (0, 0), 0
+        self.folded: set[str] = set()
+        self.refused: dict[str, str] = {}
+
+    def uuid(self) -> str:
+        """Hash of this pass's source and parameters, for caches of compiled graphs."""
+        source = "".join(map(inspect.getsource, (sys.modules[__name__], gathers, epilogue)))
+        return hashlib.sha256(f"{source}{inspect.getsource(self.supports)}".encode()).hexdigest()
+
+    def __call__(self, graph: Graph) -> None:
+        """Fold what can be folded, in place."""
+        owner = graph.owning_module
+        if owner is None:
+            return
+        for gm in graph_modules(owner) if owner.graph is graph else [owner]:
+            self._fold_all(gm)
+
+    def _fold_all(self, gm: GraphModule) -> None:
+        changed = False
+        for node in [n for n in gm.graph.nodes if n.target is FORWARD]:
+            name = str(node.meta.get(CALL_NAME, node.name))
+            try:
+                call = find_call(node, self.supports)
+            except NotFolded as reason:
+                self.refused[name] = str(reason)
+                continue
+            self.combined += fold(gm.graph, call)
+            changed = True
+            self.matches = (self.matches[0] + 1, self.matches[1] + len(call.backward))
+            self.folded.add(name)
+        if changed:
+            gm.graph.eliminate_dead_code()
+            finish(gm)
+
+
+def kernels_find_rows(device: torch.device, dtype: torch.dtype, head_dim: int, rows: int, slots: int) -> bool:
+    """Whether all kernels of a case find rows by a table (`tuned.finds_rows`)."""
+    from flexsparse.compile_passes.templates import tuned
+
+    return tuned.finds_rows(device, dtype, head_dim, rows, slots)
+
+
+@dataclass
+class Gradients:
+    """One backward of a call.
+
+    Attributes:
+        node: `tile_attention_backward`.
+        grad: the output's gradient in raster order.
+        results: for dq, dk and dv the nodes that are them in raster order.
+    """
+
+    node: Node
+    grad: Node
+    results: list[list[Node]]
+
+
+@dataclass
+class Call:
+    """What `fold` changes.
+
+    Attributes:
+        node: `tile_attention`.
+        inputs: q, k and v in raster order.
+        tables: the tokens of q's and of k's slots.
+        slots: the slots of q's tokens.
+        outputs: nodes that are the output in raster order.
+        backward: its backwards.
+    """
+
+    node: Node
+    inputs: list[Node]
+    tables: tuple[Node, Node]
+    slots: Node
+    outputs: list[Node]
+    backward: list[Gradients]
+
+
+def find_call(node: Node, supports: Callable[..., bool]) -> Call:
+    """The call of a `tile_attention` node whose tokens some `tile_tokens` brings to tile order.
+
+    Raises:
+        NotFolded: there is none, or something else reads what is in tile order.
+    """
+    tiled = [plain(x) for x in node.args[:3]]
+    if not all(is_op(x, operator.getitem) and is_op(x.args[0], TILE) for x in tiled):
+        raise NotFolded("its tokens come in tile order")
+    example = value_of(tiled[0])
+    rows, slots = node.args[8], node.args[13]
+    if node.args[3] is not None or node.args[4] is not None:
+        raise NotFolded("it takes in the coarse output in tile order")
+    if not supports(example.device, example.dtype, example.shape[3], rows, slots):
+        raise NotFolded("the kernel that is chosen for it reads tokens in tile order")
+    inputs, tables, backs = [], [], []
+    for x in tiled:
+        made, index = x.args
+        xs, of_slots, of_tokens = made.args[:3]
+        inputs.append(xs[index])
+        tables.append(of_slots[index])
+        backs.append(of_tokens[index])
+    if not same_table(tables[1], tables[2]):
+        raise NotFolded("its keys and values have different tables")
+    backward = [user for x in tiled for user in readers(x) if user is not node]
+    if any(user.target is not BACKWARD for user in backward):
+        raise NotFolded("something else reads its tokens in tile order")
+    gradients = [_gradients(user, tiled, tables, backs) for user in dict.fromkeys(backward)]
+    outputs = []
+    for out in results_of(node, 0):
+        for user in readers(out):
+            if user.target is BACKWARD and plain(user.args[5]) is out:
+                continue
+            found = gathered(user, backs[0], padded=False)
+            if found is None or plain(found) is not out:
+                raise NotFolded(f"something else reads its output in tile order ({user.name})")
+            outputs.append(user)
+    return Call(node, inputs, (tables[0], tables[1]), backs[0], outputs, gradients)
+
+
+def _gradients(node: Node, tiled: list[Node], tables: list[Node], backs: list[Node]) -> Gradients:
+    if [plain(x) for x in node.args[2:5]] != tiled or node.args[7] is not None:
+        raise NotFolded("something else reads its tokens in tile order")
+    grad = gathered(node.args[0], tables[0], padded=True)
+    if grad is None:
+        raise NotFolded("the gradient of its output comes in tile order")
+    results: list[list[Node]] = [[], [], []]
+    for index, found in enumerate(results):
+        for x in results_of(node, index):
+            for user in readers(x):
+                places = [i for i, each in enumerate(user.args[0]) if plain(each) is x] if is_op(user, TILE) else []
+                if not places or not all(
+                    same_table(user.args[1][i], backs[index]) and same_table(user.args[2][i], tables[index])
+                    for i in places
+                ):
+                    raise NotFolded(f"something else reads its gradients in tile order ({user.name})")
+                found += [item for i in places for item in results_of(user, i)]
+    return Gradients(node, grad, results)
+
+
+def fold(graph: Graph, call: Call) -> bool:
+    """Let a call read and write raster order; whether it took in the gated coarse output."""
+    node = call.node
+    rows, first_rows = node.args[8:10]
+    q, k, v = call.inputs
+    node.args = (q, k, v, *node.args[3:19], *call.tables)
+    _renew(node)
+    for out in results_of(node, 0):
+        _hand_on(graph, out, call.outputs)
+    for each in call.backward:
+        before = each.node.args
+        each.node.args = (each.grad, before[1], q, k, v, *before[5:22], *call.tables)
+        _renew(each.node)
+        for index, found in enumerate(each.results):
+            for x in results_of(each.node, index):
+                _hand_on(graph, x, found)
+    outs = results_of(node, 0)
+    if len(outs) != 1 or not isinstance(rows, int) or not isinstance(first_rows, int):
+        return False
+    return combine(graph, outs[0], find_epilogue(outs[0], rows, call.slots, first_rows // rows))
+
+
+def _hand_on(graph: Graph, new: Node, old: list[Node]) -> None:
+    """Let the readers of what was brought to raster order read what is in raster order."""
+    for node in old:
+        example = value_of(node)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)  # nobody reads it, and it would look like a reader of the tiles
+        restride(graph, new, example)
+
+
+def _renew(node: Node) -> None:
+    """New example values of an op and its results."""
+    values = torch.fx.map_arg(node.args, value_of)
+    with value_of(node.args[2]).fake_mode:
+        found = node.target(*values)  # type: ignore[operator]
+    node.meta["val"] = found
+    node.meta.pop("tensor_meta", None)
+    for user in node.users:
+        if is_op(user, operator.getitem):
+            user.meta["val"] = found[user.args[1]]  # type: ignore[index]
+            user.meta.pop("tensor_meta", None)
+
+
+def plain(node: Any) -> Any:
+    """A node without the identities around it."""
+    while is_op(node, *SAME):
+        node = node.args[0]
+    return node
+
+
+def readers(node: Node) -> Iterator[Node]:
+    """Who reads a node, through identities."""
+    for user in node.users:
+        if is_op(user, *SAME):
+            yield from readers(user)
+        else:
+            yield user
+
+
+def results_of(node: Node, index: int) -> list[Node]:
+    """The nodes of one result of an op."""
+    return [user for user in node.users if is_op(user, operator.getitem) and user.args[1] == index]

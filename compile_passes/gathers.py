@@ -1,0 +1,143 @@
+"""Gathers of rows by a table as a joint graph has them, and what changes below a tensor whose memory format does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from flexsparse.compile_passes.graphs import value_of
+from flexsparse.compile_passes.views import aten, is_op, is_whole, same
+
+IDENTITIES = (aten.detach.default, aten.alias.default)
+
+
+def same_table(a: Any, b: Any) -> bool:
+    """Whether two nodes are one table."""
+    return same(_plain(a), _plain(b))
+
+
+def _plain(node: Any) -> Any:
+    while is_op(node, *IDENTITIES):
+        node = node.args[0]
+    return node
+
+
+def gathered(node: Any, table: Node, padded: bool) -> Node | None:
+    """The tensor ``x [B, H, S, D]`` of which a node is ``x[:, :, table]``; with ``padded``, 0 where the table is below 0.
+
+    A table that is padded may be taken as it is where the graph knows that it has no -1.
+    """
+    node = _plain(node)
+    if padded:
+        inner = _zeroed(node, table)
+        if inner is not None:
+            return _taken(inner, table, clamped=True)
+    return _taken(node, table, clamped=False)
+
+
+def _zeroed(node: Any, table: Node) -> Any:
+    """What a node is where the table is not below 0; it is 0 elsewhere."""
+    if is_op(node, aten.where.self):
+        missing, zero, inner = node.args
+        if not _is_zero(zero):
+            return None
+    elif is_op(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        inner, missing, zero = node.args
+        if not (_is_zero(zero) or zero == 0):
+            return None
+    else:
+        return None
+    if is_op(missing, aten.unsqueeze.default) and missing.args[1] in (1, -1):
+        below = missing.args[0]
+        while is_whole(below):
+            below = below.args[0]
+        if is_op(below, aten.lt.Scalar) and below.args[1] == 0 and same_table(below.args[0], table):
+            return inner
+    return None
+
+
+def _is_zero(node: Any) -> bool:
+    if is_op(node, aten.scalar_tensor.default):
+        return bool(node.args[0] == 0)
+    return is_op(node, aten.full.default) and node.args[1] == 0
+
+
+def taken(node: Any) -> tuple[Node | None, Any]:
+    """``(x, index)`` of a node ``x[:, :, index]``, x of four dimensions; else None."""
+    if is_op(node, aten.index.Tensor) and list(node.args[1][:2]) == [None, None] and len(node.args[1]) == 3:
+        source, index = node.args[0], node.args[1][2]
+    elif is_op(node, aten.index_select.default) and node.args[1] in (2, -2):
+        source, index = node.args[0], node.args[2]
+    else:
+        return None, None
+    return (source, index) if value_of(source).dim() == 4 else (None, None)
+
+
+def _taken(node: Any, table: Node, clamped: bool) -> Node | None:
+    source, index = taken(node)
+    if source is None:
+        return None
+    if clamped:
+        if not (is_op(index, aten.clamp_min.default) and index.args[1] == 0):
+            return None
+        index = index.args[0]
+    return source if same_table(index, table) else None
+
+
+def restride(graph: Graph, node: Node, before: Tensor) -> None:
+    """Renew the example values below a node that stands in the place of one with the value ``before``.
+
+    Where something cannot be of the new memory format (a view of rows that lie otherwise, a result of the graph), the node's
+    readers get a copy in the old one.
+    """
+    if _alike(value_of(node), before):
+        return
+    try:
+        renewed = _below(graph, node)
+    except (RuntimeError, ValueError):
+        with graph.inserting_after(node):
+            copy = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+        copy.meta = {key: item for key, item in node.meta.items() if key != "tensor_meta"}
+        with value_of(node).fake_mode:
+            copy.meta["val"] = value_of(node).contiguous()
+        node.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
+        return
+    for each, value in renewed.items():
+        each.meta["val"] = value
+        each.meta.pop("tensor_meta", None)
+
+
+def _below(graph: Graph, node: Node) -> dict[Node, Any]:
+    """The values that change below a node.
+
+    Raises:
+        RuntimeError: one cannot, or is a result of the graph.
+    """
+    renewed: dict[Node, Any] = {}
+    changed = {node}
+    for user in graph.nodes:
+        if not any(x in changed for x in user.all_input_nodes):
+            continue
+        if user.op != "call_function":
+            raise RuntimeError("a result of the graph keeps its memory format")
+        arguments, options = torch.fx.map_arg((user.args, user.kwargs), lambda n: renewed.get(n, value_of(n)))
+        with value_of(node).fake_mode:
+            value = user.target(*arguments, **options)
+        if not _alike(value, value_of(user)):
+            renewed[user] = value
+            changed.add(user)
+    return renewed
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two values lie in memory alike."""
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if not isinstance(a, Tensor):
+        return True
+    strides = zip(a.shape, a.stride(), b.stride())
+    return all((isinstance(n, int) and n == 1) or statically_known_true(x == y) for n, x, y in strides)

@@ -1,0 +1,245 @@
+"""`PoolTokens` and `FoldTiling`: ops read and write raster order, and nothing is brought to tile order and back.
+
+On CPU, where plain torch tiles, graphs are made as they are on CUDA: `tile_tokens` brings tokens to tile order.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import flexsparse as fs
+from flexsparse.compile_passes import FoldTiling
+from flexsparse.compile_passes.fold_tiling import NotFolded, find_call
+from flexsparse.compile_passes.gathers import restride
+from flexsparse.ops import tile_tokens
+
+from .capture import Joint, joint_graphs, nodes_of, ops
+from .test_epilogue import Attention
+from .test_lower_flex import CASES, Video, assert_same, run
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+aten = torch.ops.aten
+GRID, TILE, C = (3, 6, 5), (2, 2, 4), 32
+FOLDED = ("VSA", "grouped queries", "partial tiles", "text on both sides", "static", "checkpointed")
+
+
+@pytest.fixture(autouse=True)
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are brought to tile order by the op, where these passes look for it."""
+    monkeypatch.setattr(tile_tokens, "in_one_kernel", lambda device, dtype: dtype != torch.float64)
+
+
+@contextmanager
+def passes() -> Iterator[list[FoldTiling]]:
+    """The passes that ran."""
+    seen, original = [], FoldTiling.__call__
+
+    def call(self: FoldTiling, graph: Any) -> None:
+        original(self, graph)
+        seen.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FoldTiling, "__call__", call)
+        yield seen
+
+
+def check_folded(joint: Joint, training: bool, calls: int = 1) -> None:
+    """The last graph: no tiling, no way back, and ops with tables."""
+    gm = joint.graphs[-1]
+    assert not nodes_of(gm, ops.tile_tokens)
+    forward, backward = nodes_of(gm, ops.tile_attention), nodes_of(gm, ops.tile_attention_backward)
+    assert (len(forward), len(backward)) == (calls, calls * training)
+    for node in (*forward, *backward):
+        assert None not in node.args[-2:]
+    for node in forward:
+        (out,) = (user for user in node.users if user.args[1] == 0)
+        assert not any(user.target in (aten.index_select.default, aten.index.Tensor) for user in out.users)
+    for node in nodes_of(gm, ops.coarse_select):
+        assert None not in node.args[-4:]
+
+
+@pytest.mark.parametrize("training", (False, True), ids=("inference", "training"))
+@pytest.mark.parametrize("name", FOLDED)
+def test_nothing_is_brought_to_tile_order_and_the_bits_are_the_same(name: str, training: bool) -> None:
+    case = CASES[name]
+    x = torch.randn(2, case.tokens, case_channels())
+    with torch.set_grad_enabled(training):
+        with joint_graphs() as joint, passes() as folds:
+            mine, call = run(case, x, keep_tiles=False)
+        assert call.lowered and folds[-1].matches == (1, int(training)) and not folds[-1].refused
+        check_folded(joint, training)
+        tiled, _ = run(case, x, keep_tiles=False, fold_tiling=False)
+    assert all(torch.equal(a, b) for a, b in zip(mine, tiled, strict=True))
+
+
+def case_channels() -> int:
+    return 16
+
+
+@pytest.mark.parametrize("name", ("packed queries", "checkpointed, packed"))
+def test_packed_queries_are_packed_from_tiles(name: str) -> None:
+    case = CASES[name]
+    x = torch.randn(1, case.tokens, case_channels())
+    with passes() as folds:
+        mine, call = run(case, x, keep_tiles=False)
+    assert folds[-1].matches == (0, 0) and "in tile order" in str(folds[-1].refused), folds[-1].refused
+    assert "raster" not in call.reason
+    tiled, _ = run(case, x, keep_tiles=False, fold_tiling=False)
+    assert all(torch.equal(a, b) for a, b in zip(mine, tiled, strict=True))
+
+
+class Gated(nn.Module):
+    """Two attentions with gates, one checkpointed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.first, self.second = nn.Conv3d(3, C, 1), Attention(), Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = self.first(x)
+        return torch.utils.checkpoint.checkpoint(self.second, x, use_reentrant=False)
+
+
+def run_gated(model: nn.Module, dtype: torch.dtype, training: bool, **options: Any) -> tuple[list[Tensor], Any]:
+    torch._dynamo.reset()
+    model = copy.deepcopy(model)
+    fs.wrap(model, fs.VSA(top_k=3), tile=TILE, grid=GRID, gates=["first", "second"], inner="aot_eager", **options)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in fs.gate_parameters(model):
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    model = model.to(dtype)
+    x = torch.randn(1, 3, *GRID, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.set_grad_enabled(training):
+        out = model(x)
+        found = [out.detach()]
+        if training:
+            found += torch.autograd.grad(out.square().sum(), list(model.parameters()))
+    return found, fs.report(model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "training", "combined"),
+    [(torch.float32, True, 0), (torch.float32, False, 2), (torch.bfloat16, True, 2)],
+)
+def test_both_stages_of_gated_attention(dtype: torch.dtype, training: bool, combined: int) -> None:
+    """Several calls, partial tiles, both stages' gradients; the op adds the coarse output where nothing else reads its own."""
+    model = Gated()
+    with joint_graphs() as joint, passes() as folds:
+        mine, report = run_gated(model, dtype, training)
+    check_folded(joint, training, calls=2)
+    assert folds[-1].combined == combined
+    assert all("read in raster order: its tiles are not all full" in call.reason for call in report.calls), report
+    tiled, _ = run_gated(model, dtype, training, fold_tiling=False)
+    if not combined:
+        assert all(torch.equal(a, b) for a, b in zip(mine, tiled, strict=True))
+        return
+    exact, _ = run_gated(model, torch.float64, training)
+    for one, other, gold in zip(mine, tiled, exact, strict=True):
+        error, usual = ((x.double() - gold).square().mean().sqrt() for x in (one, other))
+        assert error <= 1.5 * usual + 4 * torch.finfo(dtype).eps * gold.square().mean().sqrt()
+
+
+def test_any_resolution_in_one_graph() -> None:
+    """With symbolic sizes, where tokens cannot stay in tile order."""
+    model = Video()
+    reference = copy.deepcopy(model)
+    fs.wrap(model, fs.VSA(top_k=2), tile=(2, 2, 4), inner="aot_eager")
+    fs.wrap(reference, fs.VSA(top_k=2), tile=(2, 2, 4), compile=False, attention="reference")
+    with joint_graphs() as joint:
+        for grid in ((2, 8, 8), (3, 12, 10), (5, 6, 14)):
+            x = torch.randn(1, 3, *grid)
+            outs = [one(x) for one in (model, reference)]
+            grads = [
+                torch.autograd.grad(out.square().mean(), one.parameters()) for out, one in zip(outs, (model, reference))
+            ]
+            assert_same([outs[0], *grads[0]], [outs[1], *grads[1]])
+    assert len(joint.graphs) == 2
+    check_folded(joint, training=True)
+
+
+def test_a_kernel_that_reads_tile_order_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexsparse.compile_passes.templates.tuned.finds_rows", lambda *case: False)
+    case = CASES["partial tiles"]
+    with joint_graphs() as joint, passes() as folds:
+        _, call = run(case, torch.randn(1, case.tokens, case_channels()))
+    assert folds[-1].matches == (0, 0) and "reordered in the call" in call.reason
+    assert nodes_of(joint.graphs[-1], ops.tile_tokens)
+
+
+LAYOUT = fs.TileLayout(grid=GRID, tile=TILE)
+TOKENS, SLOTS, COUNTS = LAYOUT.tables("cpu")
+
+
+def traced(change: str = "") -> GraphModule:
+    """A forward in tile order as a joint graph has it, or with something that stands in the way."""
+
+    def function(x: Tensor, bits: Tensor, counts: Tensor, tokens: Tensor, slots: Tensor, tile_counts: Tensor) -> Any:
+        tables = [tokens] * 3
+        q, k, v = torch.ops.flexsparse.tile_tokens([x, x * 2, x * 3], tables, [slots] * 3)
+        sizes = (LAYOUT.slots, 0, 0, 0, LAYOUT.num_tiles, LAYOUT.slots, 2, 1, True, 0.3, True)
+        if change == "other queries":
+            q = q + 1
+        out, lse = torch.ops.flexsparse.tile_attention(q, k, v, None, None, bits, counts, tile_counts, *sizes)
+        if change == "tiles read":
+            return out.index_select(2, slots), k.sum(), lse
+        if change == "output read":
+            return out.index_select(2, slots), out.sum(), lse
+        if change == "another order":
+            return out.index_select(2, slots.flip(0)), lse
+        return out.index_select(2, slots), lse
+
+    selection = fs.VSA(top_k=2).select(*(torch.randn(1, 2, LAYOUT.seq_len, 8) for _ in "qk"), LAYOUT)
+    x = torch.randn(1, 2, LAYOUT.seq_len, 8)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return make_fx(function)(x, selection.bits, selection.counts, TOKENS, SLOTS, COUNTS)
+
+
+@pytest.mark.parametrize("change", ("", "other queries", "tiles read", "output read", "another order"))
+def test_what_else_reads_tile_order_keeps_it(change: str) -> None:
+    gm = traced(change)
+    (node,) = nodes_of(gm, ops.tile_attention)
+    if change:
+        with pytest.raises(NotFolded):
+            find_call(node, lambda *case: True)
+        return
+    FoldTiling()(gm.graph)
+    (node,) = nodes_of(gm, ops.tile_attention)
+    assert not nodes_of(gm, ops.tile_tokens) and node.args[-1] is node.args[-2]
+
+
+@pytest.mark.parametrize("view", (False, True))
+def test_a_memory_format_is_followed_and_a_view_that_cannot_be_gets_a_copy(view: bool) -> None:
+    def function(x: Tensor) -> Tensor:
+        y = (x * 1).transpose(1, 2)  # stands for an op whose result lies as its input
+        old = y.contiguous()
+        rows = old.view(8, 3) if view else old.transpose(1, 2)
+        return rows.clone(memory_format=torch.contiguous_format)
+
+    with FakeTensorMode():
+        gm = make_fx(function)(torch.empty(2, 3, 4))
+    old = next(n for n in gm.graph.nodes if n.target is aten.clone.default)
+    (y,) = old.all_input_nodes
+    example = old.meta["val"]
+    old.replace_all_uses_with(y)
+    gm.graph.erase_node(old)
+    restride(gm.graph, y, example)
+    gm.graph.lint()
+    gm.recompile()
+    (user,) = y.users
+    if view:
+        assert user.target is aten.clone.default and user.meta["val"].is_contiguous()
+    else:
+        assert user.target is aten.transpose.int and user.meta["val"].is_contiguous()
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(gm(x), function(x))
