@@ -91,7 +91,7 @@ def _taken(node: Any, table: Node, clamped: bool) -> Node | None:
 def restride(graph: Graph, node: Node, before: Tensor) -> None:
     """Renew the example values below a node that stands in the place of one with the value ``before``.
 
-    Where something cannot be of the new memory format (a view of rows that lie otherwise, a result of the graph), the node's
+    Copies to where something lies already are dropped. Where something cannot be of the new memory format (a view of rows that lie otherwise, a result of the graph), the node's
     readers get a copy in the old one.
     """
     if _alike(value_of(node), before):
@@ -109,6 +109,12 @@ def restride(graph: Graph, node: Node, before: Tensor) -> None:
     for each, value in renewed.items():
         each.meta["val"] = value
         each.meta.pop("tensor_meta", None)
+    for each in (node, *renewed):
+        for user in [user for user in each.users if is_op(user, aten.clone.default)]:
+            lies_so = _alike(value_of(each), value_of(user))  # a copy to where it lies already
+            if lies_so and all(reader.op == "call_function" for reader in user.users):
+                user.replace_all_uses_with(each)
+                graph.erase_node(user)
 
 
 def _below(graph: Graph, node: Node) -> dict[Node, Any]:

@@ -182,6 +182,8 @@ def same(a: Any, b: Any, depth: int = 8) -> bool:
     if a is b:
         return True
     if isinstance(a, Node) and isinstance(b, Node):
+        if a.op == b.op == "get_attr" and a.graph is b.graph:
+            return bool(a.target == b.target)
         pure = a.op == b.op == "call_function" and a.target is b.target and depth > 0
         pure = pure and (isinstance(a.target, torch._ops.OpOverload) or a.target is operator.getitem)
         return pure and same(list(a.args), list(b.args), depth - 1) and same(a.kwargs, b.kwargs, depth - 1)

@@ -211,7 +211,8 @@ class CallParts:
             for x, one in zip((q, k), ordered(grid, tables, "raster")):
                 tokens, back, _ = one.index(x.device)
                 start = one.tiles_first * one.slots  # `video_starts`
-                found.append((one.video(tokens[:, None])[..., 0], back - start if one.tiles_first else back))
+                video = tokens.narrow(0, start, one.num_tiles * one.slots).unflatten(0, (one.num_tiles, one.slots))
+                found.append((video, back - start if one.text_first else back))
             (q_tokens, q_back), (kv_tokens, kv_back) = found
             return q_tokens, kv_tokens, q_back, kv_back
 

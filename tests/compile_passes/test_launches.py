@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import flexsparse as fs
 from flexsparse.calls import CallParts
-from flexsparse.compile_passes import FuseSelection, LowerFlex, UnfoldAttention
+from flexsparse.compile_passes import FoldTiling, FuseSelection, LowerFlex, PoolTokens, UnfoldAttention
 from flexsparse.compile_passes.templates import select, tiling
 from flexsparse.compile_passes.templates.forward import forward
 from flexsparse.compile_passes.templates.launch import count_launches
@@ -48,7 +48,9 @@ def permuted(out: Tensor, strides: tuple[int, ...]) -> Tensor:
     return out.new_empty([out.shape[dim] for dim in order]).permute([order.index(dim) for dim in range(out.dim())])
 
 
-def attention_graph(monkeypatch: pytest.MonkeyPatch, order: str) -> tuple[GraphModule, LowerFlex]:
+def attention_graph(
+    monkeypatch: pytest.MonkeyPatch, order: str, folded: bool = False
+) -> tuple[GraphModule, LowerFlex, FoldTiling]:
     """One gated VSA call in inference as Inductor gets it, on (fake) CUDA; heads lie inside of tokens, as in a model."""
     module = sys.modules["torch._higher_order_ops.flex_attention"]  # its name in the package is the operator
     monkeypatch.setattr(module, "_permute_strides", permuted)
@@ -74,18 +76,23 @@ def attention_graph(monkeypatch: pytest.MonkeyPatch, order: str) -> tuple[GraphM
         UnfoldAttention(parts.attend, parts)(gm)
         fuse = FuseSelection()
         fuse(gm)
+        if folded:
+            PoolTokens(parts)(gm)
         with mode, torch.no_grad():
             traced = make_fx(lambda *inputs: gm(*inputs), _allow_non_fake_inputs=True)(q, k, v, gate)
         traced.graph.eliminate_dead_code()
         lower = LowerFlex()
         lower(traced.graph)
+        fold = FoldTiling()
+        if folded:
+            fold(traced.graph)
     assert (fuse.matches, lower.matches, lower.refused) == (1, (1, 0), {})
-    return traced, lower
+    return traced, lower, fold
 
 
 @pytest.fixture
 def graph(monkeypatch: pytest.MonkeyPatch) -> GraphModule:
-    """The call in raster order."""
+    """The call in raster order, as it is where the chosen kernels read tile order."""
     return attention_graph(monkeypatch, "raster")[0]
 
 
@@ -135,14 +142,27 @@ def test_an_attention_launches_six_kernels_and_four_to_its_selection(graph: Grap
 
 def test_in_tile_order_four_kernels_are_all_and_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """The op reads q, k, v and the gate where they lie, adds the gated coarse output, and writes where the model reads."""
-    graph, lower = attention_graph(monkeypatch, "tiles")
+    graph, lower, _ = attention_graph(monkeypatch, "tiles")
     assert lower.combined == 1
+    check_four_kernels(graph, WHOLE.seq_len)
+
+
+def test_in_raster_order_four_kernels_are_all_and_nothing_is_brought_to_tile_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With partial tiles, by tables: the same four, no tiling, no gather back, and no kernel for the coarse output."""
+    graph, lower, fold = attention_graph(monkeypatch, "raster", folded=True)
+    assert (lower.combined, fold.combined, fold.matches, fold.refused) == (0, 1, (1, 0), {})
+    check_four_kernels(graph, LAYOUT.seq_len)
+
+
+def check_four_kernels(graph: GraphModule, tokens: int) -> None:
     nodes = [n for n in graph.graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload)]
     names = [n.target._schema.name.partition("::")[2] for n in nodes if n.target not in VIEWS]
     assert names == ["coarse_select", "tile_attention"]
     cost = launches()
     assert sum(cost[name] for name in names) == 4
     (attention,) = (n for n in nodes if n.target is torch.ops.flexsparse.tile_attention.default)
-    lies = (WHOLE.seq_len * HEADS * D, D, HEADS * D, 1)
+    lies = (tokens * HEADS * D, D, HEADS * D, 1)
     assert all(x.meta["val"].stride() == lies for x in (*attention.args[:3], attention.args[4]))
     assert attention.meta["val"][0].stride() == lies
