@@ -91,8 +91,8 @@ def _taken(node: Any, table: Node, clamped: bool) -> Node | None:
 def restride(graph: Graph, node: Node, before: Tensor) -> None:
     """Renew the example values below a node that stands in the place of one with the value ``before``.
 
-    Copies to where something lies already are dropped. Where something cannot be of the new memory format (a view of rows that lie otherwise, a result of the graph), the node's
-    readers get a copy in the old one.
+    Copies to where something lies already are dropped. Where something cannot be of the new memory format (a view of rows
+    that lie otherwise, a result of the graph), the node's readers get a copy in the old one.
     """
     if _alike(value_of(node), before):
         return
