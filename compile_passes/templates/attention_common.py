@@ -63,9 +63,9 @@ def query_tile(row, bh, lists, counts, N, M, first_rows, capacity, QUERY_ROWS: t
 
 @triton.jit
 def tokens_at(table, start, ROWS: tl.constexpr):
-    """The tokens in slots ``start`` to ``start + ROWS``, -1 for none; without a table None: rows are slots."""
+    """The tokens in slots ``start`` to ``start + ROWS``, -1 for none; without a table nothing that is read."""
     if table is None:
-        return None
+        return start
     else:  # Triton compiles what follows a return
         return tl.load(table + start + tl.arange(0, ROWS))
 
@@ -74,7 +74,7 @@ def tokens_at(table, start, ROWS: tl.constexpr):
 def tokens_again(table, start, ROWS: tl.constexpr):
     """As `tokens_at`, read anew after a loop: volatile, as what was read before it would be kept in registers through it."""
     if table is None:
-        return None
+        return start
     else:
         return tl.load(table + start + tl.arange(0, ROWS), volatile=True)
 
@@ -98,16 +98,17 @@ def load_rows(
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
     token=None,
+    BY_TABLE: tl.constexpr = False,
 ):
     """Rows ``start`` to ``start + ROWS`` of a head as ``[ROWS, BLOCK_D]``; `strides` says what STRIDE and ALIGN are.
 
     ``head`` is where the head starts, in units of ALIGN. 0 past D and, if MASKED, where not valid. Head and start move the
     pointer: what is left are offsets that no loop changes, so that they cost fewer registers, and so does a head of 32 bits.
-    Where ``token [ROWS]`` is given (`tokens_at`), its rows are taken instead, and 0 of those below 0.
+    BY_TABLE: the rows of ``token [ROWS]`` instead (`tokens_at`), and 0 for those below 0.
     """
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
-    if token is not None:
+    if BY_TABLE:
         at = array + _places(head, token, STRIDE, ALIGN)[:, None] + column[None, :]
         seen = token >= 0
         if MASKED:
@@ -138,12 +139,13 @@ def store_rows(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     token=None,
+    BY_TABLE: tl.constexpr = False,
 ):
     """The opposite of `load_rows`, rounded to the array's type; of tokens below 0 nothing is written."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     values = values.to(array.dtype.element_ty)
-    if token is not None:
+    if BY_TABLE:
         at = array + _places(head, token, STRIDE, ALIGN)[:, None] + column[None, :]
         if D == BLOCK_D:
             tl.store(at, values, mask=(token >= 0)[:, None])

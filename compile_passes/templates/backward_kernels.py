@@ -63,6 +63,7 @@ def _delta(
     LSE_GRADIENT: tl.constexpr,
 ):
     """Of one query tile: delta as the output tells it, log-sum-exp as other kernels take it, gradients of coarse and gate."""
+    BY_Q: tl.constexpr = q_tokens is not None
     first = tl.program_id(0) * QUERY_ROWS
     b, h = tl.program_id(2), tl.program_id(1)
     bh = b.to(tl.int64) * H + h
@@ -77,10 +78,11 @@ def _delta(
         start = first + piece * ROWS
         at = bh * R + start
         token = tokens_at(q_tokens, start, ROWS)
+        grad_out_head = b * grad_out_b + h * grad_out_h
         g_block = load_rows(
-            grad_out, b * grad_out_b + h * grad_out_h, start, None, ROWS, grad_out_ROW, ALIGN, D, BLOCK_D, False, token
+            grad_out, grad_out_head, start, None, ROWS, grad_out_ROW, ALIGN, D, BLOCK_D, False, token, BY_Q
         ).to(tl.float32)
-        fine = load_rows(out, b * out_b + h * out_h, start, None, ROWS, out_ROW, ALIGN, D, BLOCK_D, False, token)
+        fine = load_rows(out, b * out_b + h * out_h, start, None, ROWS, out_ROW, ALIGN, D, BLOCK_D, False, token, BY_Q)
         fine = fine.to(tl.float32)
         natural = tl.load(lse + at + row)
         # where a row saw nothing, all its weights shall be 0: -inf would make NaN of its masked logits
@@ -88,11 +90,11 @@ def _delta(
         tl.store(lse_log2 + at + row, lse_block)
         if COARSE:
             gate_head, dgate_head = b * gate_b + h * gate_h, b * dgate_b + h * dgate_h
-            gates = load_rows(gate, gate_head, start, None, ROWS, gate_ROW, ALIGN, D, BLOCK_D, False, token)
+            gates = load_rows(gate, gate_head, start, None, ROWS, gate_ROW, ALIGN, D, BLOCK_D, False, token, BY_Q)
             gates = gates.to(tl.float32)
             fine = tl.where(video, fine - gates * coarse_row[None, :], fine)
             dgates = g_block * coarse_row[None, :]
-            store_rows(dgate, dgate_head, start, dgates, ROWS, dgate_ROW, ALIGN, D, BLOCK_D, token)
+            store_rows(dgate, dgate_head, start, dgates, ROWS, dgate_ROW, ALIGN, D, BLOCK_D, token, BY_Q)
             coarse_sum += tl.sum(gates * g_block, 0)
         result = tl.sum(g_block * fine, 1)
         if LSE_GRADIENT:
@@ -158,6 +160,8 @@ def _dq(
 ):
     """dq of ROWS query rows of one head; CORRECT: also their delta, of which the estimate is taken to be a bit off."""
     PIECES: tl.constexpr = SLOTS // KEYS
+    BY_Q: tl.constexpr = q_tokens is not None
+    BY_KV: tl.constexpr = kv_tokens is not None
     block = tl.program_id(0)
     if EXTRA:  # as in the forward: the longest first
         block = (block + (first_rows + N * QUERY_ROWS) // ROWS) % tl.num_programs(0)
@@ -172,9 +176,11 @@ def _dq(
     row = tl.arange(0, ROWS)
     slot = tl.arange(0, KEYS)
     q_token = tokens_at(q_tokens, start, ROWS)
-    q_block = load_rows(q, b * q_b + h * q_h, start, None, ROWS, q_ROW, ALIGN, D, BLOCK_D, False, q_token)
+    q_block = load_rows(q, b * q_b + h * q_h, start, None, ROWS, q_ROW, ALIGN, D, BLOCK_D, False, q_token, BY_Q)
     grad_out_head = b * grad_out_b + h * grad_out_h
-    g_block = load_rows(grad_out, grad_out_head, start, None, ROWS, grad_out_ROW, ALIGN, D, BLOCK_D, False, q_token)
+    g_block = load_rows(
+        grad_out, grad_out_head, start, None, ROWS, grad_out_ROW, ALIGN, D, BLOCK_D, False, q_token, BY_Q
+    )
     lse_block = tl.load(lse_log2 + bh * R + start + row)
     delta_block = tl.load(estimate + bh * R + start + row)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -188,8 +194,12 @@ def _dq(
         if PARTIAL:
             valid = key + slot < tl.load(tokens + index)
         token = tokens_at(kv_tokens, index * SLOTS + key, KEYS)
-        k_block = load_rows(k, k_head, index * SLOTS + key, valid, KEYS, k_ROW, ALIGN, D, BLOCK_D, PARTIAL, token)
-        v_block = load_rows(v, v_head, index * SLOTS + key, valid, KEYS, v_ROW, ALIGN, D, BLOCK_D, PARTIAL, token)
+        k_block = load_rows(
+            k, k_head, index * SLOTS + key, valid, KEYS, k_ROW, ALIGN, D, BLOCK_D, PARTIAL, token, BY_KV
+        )
+        v_block = load_rows(
+            v, v_head, index * SLOTS + key, valid, KEYS, v_ROW, ALIGN, D, BLOCK_D, PARTIAL, token, BY_KV
+        )
         logits = tl.dot(q_block, tl.trans(k_block), input_precision="ieee") * scale_log2
         if PARTIAL:
             logits = tl.where(valid[None, :], logits, float("-inf"))
@@ -206,4 +216,4 @@ def _dq(
         tl.store(delta + bh * R + start + row, delta_block + missing)
         acc -= missing[:, None] * mean_key
     q_token = tokens_again(q_tokens, start, ROWS)
-    store_rows(dq, b * dq_b + h * dq_h, start, acc * scale, ROWS, dq_ROW, ALIGN, D, BLOCK_D, q_token)
+    store_rows(dq, b * dq_b + h * dq_h, start, acc * scale, ROWS, dq_ROW, ALIGN, D, BLOCK_D, q_token, BY_Q)

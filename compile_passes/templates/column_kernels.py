@@ -79,6 +79,8 @@ def _dkdv(
 ):
     """dk and dv of KEYS slots of one KV head, over the query heads that read it, in their order; or a piece of these sums."""
     STEPS: tl.constexpr = QUERY_ROWS // ROWS
+    BY_Q: tl.constexpr = q_tokens is not None
+    BY_KV: tl.constexpr = kv_tokens is not None
     b, g = tl.program_id(2), tl.program_id(1)
     bg = b.to(tl.int64) * G + g
     number = tl.program_id(0) // (SLOTS // KEYS)
@@ -99,8 +101,8 @@ def _dkdv(
     if PARTIAL:
         valid = within + slot < tl.load(kv_counts + b.to(tl.int64) * U + u)
     kv_token = tokens_at(kv_tokens, key, KEYS)
-    k_block = load_rows(k, b * k_b + g * k_h, key, valid, KEYS, k_ROW, ALIGN, D, BLOCK_D, PARTIAL, kv_token)
-    v_block = load_rows(v, b * v_b + g * v_h, key, valid, KEYS, v_ROW, ALIGN, D, BLOCK_D, PARTIAL, kv_token)
+    k_block = load_rows(k, b * k_b + g * k_h, key, valid, KEYS, k_ROW, ALIGN, D, BLOCK_D, PARTIAL, kv_token, BY_KV)
+    v_block = load_rows(v, b * v_b + g * v_h, key, valid, KEYS, v_ROW, ALIGN, D, BLOCK_D, PARTIAL, kv_token, BY_KV)
     dk_block = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv_block = tl.zeros([KEYS, BLOCK_D], tl.float32)
     for member in range(GROUP):
@@ -121,9 +123,9 @@ def _dkdv(
             index = nth_tile(step // STEPS, tiles, first_tiles, listed, absent, EXTRA)
             start = index * QUERY_ROWS + step % STEPS * ROWS
             token = tokens_at(q_tokens, start, ROWS)
-            q_block = load_rows(q, q_head, start, None, ROWS, q_ROW, ALIGN, D, BLOCK_D, False, token)
+            q_block = load_rows(q, q_head, start, None, ROWS, q_ROW, ALIGN, D, BLOCK_D, False, token, BY_Q)
             g_block = load_rows(
-                grad_out, grad_out_head, start, None, ROWS, grad_out_ROW, ALIGN, D, BLOCK_D, False, token
+                grad_out, grad_out_head, start, None, ROWS, grad_out_ROW, ALIGN, D, BLOCK_D, False, token, BY_Q
             )
             lse_block = tl.load(lse_log2 + bh * R + start + row)
             logits = tl.dot(k_block, tl.trans(q_block), input_precision="ieee") * scale_log2  # [KEYS, ROWS]
@@ -143,8 +145,8 @@ def _dkdv(
         store_rows(workspace, 0, at, dv_block, KEYS, D, 8, D, BLOCK_D)
         return
     kv_token = tokens_again(kv_tokens, key, KEYS)
-    store_rows(dk, b * dk_b + g * dk_h, key, dk_block * scale, KEYS, dk_ROW, ALIGN, D, BLOCK_D, kv_token)
-    store_rows(dv, b * dv_b + g * dv_h, key, dv_block, KEYS, dv_ROW, ALIGN, D, BLOCK_D, kv_token)
+    store_rows(dk, b * dk_b + g * dk_h, key, dk_block * scale, KEYS, dk_ROW, ALIGN, D, BLOCK_D, kv_token, BY_KV)
+    store_rows(dv, b * dv_b + g * dv_h, key, dv_block, KEYS, dv_ROW, ALIGN, D, BLOCK_D, kv_token, BY_KV)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -171,6 +173,7 @@ def _add_pieces(
     KEYS: tl.constexpr,
 ):
     """dk and dv of KEYS slots of a split column: its pieces' sums, added in their order."""
+    BY_KV: tl.constexpr = kv_tokens is not None
     b, g = tl.program_id(2), tl.program_id(1)
     bg = b.to(tl.int64) * G + g
     number = tl.program_id(0) // (SLOTS // KEYS)
@@ -188,5 +191,5 @@ def _add_pieces(
         dv_block += load_rows(workspace, 0, at + other, None, KEYS, D, 8, D, BLOCK_D, False)
     key = u * SLOTS + within
     kv_token = tokens_at(kv_tokens, key, KEYS)
-    store_rows(dk, b * dk_b + g * dk_h, key, dk_block * scale, KEYS, dk_ROW, ALIGN, D, BLOCK_D, kv_token)
-    store_rows(dv, b * dv_b + g * dv_h, key, dv_block, KEYS, dv_ROW, ALIGN, D, BLOCK_D, kv_token)
+    store_rows(dk, b * dk_b + g * dk_h, key, dk_block * scale, KEYS, dk_ROW, ALIGN, D, BLOCK_D, kv_token, BY_KV)
+    store_rows(dv, b * dv_b + g * dv_h, key, dv_block, KEYS, dv_ROW, ALIGN, D, BLOCK_D, kv_token, BY_KV)

@@ -93,6 +93,8 @@ def _forward(
 ):
     """Output and log-sum-exp of ROWS query rows of one head."""
     PIECES: tl.constexpr = SLOTS // KEYS
+    BY_Q: tl.constexpr = q_tokens is not None
+    BY_KV: tl.constexpr = kv_tokens is not None
     block = tl.program_id(0)
     if EXTRA:  # the last extra rows come first: they see every tile, so that they take longest
         block = (block + (first_rows + N * QUERY_ROWS) // ROWS) % tl.num_programs(0)
@@ -108,7 +110,7 @@ def _forward(
     start = block * ROWS
     slot = tl.arange(0, KEYS)
     q_token = tokens_at(q_tokens, start, ROWS)
-    q_block = load_rows(q, b * q_b + h * q_h, start, None, ROWS, q_ROW, ALIGN, D, BLOCK_D, False, q_token)
+    q_block = load_rows(q, b * q_b + h * q_h, start, None, ROWS, q_ROW, ALIGN, D, BLOCK_D, False, q_token, BY_Q)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -119,8 +121,12 @@ def _forward(
         if PARTIAL:
             valid = piece + slot < tl.load(tokens + index)
         token = tokens_at(kv_tokens, index * SLOTS + piece, KEYS)
-        k_block = load_rows(k, k_head, index * SLOTS + piece, valid, KEYS, k_ROW, ALIGN, D, BLOCK_D, PARTIAL, token)
-        v_block = load_rows(v, v_head, index * SLOTS + piece, valid, KEYS, v_ROW, ALIGN, D, BLOCK_D, PARTIAL, token)
+        k_block = load_rows(
+            k, k_head, index * SLOTS + piece, valid, KEYS, k_ROW, ALIGN, D, BLOCK_D, PARTIAL, token, BY_KV
+        )
+        v_block = load_rows(
+            v, v_head, index * SLOTS + piece, valid, KEYS, v_ROW, ALIGN, D, BLOCK_D, PARTIAL, token, BY_KV
+        )
         logits = tl.dot(q_block, tl.trans(k_block), input_precision="ieee") * scale_log2
         if PARTIAL:
             logits = tl.where(valid[None, :], logits, float("-inf"))
@@ -141,9 +147,9 @@ def _forward(
         column = tl.arange(0, BLOCK_D)
         coarse_row = tl.load(coarse + (bh * N + tile) * D + column, mask=column < D, other=0.0)
         gate_head = b * gate_b + h * gate_h
-        gates = load_rows(gate, gate_head, start, None, ROWS, gate_ROW, ALIGN, D, BLOCK_D, False, q_token)
+        gates = load_rows(gate, gate_head, start, None, ROWS, gate_ROW, ALIGN, D, BLOCK_D, False, q_token, BY_Q)
         acc += gates.to(tl.float32) * coarse_row[None, :]
-    store_rows(out, b * out_b + h * out_h, start, acc, ROWS, out_ROW, ALIGN, D, BLOCK_D, q_token)
+    store_rows(out, b * out_b + h * out_h, start, acc, ROWS, out_ROW, ALIGN, D, BLOCK_D, q_token, BY_Q)
     natural = (top + tl.log2(tl.where(blank, 1.0, total))) * 0.6931471805599453
     tl.store(lse + bh * R + start + tl.arange(0, ROWS), tl.where(blank, float("-inf"), natural))
 
