@@ -171,19 +171,46 @@ def attend(
     call: str = "",
 ) -> tuple[Tensor, TileSelection, Tensor | None, Tensor | None]:
     """The computation itself, on checked arguments: (output, selection, coarse output, log-sum-exp)."""
-    tiles = tiles_of(q, k, v, layout, kv_layout, tile_counts)
+    keys = layout if kv_layout is None else kv_layout
+    raster = tile_counts is None and reads_raster(q, layout, keys, builder, backend)
+    tiles = (q, k, v) if raster else tiles_of(q, k, v, layout, kv_layout, tile_counts)
     wants = (coarse_wanted or gate is not None) and getattr(builder, "has_coarse", False)
-    selection, coarse_out = plan(q, k, tiles, layout, builder, kv_layout, scale, tile_counts, wants)
+    selection, coarse_out = plan(q, k, tiles, layout, builder, kv_layout, scale, tile_counts, wants, raster)
     same = kv_layout is None or kv_layout is layout
     if selection.queries is not None and tile_counts is not None and same and not is_tracing():
         check_cut_tiles(tile_counts, layout)
     gates = (gate, fine_gate)
-    how: dict[str, Any] = {"lse_wanted": lse_wanted, "in_graph": in_graph, "call": call}
+    how: dict[str, Any] = {"lse_wanted": lse_wanted, "in_graph": in_graph, "call": call, "raster": raster}
     out, lse = fine(q, tiles, selection, coarse_out, gates, scale, backend, **how)
     return out, selection, coarse_out, lse
 
 
 Tiles = tuple[Tensor, Tensor, Tensor]
+
+
+def reads_raster(q: Tensor, layout: TileLayout, kv_layout: TileLayout, builder: Any, backend: str) -> bool:
+    """Whether an uncompiled call leaves tokens in raster order: everything that runs finds them by tables.
+
+    In a graph `compile_passes` decide it. Builders that read tiles themselves, and BSA's packed queries, want tile order.
+    """
+    if backend != "triton" or is_tracing() or layout.order != "raster" or kv_layout.order != "raster":
+        return False
+    if isinstance(builder, TileSelection):
+        if builder.queries is not None:
+            return False
+    elif not isinstance(builder, MaskBuilder) or builder.reads_tiles:
+        return False
+    from flexsparse.compile_passes.templates import tuned
+
+    return tuned.finds_rows(q.device, q.dtype, q.shape[3], layout.slots, kv_layout.slots)
+
+
+def video_tables(
+    layout: TileLayout, kv_layout: TileLayout, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tables that `ops.coarse_select` takes for tokens in raster order."""
+    (q_tokens, q_back), (kv_tokens, kv_back) = (one.video_tables(device) for one in (layout, kv_layout))
+    return q_tokens, kv_tokens, q_back, kv_back
 
 
 def tiles_of(
@@ -213,8 +240,12 @@ def plan(
     scale: float,
     tile_counts: Tensor | None,
     coarse_wanted: bool,
+    raster: bool = False,
 ) -> tuple[TileSelection, Tensor | None]:
-    """The coarse stage: which tiles are critical, and the coarse output ``[B, H, N, D]`` where it is wanted."""
+    """The coarse stage: which tiles are critical, and the coarse output ``[B, H, N, D]`` where it is wanted.
+
+    ``raster``: the tiles are tokens in raster order (`reads_raster`).
+    """
     same = kv_layout is None or kv_layout is layout
     kv_layout = layout if kv_layout is None else kv_layout
     if isinstance(builder, TileSelection):
@@ -227,6 +258,10 @@ def plan(
         return selection, None
     q_tiles, k_tiles, v_tiles = tiles
     with torch.set_grad_enabled(torch.is_grad_enabled() and coarse_wanted):
+        if raster:
+            tables = video_tables(layout, kv_layout, q.device)
+            found = CoarseInputs(q_tiles, k_tiles, layout, kv_layout, scale, None, same, tables)
+            return builder.plan(found, v_tiles if coarse_wanted else None)
         coarse = CoarseInputs(
             layout.video(q_tiles), kv_layout.video(k_tiles), layout, kv_layout, scale, tile_counts, same
         )
@@ -245,8 +280,12 @@ def fine(
     lse_wanted: bool = False,
     in_graph: bool = False,
     call: str = "",
+    raster: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The fine stage and the combination: output ``[B, H, S, D]`` in q's dtype, and log-sum-exp or None, raster order."""
+    """The fine stage and the combination: output ``[B, H, S, D]`` in q's dtype, and log-sum-exp or None, raster order.
+
+    ``raster``: the tiles are tokens in raster order (`reads_raster`).
+    """
     q_tiles, k_tiles, v_tiles = tiles
     lse: Tensor | None
     if backend == "reference":
@@ -255,7 +294,7 @@ def fine(
     elif backend == "gather":
         out, lse = gather.attend(q, k_tiles, v_tiles, selection, scale, q_tiles, lse_wanted)
     elif backend == "triton":
-        out, lse = triton.attend(q, k_tiles, v_tiles, selection, scale, q_tiles, lse_wanted)
+        out, lse = triton.attend(q, k_tiles, v_tiles, selection, scale, q_tiles, lse_wanted, raster)
     else:
         out, lse = flex.attend(q, k_tiles, v_tiles, selection, scale, q_tiles, lse_wanted, in_graph, call)
     gate, fine_gate = gates

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.attention import Tiles, fine, plan, tiles_of
+from flexsparse.attention import Tiles, fine, plan, reads_raster, tiles_of, video_tables
 from flexsparse.backends import softmax_scale
 from flexsparse.grids import Geometry
 from flexsparse.layout import TileLayout
@@ -109,10 +109,12 @@ def sparse_call(
         scale = softmax_scale(scale, q.shape[-1])
         if mask is not None:
             k, v = hide_text(k, v, mask, layout)
-        tiles = tiles_of(q, k, v, layout, kv_layout, None)
-        selection, coarse_out = plan(q, k, tiles, layout, builder, kv_layout, scale, None, gates[0] is not None)
+        raster = reads_raster(q, layout, kv_layout, builder, backend)
+        tiles = (q, k, v) if raster else tiles_of(q, k, v, layout, kv_layout, None)
+        selection, coarse_out = plan(q, k, tiles, layout, builder, kv_layout, scale, None, gates[0] is not None, raster)
         selection = with_text_counts(selection, mask)
-        return fine(q, tiles, selection, coarse_out, gates, scale, backend, in_graph=in_graph, call=call)[0]
+        how: dict[str, Any] = {"in_graph": in_graph, "call": call, "raster": raster}
+        return fine(q, tiles, selection, coarse_out, gates, scale, backend, **how)[0]
 
 
 def with_text_counts(selection: TileSelection, mask: Tensor | None) -> TileSelection:
@@ -207,14 +209,8 @@ class CallParts:
             return tiles_of(q, k, v, layout, kv_layout, None)
 
         def flexsparse_video_tables(q: Tensor, k: Tensor, grid: Geometry, tables: Tables) -> tuple[Tensor, ...]:
-            found = []
-            for x, one in zip((q, k), ordered(grid, tables, "raster")):
-                tokens, back, _ = one.index(x.device)
-                start = one.tiles_first * one.slots  # `video_starts`
-                video = tokens.narrow(0, start, one.num_tiles * one.slots).unflatten(0, (one.num_tiles, one.slots))
-                found.append((video, back - start if one.text_first else back))
-            (q_tokens, q_back), (kv_tokens, kv_back) = found
-            return q_tokens, kv_tokens, q_back, kv_back
+            layout, kv_layout = ordered(grid, tables, "raster")
+            return video_tables(layout, kv_layout, q.device)
 
         def flexsparse_plan(
             q: Tensor,

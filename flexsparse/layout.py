@@ -244,6 +244,15 @@ class TileLayout:
         start = self.tiles_first * self.slots
         return x.narrow(-2, start, self.num_tiles * self.slots).unflatten(-2, (self.num_tiles, self.slots))
 
+    def video_tables(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Of the video alone, in tiles: slot -> token int32 ``[N, slots]``, and token -> slot int32 ``[S]``, counted from the
+        first video slot.
+        """
+        tokens, back, _ = self.index(device)
+        start = self.tiles_first * self.slots
+        video = tokens.narrow(0, start, self.num_tiles * self.slots).unflatten(0, (self.num_tiles, self.slots))
+        return video, back - start if self.text_first else back
+
     def _check(self, x: Tensor, length: int, order: str) -> None:
         if x.dim() < 2 or x.shape[-2] != length:
             raise ValueError(

@@ -78,6 +78,9 @@ class CoarseInputs:
         scale: softmax scale.
         tile_counts: an override of the KV tiles' valid tokens, int32 ``[tiles]`` or ``[B, tiles]``.
         same: whether queries and keys are the same tokens, so that the override holds for queries too.
+        tables: where tokens are in raster order, ``q [B, H, S, D]`` and ``k [B, G, Z, D]``, the tables by which
+            `ops.coarse_select` finds those of a tile: for builders that do not read tiles themselves
+            (`MaskBuilder.reads_tiles`), uncompiled and without an override. None: they are tiles.
     """
 
     q: Tensor
@@ -87,6 +90,7 @@ class CoarseInputs:
     scale: float
     tile_counts: Tensor | None = None
     same: bool = True
+    tables: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     @property
     def kv_counts(self) -> Tensor:
@@ -142,6 +146,13 @@ class MaskBuilder:
 
     has_coarse: ClassVar[bool] = False
     """Whether the builder has a coarse output, which a gate can use."""
+    reads_tiles: ClassVar[bool] = True
+    """Whether `plan` reads tokens of tiles itself; False where it leaves them to `coarse_stage`, which reads any order."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "plan" in vars(cls) and "reads_tiles" not in vars(cls):  # another plan may read them
+            cls.reads_tiles = True
 
     def plan(self, coarse: CoarseInputs, v: Tensor | None = None) -> tuple[TileSelection, Tensor | None]:
         """Select, and compute the coarse output where ``v`` is given.
@@ -258,6 +269,8 @@ class StaticBuilder(MaskBuilder):
     In a compiled graph the mask is a few comparisons that fuse into whatever reads it.
     """
 
+    reads_tiles: ClassVar[bool] = False
+
     def tile_mask(self, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:
         """Bool ``[N, M]``: tiles that each query tile keeps."""
         raise NotImplementedError(f"{type(self).__name__} must define tile_mask()")
@@ -360,7 +373,8 @@ def coarse_stage(
         q, q_counts = q_c[:, :, :, None], torch.ones_like(q_counts)
     among = None if allowed is None else allowed_bits(allowed, coarse.layout.num_tiles)
     how = (rule.now, rule.name, rule.value, rule.min_tiles, capacity, coarse.scale, count_bias)
-    found = torch.ops.flexsparse.coarse_select(q, coarse.k, v, q_counts, coarse.kv_counts, among, *how)
+    tables = coarse.tables or ()
+    found = torch.ops.flexsparse.coarse_select(q, coarse.k, v, q_counts, coarse.kv_counts, among, *how, *tables)
     return Coarse(found[5], found[6], found[7], None if v is None else found[0])
 
 

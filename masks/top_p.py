@@ -51,6 +51,7 @@ class TopP(MaskBuilder):
     within: StaticBuilder | None = None
 
     has_coarse: ClassVar[bool] = True
+    reads_tiles: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_ratio("TopP mass", self.mass, zero=False, one=True)

@@ -49,6 +49,7 @@ class VSA(MaskBuilder):
     within: StaticBuilder | None = None
 
     has_coarse: ClassVar[bool] = True
+    reads_tiles: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.top_k is None):

@@ -39,16 +39,23 @@ def attend(
     scale: float,
     q_tiles: Tensor | None = None,
     wants_lse: bool = False,
+    raster: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Fine-stage attention; arguments and results as `gather.attend`."""
+    """Fine-stage attention; arguments and results as `gather.attend`.
+
+    ``raster``: k and v are in raster order, as q is; kernels find their rows by the layouts' tables. Not for packed queries.
+    """
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    rows = pack_queries(q, q_tiles, selection)
+    rows = q if raster else pack_queries(q, q_tiles, selection)
     operands = (*selection.operands(), scale, wants_lse or gradients)
+    if raster:
+        operands = (*operands, *(one.index(q.device)[0] for one in (selection.layout, selection.kv_layout)))
     if q.is_cuda:
         out, lse = torch.ops.flexsparse.tile_attention(rows, k, v, None, None, *operands)
     else:
         out, lse = _Interpreted.apply(rows, k, v, *operands)
-    return unpack_rows(out, selection, like=q), unpack_lse(lse, selection) if wants_lse else None
+    out = out if raster else unpack_rows(out, selection, like=q)
+    return out, unpack_lse(lse, selection) if wants_lse else None
 
 
 class _Interpreted(torch.autograd.Function):
@@ -63,5 +70,6 @@ class _Interpreted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        dq, dk, dv, _, _ = run_backward(*grads, *ctx.saved_tensors, None, None, *ctx.operands[:-1])
-        return dq, dk, dv, *(None,) * 14
+        numbers, tables = ctx.operands[:13], ctx.operands[14:]  # between them whether the log-sum-exp is wanted
+        dq, dk, dv, _, _ = run_backward(*grads, *ctx.saved_tensors, None, None, *numbers, *tables)
+        return dq, dk, dv, *(None,) * len(ctx.operands)
