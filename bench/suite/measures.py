@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.suite.cases import OURS
-from bench.suite.rows import Row, median
+from bench.suite.rows import NOT_RUN, Row, median
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +104,20 @@ def both_over(other: str) -> Measure:
     return measure
 
 
+def not_run(group: Group, op: str, part: str | None) -> bool:
+    """Whether a piece of ours is not there because no call has it."""
+    return any((row["op"], row["part"], row["impl"], row["reason"]) == (op, part, OURS, NOT_RUN) for row in group.rows)
+
+
 def share_of(*parts: tuple[str, str | None, int]) -> Measure:
-    """Pieces (op, part, sign) over the whole attention forward."""
+    """Pieces (op, part, sign) over the whole attention forward; one that no call has takes no time."""
 
     def measure(group: Group) -> float | None:
         whole = group.best("attention_forward", OURS)
-        found = [(group.best(op, OURS, part), sign) for op, part, sign in parts]
+        run = [(op, part, sign) for op, part, sign in parts if not not_run(group, op, part)]
+        if whole is not None and not run:
+            return 0.0
+        found = [(group.best(op, OURS, part), sign) for op, part, sign in run]
         if whole is None or any(row is None for row, _ in found):
             return None
         sums = [sum(x) for x in zip(*([sign * ms for ms in row["ms"]] for row, sign in found if row is not None))]

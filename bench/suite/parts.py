@@ -1,5 +1,8 @@
 """The pieces of one attention call, each timed alone: tiling, pooling, selection, lists, fine stage, the way back.
 
+Where kernels read and write raster order by tables, nothing is brought to tile order and back, and the fine stage adds the
+gated coarse output: these pieces have rows that say so (`NOT_RUN`).
+
 Shape letters: B batch, H heads, S tokens, P padded tokens, N query tiles, M KV tiles, D head dim.
 """
 
@@ -13,9 +16,10 @@ from torch import Tensor
 
 import flexsparse as fs
 from bench.suite.cases import OURS, Case
-from bench.suite.contender import Contender, Found
+from bench.suite.contender import Contender, Found, Missing
 from bench.suite.device import Device
-from flexsparse.attention import tiles_of
+from bench.suite.rows import NOT_RUN
+from flexsparse.attention import plan, reads_raster, tiles_of, video_tables
 from flexsparse.masks.base import CoarseInputs
 from flexsparse.ops.coarse_select import pool_tiles
 
@@ -52,6 +56,9 @@ def contenders(
 ) -> Found:
     """One for each of `PARTS`; the whole's check covers them."""
     q, k, v, gate = inputs
+    if q.is_cuda and reads_raster(q, layout, layout, case.builder, "triton"):
+        yield from in_raster(case, device, inputs, layout, selection)
+        return
     tiles = tiles_of(q, k, v, layout, None, None)
     video = [layout.video(x) for x in tiles]
     counts = layout.index(q.device)[2]
@@ -95,6 +102,12 @@ def contenders(
     }
     if heads is not None and coarse_out is not None:
         functions["combine"] = lambda: ways["combine"](out, back, heads, coarse_out)
+    yield from _timed(case, functions, layout, selection)
+
+
+def _timed(
+    case: Case, functions: dict[str, Callable[[], Any]], layout: fs.TileLayout, selection: fs.TileSelection
+) -> Found:
     for name in PARTS:
         if name not in functions:
             continue
@@ -106,3 +119,41 @@ def contenders(
         op = "select" if name in ("pooling", "selection") else case.kind
         part = None if name == "selection" else name
         yield Contender(impl=OURS, op=op, run=run, part=part, tile=layout.sides, density=selection.density)
+
+
+def in_raster(
+    case: Case,
+    device: Device,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    layout: fs.TileLayout,
+    selection: fs.TileSelection,
+) -> Found:
+    """The same where tokens stay in raster order; ``fine`` holds the gated coarse output, as in a compiled model."""
+    q, k, v, gate = inputs
+    scale, builder = case.D**-0.5, case.builder
+    tokens, _, counts = layout.index(q.device)
+    tables = video_tables(layout, layout, q.device)[:2]
+    operands = (*selection.operands(), scale, False, tokens, tokens)
+    heads = None if gate is None else gate.unflatten(-1, (case.H, case.D)).transpose(1, 2)
+
+    def coarse() -> Any:
+        return plan(q, k, (q, k, v), layout, builder, None, scale, None, True, raster=True)
+
+    def pooling() -> Any:
+        from flexsparse.compile_passes.templates.pool import pool
+
+        return pool([(x, counts, False) for x in (q, k, v)], (tables[0], tables[1], tables[1]))
+
+    with torch.no_grad():
+        coarse_out = coarse()[1]
+    gated = (None, None) if heads is None else (coarse_out, heads)
+    functions: dict[str, Callable[[], Any]] = {
+        "pooling": pooling,
+        "selection": coarse,
+        "lists": lists_of(selection, device),
+        "fine": lambda: torch.ops.flexsparse.tile_attention(q, k, v, *gated, *operands),
+    }
+    for name in PARTS:
+        if name not in functions:
+            yield Missing(impl=OURS, op=case.kind, reason=NOT_RUN, part=name)
+    yield from _timed(case, functions, layout, selection)

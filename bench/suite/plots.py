@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.suite.cases import OURS
-from bench.suite.measures import File, Group, groups, ratio
+from bench.suite.measures import File, Group, groups, not_run, ratio
 from bench.suite.rows import Row, median
 
 WHOLE = ("attention_forward", "attention_training")
@@ -92,6 +92,8 @@ def pieces(group: Group) -> dict[str, float] | None:
     are timed alone do not overlap."""
 
     def ms(op: str, part: str | None) -> float | None:
+        if not_run(group, op, part):
+            return 0.0
         row = group.best(op, OURS, part)
         return None if row is None else median(row)
 

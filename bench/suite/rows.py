@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+
+NOT_RUN = "does not run: kernels read and write raster order"
+"""Why a piece of an attention call is not timed, where no call has it."""
 NUMBERS = 6
 """Significant digits of a float in a file."""
 

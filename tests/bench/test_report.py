@@ -12,6 +12,8 @@ import pytest
 from bench import report
 from bench.suite import cases, measures, overlap, plots, rows, targets
 from bench.suite.model import DENSE_MODEL
+from bench.suite.plots import pieces
+from bench.suite.rows import NOT_RUN
 
 HEAD = {
     "suite": "gpu",
@@ -110,6 +112,22 @@ def every_row(case: cases.Case) -> list[dict[str, Any]]:
 
 def full_run() -> list[dict[str, Any]]:
     return [row for case in cases.all_cases() for row in every_row(case)]
+
+
+def test_a_piece_that_no_call_has_takes_no_time() -> None:
+    """Where kernels read and write raster order there is no tiling, and no way back."""
+    rows = [row for row in full_run() if row["case"] == "attention-32k"]
+    for row in rows:
+        if row["part"] in ("tiling", "untile", "combine"):
+            row |= {"ms": None, "checked": False, "reason": NOT_RUN}
+    found = targets.lines([measures.File(name="x", header=HEAD, rows=rows)])
+    by_text = {line.target.text: line for line in found}
+    tiling = by_text["tiling, share of attention forward, 32k"]
+    assert tiling.worst == 0.0 and tiling.verdict == "meets the aim"
+    assert by_text["selection + combine, share of attention forward, 32k"].worst == pytest.approx(0.04)
+    (group,) = measures.groups([measures.File(name="x", header=HEAD, rows=rows)])
+    bars = pieces(group)
+    assert bars is not None and bars["tiling"] == bars["way back, gate"] == 0.0
 
 
 def test_every_target_is_measured_by_a_full_run() -> None:
