@@ -13,11 +13,14 @@ import flexsparse as fs
 from bench import gpu_suite
 from bench.suite import (
     cases,
+    data,
     overlap,
+    parts,
     rows,
     supervise,
     timing,
 )
+from bench.suite.contender import Contender, Missing
 from bench.suite.device import Host
 from bench.suite.runner import Budget, Run
 
@@ -95,6 +98,23 @@ def test_whole_attention_and_its_parts(tmp_path: Path) -> None:
     assert set(errors) == {"out", "dq", "dk", "dv", "dgate"} and max(errors.values()) < 1e-5
     packed = next(row for row in result["rows"] if row["case"] == "bsa" and row["impl"] == "flexsparse")
     assert packed["kv_tile"] == [4, 4, 4] and packed["tile"] == [4, 8, 4] and packed["density"] < 0.4
+
+
+def test_the_pieces_of_a_call_that_reads_raster_order() -> None:
+    """As on CUDA, with the CPU's ops: three pieces are gone, and the fine stage is the whole but for the selection."""
+    whole = case("whole", "attention_forward", parts=True, grid=(3, 6, 5))
+    host, layout = Host(), whole.layout
+    q, k, v, _ = data.tokens(whole, host.torch)
+    gate = torch.randn(1, whole.S, whole.H * whole.D)
+    selection = whole.builder.select(q, k, layout)
+    found = list(parts.in_raster(whole, host, (q, k, v, gate), layout, selection))
+    gone = {one.part for one in found if isinstance(one, Missing) and one.reason == rows.NOT_RUN}
+    timed = {one.part: one.run(0) for one in found if isinstance(one, Contender)}
+    assert gone == {"tiling", "untile", "combine"} and timed.keys() == {"pooling", None, "lists", "fine"}
+    heads = gate.unflatten(-1, (whole.H, whole.D)).transpose(1, 2)
+    expected = fs.sparse_attention(q, k, v, layout, whole.builder, gate=heads)
+    torch.testing.assert_close(timed["fine"][0], expected, atol=1e-5, rtol=1e-4)
+    assert timed["pooling"][0].shape == (1, whole.H, layout.num_tiles, whole.D)
 
 
 def test_the_compiled_form_is_what_a_wrapped_model_runs(tmp_path: Path, fresh_dynamo: None) -> None:
