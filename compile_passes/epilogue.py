@@ -79,6 +79,7 @@ def _of_tokens(node: Any, rows: int, slots: Node, first: int) -> Node | None:
     """The tensor ``[B, H, N, D]`` of whose rows, ``first`` rows of zeros before them, a node has for each token its tile's."""
     while is_op(node, *CASTS, *COPIES):
         node = node.args[0]
+    source: Any
     source, tile = taken(node)
     floor = is_op(tile, aten.div.Tensor_mode) and tile.kwargs.get("rounding_mode") == "floor"
     if source is None or not (floor or is_op(tile, aten.floor_divide.default)):

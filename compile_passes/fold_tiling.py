@@ -124,7 +124,7 @@ class Gradients:
         results: for dq, dk and dv the nodes that are them in raster order.
     """
 
-    node: Node
+    node: Any
     grad: Node
     results: list[list[Node]]
 
@@ -142,7 +142,7 @@ class Call:
         backward: its backwards.
     """
 
-    node: Node
+    node: Any
     inputs: list[Node]
     tables: tuple[Node, Node]
     slots: Node
@@ -150,7 +150,7 @@ class Call:
     backward: list[Gradients]
 
 
-def find_call(node: Node, supports: Callable[..., bool]) -> Call:
+def find_call(node: Any, supports: Callable[..., bool]) -> Call:
     """The call of a `tile_attention` node whose tokens some `tile_tokens` brings to tile order.
 
     Raises:
@@ -190,7 +190,7 @@ def find_call(node: Node, supports: Callable[..., bool]) -> Call:
     return Call(node, inputs, (tables[0], tables[1]), backs[0], outputs, gradients)
 
 
-def _gradients(node: Node, tiled: list[Node], tables: list[Node], backs: list[Node]) -> Gradients:
+def _gradients(node: Any, tiled: list[Any], tables: list[Any], backs: list[Any]) -> Gradients:
     if [plain(x) for x in node.args[2:5]] != tiled or node.args[7] is not None:
         raise NotFolded("something else reads its tokens in tile order")
     grad = gathered(node.args[0], tables[0], padded=True)
@@ -241,16 +241,16 @@ def _hand_on(graph: Graph, new: Node, old: list[Node]) -> None:
         restride(graph, new, example)
 
 
-def _renew(node: Node) -> None:
+def _renew(node: Any) -> None:
     """New example values of an op and its results."""
     values = torch.fx.map_arg(node.args, value_of)
     with value_of(node.args[2]).fake_mode:
-        found = node.target(*values)  # type: ignore[operator]
+        found = node.target(*values)
     node.meta["val"] = found
     node.meta.pop("tensor_meta", None)
     for user in node.users:
         if is_op(user, operator.getitem):
-            user.meta["val"] = found[user.args[1]]  # type: ignore[index]
+            user.meta["val"] = found[user.args[1]]
             user.meta.pop("tensor_meta", None)
 
 
@@ -261,7 +261,7 @@ def plain(node: Any) -> Any:
     return node
 
 
-def readers(node: Node) -> Iterator[Node]:
+def readers(node: Node) -> Iterator[Any]:
     """Who reads a node, through identities."""
     for user in node.users:
         if is_op(user, *SAME):
@@ -270,6 +270,6 @@ def readers(node: Node) -> Iterator[Node]:
             yield user
 
 
-def results_of(node: Node, index: int) -> list[Node]:
+def results_of(node: Node, index: int) -> list[Any]:
     """The nodes of one result of an op."""
     return [user for user in node.users if is_op(user, operator.getitem) and user.args[1] == index]

@@ -77,11 +77,11 @@ class PoolTokens:
                 finish(module)
         return gm
 
-    def _pool(self, gm: GraphModule, node: Node) -> bool:
+    def _pool(self, gm: GraphModule, node: Any) -> bool:
         shown = [x for x in node.args[:3] if x is not None]
-        made = [self._tiled(x) for x in shown]
-        tiles = made[0]
-        if tiles is None or any(each is not tiles for each in made):
+        sources = [self._tiled(x) for x in shown]
+        tiles = sources[0]
+        if tiles is None or any(each is not tiles for each in sources):
             return False
         q, k, v, _, grid, tables, order = tiles.args
         if order != "raster" or not tile_tokens.in_one_kernel(value_of(q).device, value_of(q).dtype):
@@ -103,7 +103,7 @@ class PoolTokens:
         node.args = (q, k, None if node.args[2] is None else v, *node.args[3:13], *items)
         return True
 
-    def _tiled(self, node: Any) -> Node | None:
+    def _tiled(self, node: Any) -> Any:
         """The call of ``tiles`` of which a node shows a result, as tiles."""
         made = _result(node)
         return made.args[0] if made is not None and made.args[0].target is self.parts.tiles else None
@@ -118,7 +118,7 @@ def _result(node: Any) -> Any:
     return above if is_op(above, operator.getitem) and isinstance(above.args[0], Node) else None
 
 
-def _shows(node: Node, index: int, start: Any) -> bool:
+def _shows(node: Any, index: int, start: Any) -> bool:
     """Whether a node shows result ``index`` from slot ``start`` on, all other dimensions whole."""
     made, part = _result(node), node.args[0]
     B, H, n, s, D = shape_of(node)

@@ -134,9 +134,11 @@ def run_forward(
     """`tile_attention` by the Triton templates: on CUDA, and in Triton's interpreter."""
     from flexsparse.compile_passes.templates.forward import forward
 
-    numbers, tables = sizes[:11], dict(zip(("q_tokens", "kv_tokens"), sizes[11:]))
+    numbers, (q_tokens, kv_tokens) = sizes[:11], (*sizes[11:], None, None)[:2]
     operands = (q, k, v, bits, counts, kv_counts.expand(q.shape[0], -1), coarse, gate)
-    return forward(*operands, **_keywords(*numbers[:-1]), frame_tiles=numbers[7], **tables)
+    return forward(
+        *operands, **_keywords(*numbers[:-1]), frame_tiles=numbers[7], q_tokens=q_tokens, kv_tokens=kv_tokens
+    )
 
 
 def _keywords(
@@ -217,14 +219,14 @@ def tile_attention_backward(
     (grad, q, out, gate), (k, v) = _in_rows(q_tokens, grad, q, out, gate), _in_rows(kv_tokens, k, v)
     fine = out if gate is None else None  # with a gate, out is not the fine stage's alone
     dq, dk, dv = gathered.backward(grad, grad_lse, q, k, v, fine, lse, bits, counts, kv_counts, *sizes, scale)
-    grads = *_in_raster(q_tokens, lengths[0], dq), *_in_raster(kv_tokens, lengths[1], dk, dv)
+    (dq,), (dk, dv) = _in_raster(q_tokens, lengths[0], dq), _in_raster(kv_tokens, lengths[1], dk, dv)
     if gate is None or coarse is None:
-        return (*grads, q.new_empty(0), q.new_empty(0))
+        return dq, dk, dv, q.new_empty(0), q.new_empty(0)
     g = _video_rows(grad, first_rows, last_rows, query_rows).to(lse.dtype)
     d_coarse = (g * _video_rows(gate, first_rows, last_rows, query_rows)).sum(3)
     d_gate = torch.zeros_like(gate, memory_format=torch.contiguous_format)
     _video_rows(d_gate, first_rows, last_rows, query_rows).copy_(g * coarse[:, :, :, None])
-    return (*grads, d_coarse.to(coarse.dtype), *_in_raster(q_tokens, lengths[0], d_gate))
+    return dq, dk, dv, d_coarse.to(coarse.dtype), _in_raster(q_tokens, lengths[0], d_gate)[0]
 
 
 def run_backward(
@@ -251,9 +253,10 @@ def run_backward(
 
     if out is None:
         raise ValueError("out is None, and the templates' backward reads it: give what tile_attention returned")
-    numbers, tables = sizes[:10], dict(zip(("q_tokens", "kv_tokens"), sizes[10:]))
+    numbers, (q_tokens, kv_tokens) = sizes[:10], (*sizes[10:], None, None)[:2]
     operands = (grad, grad_lse, q, k, v, out, lse, bits, counts, kv_counts.expand(q.shape[0], -1), coarse, gate)
-    dq, dk, dv, d_coarse, d_gate = backward(*operands, **_keywords(*numbers), **tables)
+    keywords = _keywords(*numbers)
+    dq, dk, dv, d_coarse, d_gate = backward(*operands, **keywords, q_tokens=q_tokens, kv_tokens=kv_tokens)
     none = q.new_empty(0)
     return dq, dk, dv, none if d_coarse is None else d_coarse, none.clone() if d_gate is None else d_gate
 
