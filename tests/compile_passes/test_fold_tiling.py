@@ -25,12 +25,14 @@ from flexsparse.ops import tile_tokens
 
 from .capture import Joint, joint_graphs, nodes_of, ops
 from .test_epilogue import Attention
-from .test_lower_flex import CASES, Video, assert_same, run
+from .test_lower_flex import CASES, Case, Video, assert_same, run
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 aten = torch.ops.aten
 GRID, TILE, C = (3, 6, 5), (2, 2, 4), 32
-FOLDED = ("VSA", "grouped queries", "partial tiles", "text on both sides", "static", "checkpointed")
+FOLDED = {name: case for name, case in CASES.items() if "packed" not in name} | {
+    "other query tiles": Case(fs.VSA(top_k=3), {"query_tile": (2, 4, 8), "text_first": 5}),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +73,7 @@ def check_folded(joint: Joint, training: bool, calls: int = 1) -> None:
 @pytest.mark.parametrize("training", (False, True), ids=("inference", "training"))
 @pytest.mark.parametrize("name", FOLDED)
 def test_nothing_is_brought_to_tile_order_and_the_bits_are_the_same(name: str, training: bool) -> None:
-    case = CASES[name]
+    case = FOLDED[name]
     x = torch.randn(2, case.tokens, case_channels())
     with torch.set_grad_enabled(training):
         with joint_graphs() as joint, passes() as folds:
@@ -148,6 +150,31 @@ def test_both_stages_of_gated_attention(dtype: torch.dtype, training: bool, comb
     for one, other, gold in zip(mine, tiled, exact, strict=True):
         error, usual = ((x.double() - gold).square().mean().sqrt() for x in (one, other))
         assert error <= 1.5 * usual + 4 * torch.finfo(dtype).eps * gold.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("training", (False, True), ids=("inference", "training"))
+def test_text_has_no_coarse_output(training: bool) -> None:
+    """Its rows of the gate, whatever they hold, add nothing; a graph that pads the coarse output for it is understood."""
+    layout = fs.TileLayout(grid=GRID, tile=TILE, text_first=3, text_last=20)
+    inputs = [torch.randn(1, 2, layout.seq_len, 16), *(torch.randn(1, 2, layout.seq_len, 16) for _ in "kv")]
+    inputs.append(torch.randn(1, layout.seq_len, 32))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        q = torch.ops.flexsparse.mark_gate(q, gate)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    found = []
+    with passes() as folds:
+        for fold in (True, False):
+            torch._dynamo.reset()
+            how: dict[str, Any] = {"tile": TILE, "grid": GRID, "text_first": 3, "text_last": 20, "fold_tiling": fold}
+            backend = fs.backend(fs.VSA(top_k=2), inner="aot_eager", **how)
+            leaves = [x.clone().requires_grad_(training) for x in inputs]
+            out = torch.compile(attend, backend=backend, fullgraph=True)(*leaves)
+            grads = torch.autograd.grad(out.square().sum(), leaves) if training else ()
+            found.append([out.detach(), *grads])
+    assert folds[-1].matches == (1, int(training)) and folds[-1].combined == int(not training)
+    assert_same(*found)
 
 
 def test_any_resolution_in_one_graph() -> None:

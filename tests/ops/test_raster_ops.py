@@ -71,7 +71,9 @@ def test_tile_attention_with_one_table() -> None:
     inputs, operands = attention(torch.float32, False)
 
     def by_table(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-        return [LAYOUT.to_raster(ops.tile_attention(LAYOUT.to_tiles(q), k, v, None, None, *operands, None, KV_TOKENS)[0])]
+        return [
+            LAYOUT.to_raster(ops.tile_attention(LAYOUT.to_tiles(q), k, v, None, None, *operands, None, KV_TOKENS)[0])
+        ]
 
     def in_tiles(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         tiles = LAYOUT.to_tiles(q), KEYS.to_tiles(k), KEYS.to_tiles(v)

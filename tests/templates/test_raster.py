@@ -30,7 +30,7 @@ CASES = [
     Case(partial=True, B=2, H=2, G=1, first=1, kv_last=1, gated=True, N=2, M=2, D=16),
     Case(query_rows=32, slots=64, partial=True, gated=True, N=2, M=3, D=24, dtype=torch.float16),
     Case(partial=True, popular=True, N=20, M=6, density=0.1),  # columns in pieces
-    Case(N=2, M=3),
+    Case(N=2, M=2, query_rows=64, slots=64, D=16),  # tiles in several steps
 ]
 
 
