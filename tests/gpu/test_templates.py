@@ -14,6 +14,7 @@ from tolerance import assert_as_good, assert_lse
 from torch import Tensor
 
 import flexsparse as fs
+from flexsparse.compile_passes.templates import tuned
 from flexsparse.compile_passes.templates.columns import most_pieces
 from flexsparse.ops.choice import Rule, choose
 
@@ -95,6 +96,29 @@ def test_two_runs_agree_bit_for_bit(dtype: torch.dtype, D: int, slots: int) -> N
     first = on_gpu(layout, tensors, selection, grad)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, on_gpu(layout, tensors, selection, grad)))
+
+
+@pytest.mark.guards(*FINE)
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["partial tiles and text", "128 slots"])
+def test_raster_order_and_tile_order_agree_bit_for_bit(
+    name: str, dtype: torch.dtype, D: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows found by tables; heads lie inside of tokens, as in a model, and results lie where the inputs do."""
+    layout = LAYOUTS[name]
+    q, k, v = (x.cuda().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(layout, dtype, D, 4.0))
+    gate, grad = torch.randn_like(q), torch.randn_like(q)
+    results = []
+    for by_table in (True, False):
+        monkeypatch.setattr(tuned, "finds_rows", lambda *case, by_table=by_table: by_table)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v, gate)]
+        how = {"gate": leaves[3], "backend": "triton", "return_aux": True}
+        out, aux = fs.sparse_attention(*leaves[:3], layout, fs.VSA(top_k=3), **how)
+        results.append([out.detach(), aux.lse.detach(), *torch.autograd.grad(out, leaves[:3], grad)])
+        assert not by_table or out.stride() == q.stride()
+    for what, found, expected in zip(("out", "lse", "dq", "dk", "dv"), *results):
+        assert torch.equal(found, expected), what
 
 
 @pytest.mark.guards(*FINE)
