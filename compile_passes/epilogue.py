@@ -6,6 +6,7 @@ Shape letters: B batch, H query heads, N query tiles, R query rows, D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,9 +48,8 @@ def find_epilogue(out: Node, rows: int, slots: Node | None = None, first: int = 
         return None
     if _sizes(total) != _sizes(out) or value_of(total).stride() != value_of(out).stride():
         return None
-    coarse_of: Callable[[Any], Node | None] = lambda x: _repeated(x, rows)  # noqa: E731
-    if slots is not None:
-        coarse_of = lambda x: _of_tokens(x, rows, slots, first)  # noqa: E731
+    in_tiles, in_raster = partial(_repeated, rows=rows), partial(_of_tokens, rows=rows, slots=slots, first=first)
+    coarse_of: Callable[[Any], Node | None] = in_tiles if slots is None else in_raster
     for gate, repeated in (product.args, product.args[::-1]):
         coarse = coarse_of(repeated)
         if coarse is not None and isinstance(gate, Node) and _sizes(gate) == _sizes(out):
@@ -75,7 +75,7 @@ def combine(graph: Graph, out: Node, found: tuple[Node, Node, Node] | None) -> b
     return True
 
 
-def _of_tokens(node: Any, rows: int, slots: Node, first: int) -> Node | None:
+def _of_tokens(node: Any, rows: int, slots: Node | None, first: int) -> Node | None:
     """The tensor ``[B, H, N, D]`` of whose rows, ``first`` rows of zeros before them, a node has for each token its tile's."""
     while is_op(node, *CASTS, *COPIES):
         node = node.args[0]

@@ -70,8 +70,24 @@ def check_folded(joint: Joint, training: bool, calls: int = 1) -> None:
         assert None not in node.args[-4:]
 
 
-@pytest.mark.parametrize("training", (False, True), ids=("inference", "training"))
-@pytest.mark.parametrize("name", FOLDED)
+FIRST = (
+    "partial tiles, inference",
+    "partial tiles, training",
+    "text on both sides, training",
+    "other query tiles, training",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [
+        pytest.param(
+            name, how == "training", id=f"{name}, {how}", marks=() if f"{name}, {how}" in FIRST else pytest.mark.slow
+        )
+        for name in FOLDED
+        for how in ("inference", "training")
+    ],
+)
 def test_nothing_is_brought_to_tile_order_and_the_bits_are_the_same(name: str, training: bool) -> None:
     case = FOLDED[name]
     x = torch.randn(2, case.tokens, case_channels())
@@ -88,7 +104,7 @@ def case_channels() -> int:
     return 16
 
 
-@pytest.mark.parametrize("name", ("packed queries", "checkpointed, packed"))
+@pytest.mark.parametrize("name", ("packed queries", pytest.param("checkpointed, packed", marks=pytest.mark.slow)))
 def test_packed_queries_are_packed_from_tiles(name: str) -> None:
     case = CASES[name]
     x = torch.randn(1, case.tokens, case_channels())
@@ -132,7 +148,11 @@ def run_gated(model: nn.Module, dtype: torch.dtype, training: bool, **options: A
 
 @pytest.mark.parametrize(
     ("dtype", "training", "combined"),
-    [(torch.float32, True, 0), (torch.float32, False, 2), (torch.bfloat16, True, 2)],
+    [
+        (torch.float32, True, 0),
+        pytest.param(torch.float32, False, 2, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, True, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_both_stages_of_gated_attention(dtype: torch.dtype, training: bool, combined: int) -> None:
     """Several calls, partial tiles, both stages' gradients; the op adds the coarse output where nothing else reads its own."""
@@ -152,7 +172,7 @@ def test_both_stages_of_gated_attention(dtype: torch.dtype, training: bool, comb
         assert error <= 1.5 * usual + 4 * torch.finfo(dtype).eps * gold.square().mean().sqrt()
 
 
-@pytest.mark.parametrize("training", (False, True), ids=("inference", "training"))
+@pytest.mark.parametrize("training", (False, pytest.param(True, marks=pytest.mark.slow)), ids=("inference", "training"))
 def test_text_has_no_coarse_output(training: bool) -> None:
     """Its rows of the gate, whatever they hold, add nothing; a graph that pads the coarse output for it is understood."""
     layout = fs.TileLayout(grid=GRID, tile=TILE, text_first=3, text_last=20)
