@@ -142,7 +142,7 @@ def without_values() -> Iterator[FakeTensorMode]:
             (triton._Interpreted, "apply", op),  # off CUDA the templates run in an interpreter
             (base, "is_tracing", lambda: False),  # fake tensors look like a compiler at work
             (attention, "is_tracing", lambda: False),
-            (tile_tokens, "in_one_kernel", lambda device, dtype: True),  # as on CUDA, where passes then need no tiles at all
+            (tile_tokens, "in_one_kernel", lambda device, dtype: True),  # as on CUDA: graphs then need no tiles
         ):
             stack.enter_context(mock.patch.object(owner, name, new))
         stack.enter_context(mock.patch("torch._inductor.compile_fx.compile_fx_inner", uncompiled))

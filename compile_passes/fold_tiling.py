@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule, Node
 
@@ -61,7 +62,7 @@ class FoldTiling(CustomGraphPass):
     memory format that changes is followed down the graph.
 
     Args:
-        supports: told ``(device, dtype, head dim, query rows, slots)``, says whether the kernels find rows by a table.
+        supports: told ``(q, query rows, slots)``, says whether the kernels find rows by a table.
 
     Attributes:
         matches: (forward, backward) nodes changed so far.
@@ -70,7 +71,7 @@ class FoldTiling(CustomGraphPass):
         refused: why others were not, by name.
     """
 
-    def __init__(self, supports: Callable[[torch.device, torch.dtype, int, int, int], bool] | None = None) -> None:
+    def __init__(self, supports: Callable[[Tensor, int, int], bool] | None = None) -> None:
         self.supports = supports or kernels_find_rows
         self.matches, self.combined = (0, 0), 0
         self.folded: set[str] = set()
@@ -107,11 +108,11 @@ class FoldTiling(CustomGraphPass):
             finish(gm)
 
 
-def kernels_find_rows(device: torch.device, dtype: torch.dtype, head_dim: int, rows: int, slots: int) -> bool:
+def kernels_find_rows(q: Tensor, rows: int, slots: int) -> bool:
     """Whether all kernels of a case find rows by a table (`tuned.finds_rows`)."""
     from flexsparse.compile_passes.templates import tuned
 
-    return tuned.finds_rows(device, dtype, head_dim, rows, slots)
+    return tuned.finds_rows(q, rows, slots)
 
 
 @dataclass
@@ -163,7 +164,7 @@ def find_call(node: Any, supports: Callable[..., bool]) -> Call:
     rows, slots = node.args[8], node.args[13]
     if node.args[3] is not None or node.args[4] is not None:
         raise NotFolded("it takes in the coarse output in tile order")
-    if not supports(example.device, example.dtype, example.shape[3], rows, slots):
+    if not supports(example, rows, slots):
         raise NotFolded("the kernel that is chosen for it reads tokens in tile order")
     inputs, tables, backs = [], [], []
     for x in tiled:

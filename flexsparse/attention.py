@@ -202,7 +202,7 @@ def reads_raster(q: Tensor, layout: TileLayout, kv_layout: TileLayout, builder: 
         return False
     from flexsparse.compile_passes.templates import tuned
 
-    return tuned.finds_rows(q.device, q.dtype, q.shape[3], layout.slots, kv_layout.slots)
+    return tuned.finds_rows(q, layout.slots, kv_layout.slots)
 
 
 def video_tables(

@@ -102,12 +102,9 @@ def _default(dtype: torch.dtype, D: int, query_rows: int, slots: int, op: str) -
 
 def arch_of(x: Tensor) -> str | None:
     """``"sm_90a"`` and the like for a tensor on a CUDA device; None elsewhere, where kernels run in the interpreter."""
-    return arch_on(x.device) if x.is_cuda else None
-
-
-def arch_on(device: torch.device) -> str:
-    """As `arch_of`, of a CUDA device."""
-    major, minor = torch.cuda.get_device_capability(device)
+    if not x.is_cuda:
+        return None
+    major, minor = torch.cuda.get_device_capability(x.device)
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
@@ -182,18 +179,18 @@ def chosen(
     return measured
 
 
-def finds_rows(device: torch.device, dtype: torch.dtype, D: int, query_rows: int, slots: int) -> bool:
-    """Whether all kernels that are chosen for a case can find rows by a table, so that nobody need bring them to tile order.
+def finds_rows(q: Tensor, query_rows: int, slots: int) -> bool:
+    """Whether all kernels that are chosen for queries can find rows by a table, so that nobody need bring them to tile order.
 
     The one place that decides it: before tokens are left in raster order, and not where kernels run.
     """
     if any(choice.kernel != "triton" for choice in _forced):
         return False
-    case = (TYPES[dtype], D, query_rows, slots)
-    if device.type != "cuda" or not any(key[2:] == case for key in _table(TABLE)):
+    case = (q.shape[3], query_rows, slots)
+    if not any(key[2:] == (TYPES[q.dtype], *case) for key in _table(TABLE)):  # whatever the GPU is
         return True
-    arch = arch_on(device)
-    return all(chosen(arch, dtype, D, query_rows, slots, op).kernel == "triton" for op in OPS)
+    arch = arch_of(q)
+    return all(chosen(arch, q.dtype, *case, op).kernel == "triton" for op in OPS)
 
 
 def hopper_blocks(op: str, q: Tensor, query_rows: int, slots: int, by_table: bool = False) -> Blocks | None:

@@ -147,11 +147,10 @@ def _tables(case: Case) -> dict[str, Tensor]:
 def test_a_kernel_that_cannot_is_not_chosen() -> None:
     """A Hopper kernel that was measured to be faster keeps tokens in tile order; one that is forced says so."""
     at = both(CASES[3])
-    cpu, half = torch.device("cpu"), torch.bfloat16
-    assert tuned.finds_rows(cpu, half, 128, 64, 64)
+    assert tuned.finds_rows(at.raster.q, 64, 64)
     hopper = tuned.Choice(op="dq", kernel="hopper", rows=64, keys=64, num_warps=4, num_stages=2)
     with tuned.using(hopper):
-        assert not tuned.finds_rows(cpu, half, 128, 64, 64)
+        assert not tuned.finds_rows(at.raster.q, 64, 64)
         out, lse = forward(*at.raster.tensors, **at.raster.keywords, q_tokens=at.q_tokens, kv_tokens=at.kv_tokens)
         with pytest.raises(ValueError, match="'hopper' is forced on dq, and takes no tokens in raster order"):
             run(at.raster, False, q_tokens=at.q_tokens, kv_tokens=at.kv_tokens)
