@@ -43,6 +43,20 @@ class Heads:
     kv_heads: int
     size: int
 
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, size: int) -> Heads:
+        """For given q and k, ``[B, H or G, L, D]``.
+
+        Raises:
+            ValueError: fewer heads than ranks.
+        """
+        if q.shape[1] < size:
+            raise ValueError(
+                f"q has {q.shape[1]} heads and the ulysses mesh {size} ranks: give at most one rank a head; more ranks "
+                "share a head's query tiles, by SequenceParallel(ulysses=mesh['ulysses'], tiles=mesh['tiles'])"
+            )
+        return cls(int(q.shape[1]), int(k.shape[1]), size)
+
     def query(self, rank: int) -> tuple[int, int]:
         """First and past-the-end query head of a rank."""
         return bounds(parts(self.heads, self.size), rank)
@@ -137,20 +151,6 @@ class Exchange:
     segments: Segments
     ranks: Ranks
     heads: Heads
-
-    @classmethod
-    def of(cls, q: Tensor, k: Tensor, segments: Segments, ranks: Ranks) -> Exchange:
-        """For given q and k.
-
-        Raises:
-            ValueError: fewer heads than ranks.
-        """
-        if q.shape[1] < ranks.size:
-            raise ValueError(
-                f"q has {q.shape[1]} heads and the ulysses mesh {ranks.size} ranks: give at most one rank a head; more ranks "
-                "share a head's query tiles, by SequenceParallel(ulysses=mesh['ulysses'], tiles=mesh['tiles'])"
-            )
-        return cls(segments, ranks, Heads(q.shape[1], k.shape[1], ranks.size))
 
     def to_heads(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor | None]

@@ -170,7 +170,6 @@ def ulysses(model: Model, mesh: DeviceMesh | None = None, plan: Plan | None = No
     for name, entry in plan.items():
         for module in _named(model, name):
             cut.register(module, entry)
-    state.options["dynamic"] = False  # the ranks' parts are numbers of the graph
     state.backend.parallel = Around(parallel)
     return model
 

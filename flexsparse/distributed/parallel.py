@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flexsparse.attention import sparse_attention
 from flexsparse.distributed.builders import of_heads
-from flexsparse.distributed.heads import Exchange
+from flexsparse.distributed.heads import Exchange, Heads
 from flexsparse.distributed.own_tiles import OwnTiles, own_tile_attention, packed_order
 from flexsparse.distributed.tokens import (
     Ranks,
@@ -148,7 +148,15 @@ class SequenceParallel:
 
     def exchange(self, q: Tensor, k: Tensor, layout: TileLayout) -> Exchange:
         """The all-to-alls around one attention: what `attention` does, for callers with an attention of their own."""
-        return Exchange.of(q, k, self.segments(layout)[1], self.ulysses)
+        return Exchange(self.segments(layout)[1], self.ulysses, self.heads(q, k))
+
+    def heads(self, q: Tensor, k: Tensor) -> Heads:
+        """Which heads each rank computes.
+
+        Raises:
+            ValueError: fewer heads than ranks.
+        """
+        return Heads.of(q, k, self.ulysses.size)
 
     def attention(
         self,

@@ -15,6 +15,8 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from flexsparse.tables import is_symbolic
+
 Text = Literal["replicated", "split", "joined"]
 
 
@@ -53,8 +55,12 @@ class Ranks:
 
 
 def parts(length: int, size: int) -> tuple[int, ...]:
-    """``length`` things in ``size`` parts that differ by one at most, larger ones first, as `torch.tensor_split` cuts."""
-    return tuple((length + size - 1 - rank) // size for rank in range(size))
+    """``length`` things in ``size`` parts that differ by one at most, larger ones first, as `torch.tensor_split` cuts.
+
+    The last part is what the others leave: so parts of a symbolic length add up to it, and no graph needs a guard that they do.
+    """
+    first = [(length + size - 1 - rank) // size for rank in range(size - 1)]
+    return (*first, length - sum(first))
 
 
 def bounds(sizes: Sequence[int], rank: int) -> tuple[int, int]:
@@ -119,10 +125,12 @@ def local_length(segments: Segments, rank: int) -> int:
 def sent_range(segments: Segments, rank: int) -> tuple[int, int]:
     """Start and length of the split tokens among a rank's tokens; replicated ones are before and after them."""
     start = length = 0
+    before = True
     for segment in segments:
         if segment.split:
             length += segment.sizes[rank]
-        elif not length:
+            before = False
+        elif before:
             start += segment.length
     return start, length
 
@@ -172,7 +180,11 @@ def gather_tokens(x: Tensor, segments: Segments, ranks: Ranks, dim: int) -> Tens
     start, length = sent_range(segments, ranks.rank)
     sizes = [sent_range(segments, rank)[1] for rank in range(ranks.size)]
     sent = x.narrow(dim, start, length).movedim(dim, 0)
-    if length < max(sizes):
-        sent = torch.cat([sent, sent.new_zeros((max(sizes) - length, *sent.shape[1:]))])
-    blocks = [block.movedim(0, dim) for block in all_gather(sent, ranks.group).split(max(sizes))]
+    longest = sizes[0] if is_symbolic(*sizes) else max(sizes)
+    if is_symbolic(*sizes):
+        # whether this part is shorter must not be a case of its own: one row more, then as many as the longest has
+        sent = torch.cat([sent, sent.new_zeros((1, *sent.shape[1:]))]).narrow(0, 0, longest)
+    elif length < longest:
+        sent = torch.cat([sent, sent.new_zeros((longest - length, *sent.shape[1:]))])
+    blocks = [block.movedim(0, dim) for block in all_gather(sent, ranks.group).split([longest] * ranks.size)]
     return in_sequence(x, blocks, segments, ranks.rank, dim)
