@@ -135,13 +135,19 @@ def sent_range(segments: Segments, rank: int) -> tuple[int, int]:
     return start, length
 
 
-def own_part(x: Tensor, segments: Segments, rank: int, dim: int) -> Tensor:
-    """A rank's tokens of a whole sequence."""
+def own_pieces(x: Tensor, segments: Segments, rank: int, dim: int) -> list[Tensor]:
+    """A rank's tokens of a whole sequence: of each segment that has any, views."""
     pieces, at = [], 0
     for segment in segments:
-        pieces.append(x.narrow(dim, at + segment.start(rank), segment.sizes[rank]))
+        pieces.append((at + segment.start(rank), segment.sizes[rank]))
         at += segment.length
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+    return [x.narrow(dim, *piece) for piece in pieces if not known_empty(piece[1])] or [x.narrow(dim, 0, 0)]
+
+
+def own_part(x: Tensor, segments: Segments, rank: int, dim: int) -> Tensor:
+    """A rank's tokens of a whole sequence."""
+    pieces = own_pieces(x, segments, rank, dim)
+    return pieces[0] if len(segments) == 1 else torch.cat(pieces, dim)
 
 
 def in_sequence(own: Tensor, blocks: Sequence[Tensor], segments: Segments, rank: int, dim: int) -> Tensor:
@@ -158,12 +164,17 @@ def in_sequence(own: Tensor, blocks: Sequence[Tensor], segments: Segments, rank:
     for segment in segments:
         if segment.split:
             for other, size in enumerate(segment.sizes):
-                pieces.append(blocks[other].narrow(dim, done[other], size))
+                pieces.append((blocks[other], done[other], size))
                 done[other] += size
         else:
-            pieces.append(own.narrow(dim, at, segment.length))
+            pieces.append((own, at, segment.length))
         at += segment.sizes[rank]
-    return torch.cat(pieces, dim)
+    return torch.cat([x.narrow(dim, start, size) for x, start, size in pieces if not known_empty(size)], dim)
+
+
+def known_empty(size: int) -> bool:
+    """Whether a size is 0; a symbolic one is not asked, as the answer would be a case of the graph."""
+    return not is_symbolic(size) and size == 0
 
 
 def all_gather(x: Tensor, group: str) -> Tensor:
