@@ -14,8 +14,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-
-from flexsparse.tables import is_symbolic
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 Text = Literal["replicated", "split", "joined"]
 
@@ -76,10 +75,17 @@ class Segment:
     Attributes:
         sizes: tokens on each rank.
         split: whether these are parts of it.
+        even: whether they are as `parts` cuts.
     """
 
     sizes: tuple[int, ...]
     split: bool
+    even: bool = False
+
+    @classmethod
+    def of(cls, length: int, size: int) -> Segment:
+        """In even parts on so many ranks."""
+        return cls(parts(length, size), True, True)
 
     @property
     def length(self) -> int:
@@ -94,12 +100,12 @@ class Segment:
 Segments = Sequence[Segment]
 
 
-def segments_of(first: int, video: Sequence[int], last: int, text: str) -> tuple[Segment, ...]:
+def segments_of(first: int, video: Segment, last: int, text: str) -> tuple[Segment, ...]:
     """The segments of a sequence of extra tokens, video tokens, extra tokens.
 
     Args:
         first: extra tokens before the video.
-        video: video tokens of each rank.
+        video: the video tokens.
         last: extra tokens after them.
         text: ``"replicated"``: every rank holds all extra tokens; ``"split"``: its part of the first ones, its part of the
             video, its part of the last ones; ``"joined"``: an equal part of the whole sequence.
@@ -107,14 +113,13 @@ def segments_of(first: int, video: Sequence[int], last: int, text: str) -> tuple
     Raises:
         ValueError: another ``text``.
     """
-    size = len(video)
+    size = len(video.sizes)
     if text not in get_args(Text):
         raise ValueError(f"text is {text!r}: give one of {get_args(Text)}")
     if text == "joined":
-        return (Segment(parts(first + sum(video) + last, size), True),)
-    split = text == "split"
-    ends = [Segment(parts(n, size) if split else (n,) * size, split) for n in (first, last)]
-    return ends[0], Segment(tuple(video), True), ends[1]
+        return (Segment.of(first + video.length + last, size),)
+    ends = [Segment.of(n, size) if text == "split" else Segment((n,) * size, False) for n in (first, last)]
+    return ends[0], video, ends[1]
 
 
 def local_length(segments: Segments, rank: int) -> int:
@@ -174,7 +179,7 @@ def in_sequence(own: Tensor, blocks: Sequence[Tensor], segments: Segments, rank:
 
 def known_empty(size: int) -> bool:
     """Whether a size is 0; a symbolic one is not asked, as the answer would be a case of the graph."""
-    return not is_symbolic(size) and size == 0
+    return statically_known_true(size == 0)
 
 
 def all_gather(x: Tensor, group: str) -> Tensor:
@@ -191,11 +196,13 @@ def gather_tokens(x: Tensor, segments: Segments, ranks: Ranks, dim: int) -> Tens
     start, length = sent_range(segments, ranks.rank)
     sizes = [sent_range(segments, rank)[1] for rank in range(ranks.size)]
     sent = x.narrow(dim, start, length).movedim(dim, 0)
-    longest = sizes[0] if is_symbolic(*sizes) else max(sizes)
-    if is_symbolic(*sizes):
-        # whether this part is shorter must not be a case of its own: one row more, then as many as the longest has
-        sent = torch.cat([sent, sent.new_zeros((1, *sent.shape[1:]))]).narrow(0, 0, longest)
-    elif length < longest:
+    split = [segment for segment in segments if segment.split]
+    even = all(segment.even for segment in split)
+    longest = sizes[0] if even else max(sizes)
+    if statically_known_true(length < longest):
         sent = torch.cat([sent, sent.new_zeros((longest - length, *sent.shape[1:]))])
+    elif not statically_known_true(length == longest):  # whether it is shorter must not be a case of the graph
+        missing = len(split) if even else longest  # at most
+        sent = torch.cat([sent, sent.new_zeros((missing, *sent.shape[1:]))]).narrow(0, 0, longest)
     blocks = [block.movedim(0, dim) for block in all_gather(sent, ranks.group).split([longest] * ranks.size)]
     return in_sequence(x, blocks, segments, ranks.rank, dim)
