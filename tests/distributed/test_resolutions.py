@@ -29,7 +29,7 @@ def _one_graph(found: list[list[int]]) -> None:
 
 
 def test_exchange(two: Processes) -> None:
-    _one_graph(two.run(resolutions.of_exchange, "replicated"))
+    _one_graph(two.run(resolutions.of_exchange, "replicated", limit=300))
 
 
 @pytest.mark.slow
