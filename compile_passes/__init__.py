@@ -17,7 +17,7 @@ On the joint graph of forward and backward:
 Besides:
 
 - `templates/`: Triton kernels that the ops run on CUDA.
-- `graphs`: what passes share.
+- `graphs`: what passes share; `nested`: graphs inside of graphs.
 - `fusion_guard`: keeps Inductor from a fusion that it miscompiles on CPU.
 - `marks`: identity ops by which a wrapped model tells its graph the grid and the gates.
 """

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,28 @@ def compile_guarded(
         config["joint_custom_pre_pass"] = InOrder([joint, *others])
 
     def inner_compile(*args: Any, **kwargs: Any) -> Any:
-        with V.set_choices_handler(choices):
+        with V.set_choices_handler(choices), _symbolic_strides():
             return compile_fx_inner(*args, **kwargs)
 
     return compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=config)
+
+
+@contextmanager
+def _symbolic_strides() -> Iterator[None]:
+    """What Inductor says of the strides of what forward saves stays symbolic.
+
+    torch 2.13 puts in the first input's numbers, and backward takes those where Inductor chose other strides than were traced
+    (an attention of one head, as a rank may have): it then refuses every other resolution.
+    """
+    context = torch._guards.TracingContext.try_get()
+    if context is None:
+        yield
+        return
+    before, context.fakify_first_call = context.fakify_first_call, True
+    try:
+        yield
+    finally:
+        context.fakify_first_call = before
 
 
 def compile_eagerly(gm: torch.fx.GraphModule, example_inputs: list[Any], joint: CustomGraphPass | None = None) -> Any:

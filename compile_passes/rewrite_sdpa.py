@@ -13,19 +13,10 @@ import torch
 from torch._dynamo.source import ConstantSource
 from torch.fx import Graph, GraphModule, Node
 
-from flexsparse.compile_passes import marks, multi_head, origins, sdpa_call
+from flexsparse.compile_passes import marks, multi_head, nested, origins, sdpa_call
 from flexsparse.compile_passes.graphs import finish, graph_modules, remove, replace, value_of
 from flexsparse.compile_passes.origins import from_different_tensors, key_mask
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
-
-# higher-order operators whose sub-graph takes the operands that follow it, one placeholder each
-WALKED = (
-    "tag_activation_checkpoint",
-    "wrap",
-    "wrap_activation_checkpoint",
-    "wrap_with_autocast",
-    "invoke_subgraph",
-)
 
 Attend = Callable[..., Any]
 Geometry = tuple[int, int, int, int, int]
@@ -85,7 +76,7 @@ class RewriteSDPA:
 
     def uuid(self) -> str:
         """Hash of this pass's source and parameters, for caches of compiled graphs."""
-        modules = (sys.modules[__name__], marks, multi_head, origins, sdpa_call)
+        modules = (sys.modules[__name__], marks, multi_head, nested, origins, sdpa_call)
         source = "".join(inspect.getsource(module) for module in modules)
         parameters = (self.grid, self.min_tokens, len(self.schedules), self.gates)
         return hashlib.sha256(f"{source}{parameters}{self.attend!r}".encode()).hexdigest()
@@ -140,45 +131,20 @@ class RewriteSDPA:
                 self._descend(gm, node, environment)
 
     def _descend(self, gm: GraphModule, node: Node, environment: dict[str, Any]) -> None:
-        for position, argument in enumerate(node.args):
-            if not isinstance(argument, Node) or argument.op != "get_attr":
+        for sub, walked in nested.graphs_of(gm, node):
+            if not _has_attention(sub):
                 continue
-            sub = getattr(gm, str(argument.target), None)
-            if not isinstance(sub, GraphModule) or not _has_attention(sub):
-                continue
-            if node.target.name() not in WALKED or position != _graph_position(node):  # type: ignore[union-attr]
+            if not walked:
                 for inner in _attention_nodes(sub):
                     call = SDPACall.of(inner.args, inner.kwargs)
                     q, k = value_of(call.query), value_of(call.key)
                     self._leave(inner, q, k, f"it is inside of {node.target.name()}")  # type: ignore[union-attr]
                 continue
-            inside = self._lift(node, sub, environment)
+            inside = nested.lift(node, sub, environment)
             self._walk(sub, inside)
             finish(sub)
             if "gate" in environment and "gate" not in inside:
                 environment.pop("gate")
-
-    def _lift(self, node: Node, sub: GraphModule, environment: dict[str, Any]) -> dict[str, Any]:
-        """Pass the environment's nodes into a sub-graph as operands; a sub-graph used twice has them already."""
-        inside: dict[str, Any] = {}
-        known: dict[str, Node] = sub.__dict__.setdefault("_flexsparse_operands", {})
-        for key, value in environment.items():
-            items = value if isinstance(value, tuple) else (value,)
-            inner: list[Any] = []
-            for index, item in enumerate(items):
-                if not isinstance(item, Node):
-                    inner.append(item)
-                    continue
-                name = f"flexsparse_{key}_{index}"
-                if name not in known:
-                    last = [n for n in sub.graph.nodes if n.op == "placeholder"][-1]
-                    with sub.graph.inserting_after(last):
-                        known[name] = sub.graph.placeholder(name)
-                    known[name].meta = dict(item.meta)
-                node.args = (*node.args, item)
-                inner.append(known[name])
-            inside[key] = tuple(inner) if isinstance(value, tuple) else inner[0]
-        return inside
 
     def _leave(self, node: Node, q: Any, k: Any, reason: str) -> None:
         self.calls += 1
@@ -268,11 +234,6 @@ def _attention_nodes(gm: GraphModule) -> list[Node]:
 def _has_attention(gm: GraphModule) -> bool:
     nodes = [n for m in graph_modules(gm) for n in m.graph.nodes]
     return any(n.target in (SDPA, multi_head.MULTI_HEAD) or marks.is_mark(n.target, marks.GATE) for n in nodes)
-
-
-def _graph_position(node: Node) -> int:
-    """Where the sub-graph stands among the operator's arguments; its operands follow."""
-    return next(i for i, a in enumerate(node.args) if isinstance(a, Node) and a.op == "get_attr")
 
 
 def call_name(node: Node) -> str:

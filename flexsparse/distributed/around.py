@@ -10,6 +10,7 @@ Shape letters: B batch, H query heads, L tokens of one rank, S tokens of all ran
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +19,18 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from flexsparse.calls import Gates, autocast_dtype, hidden_text
-from flexsparse.compile_passes import RewriteError, marks, multi_head, origins
+from flexsparse.compile_passes import RewriteError, marks, multi_head, nested, origins
 from flexsparse.compile_passes.graphs import finish, graph_modules, remove, value_of
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
 from flexsparse.distributed.heads import Exchange
 from flexsparse.distributed.parallel import SequenceParallel
 from flexsparse.distributed.tokens import parts
+from flexsparse.grids import Geometry
 from flexsparse.intercept import key_mask, of_samples
 from flexsparse.layout import TileLayout
 from flexsparse.ops.text_lengths import mask_shape, stays_dense
+
+LayoutOf = Callable[[Geometry], TileLayout]
 
 
 class Around:
@@ -140,79 +144,113 @@ class Around:
 
         After::
 
-            q1, k1, v1, g1, f1 = enter(q, k, v, gate, fine_gate)
+            q1, k1, v1, g1, f1 = enter(q, k, v, gate, fine_gate, grid)
             o1 = scaled_dot_product_attention(mark_gate(q1, g1, f1), k1, v1) # S tokens; a key mask becomes one of them
-            o  = leave(o1)
-        """
-        nodes = [node for module in graph_modules(gm) for node in module.graph.nodes if node.op == "call_function"]
-        grids = [node.args[1:] for node in nodes if marks.is_mark(node.target, marks.GRID)]
-        if not grids:
-            return  # a piece after a graph break: what comes next says so
-        geometry = tuple(value_of(size) for size in grids[0])
-        if any(isinstance(size, torch.SymInt) for size in geometry):
-            raise RewriteError("sequence parallelism needs static shapes: give wrap(..., dynamic=False)")
-        layout = backend.layout_of(geometry)
-        for module in graph_modules(gm):
-            if self._rewrite(module, layout):
-                finish(module)
+            o  = leave(o1, grid)
 
-    def _rewrite(self, gm: GraphModule, layout: TileLayout) -> int:
-        matches, gate = 0, None
+        The grid's sizes are operands, of nested graphs too: what is symbolic must not be closed over.
+        """
+        self._walk(gm, {}, backend.layout_of)
+
+    def _walk(self, gm: GraphModule, environment: dict[str, Any], layout_of: LayoutOf) -> None:
+        gate = None
         for node in list(gm.graph.nodes):
             if node.op != "call_function":
                 continue
-            if marks.is_mark(node.target, marks.GATE):
+            if marks.is_mark(node.target, marks.GRID):
+                environment["grid"] = tuple(node.args[1:])
+            elif "grid" not in environment:
+                continue  # a piece after a graph break: what comes next says so
+            elif marks.is_mark(node.target, marks.GATE):
                 gate = node
             elif node.target is multi_head.MULTI_HEAD:
                 raise RewriteError(
                     "torch.nn.MultiheadAttention cannot be spread over ranks in a compiled model: give wrap(..., compile=False)"
                 )
             elif node.target is SDPA:
-                call = SDPACall.of(node.args, node.kwargs)
-                q, k = value_of(call.query), value_of(call.key)
-                if any(free_unbacked_symbols(size) for x in (q, k) for size in x.shape):
-                    raise RewriteError(
-                        f"how many tokens {node.name} has depends on data (each sample by itself, without its padding), so "
-                        "that it cannot be spread over ranks in a compiled model: give wrap(..., compile=False)"
-                    )
-                if self.is_local(q, k, layout) and not origins.from_different_tensors(call.query, call.key):
-                    mask = origins.key_mask(call.attn_mask)
-                    self.check(call, value_of(mask), layout, node.name)
-                    self._spread(gm, node, call, mask, gate, layout)
-                    matches, gate = matches + 1, None
-        return matches
+                if self._call(gm, node, gate, environment["grid"], layout_of):
+                    gate = None
+            elif isinstance(node.target, torch._ops.HigherOrderOperator):
+                self._descend(gm, node, environment, layout_of)
+        finish(gm)
 
-    def _mask(self, gm: GraphModule, node: Node, mask: Node, layout: TileLayout) -> Node:
+    def _descend(self, gm: GraphModule, node: Node, environment: dict[str, Any], layout_of: LayoutOf) -> None:
+        for sub, walked in nested.graphs_of(gm, node):
+            if not any(
+                inner.target in (SDPA, multi_head.MULTI_HEAD) for m in graph_modules(sub) for inner in m.graph.nodes
+            ):
+                continue
+            if walked:
+                self._walk(sub, nested.lift(node, sub, environment), layout_of)
+            elif any(isinstance(size, Node) for size in environment["grid"]):
+                raise RewriteError(
+                    f"attention is inside of {node.target.name()}, into which the sizes of a grid that changes cannot be "  # type: ignore[union-attr]
+                    "passed, so that it cannot be spread over ranks: give wrap(..., dynamic=False), which compiles each "
+                    "resolution by itself, or compile=False"
+                )
+            else:
+                self._walk(sub, dict(environment), layout_of)
+
+    def _call(self, gm: GraphModule, node: Node, gate: Node | None, grid: Sequence[Any], layout_of: LayoutOf) -> bool:
+        """Spread one call; False where it is not attention of this rank's tokens among themselves."""
+        call = SDPACall.of(node.args, node.kwargs)
+        q, k = value_of(call.query), value_of(call.key)
+        if any(free_unbacked_symbols(size) for x in (q, k) for size in x.shape):
+            raise RewriteError(
+                f"how many tokens {node.name} has depends on data (each sample by itself, without its padding), so "
+                "that it cannot be spread over ranks in a compiled model: give wrap(..., compile=False)"
+            )
+        layout = layout_of(tuple(value_of(size) for size in grid))
+        if not self.is_local(q, k, layout) or origins.from_different_tensors(call.query, call.key):
+            return False
+        mask = origins.key_mask(call.attn_mask)
+        self.check(call, value_of(mask), layout, node.name)
+        if mask is not None:
+            mask = self._mask(gm, node, mask, grid, layout_of)
+        self._spread(gm, node, call, mask, gate, grid, layout_of)
+        return True
+
+    def _mask(self, gm: GraphModule, node: Node, mask: Node, grid: Sequence[Any], layout_of: LayoutOf) -> Node:
         """A node of the key mask of all tokens."""
-        like = value_of(mask)
+        like, layout = value_of(mask), layout_of(tuple(value_of(size) for size in grid))
         if like.shape[3] == layout.seq_len:
             return mask
         whole_mask = self.whole_mask
 
-        def flexsparse_whole_mask(mask: Tensor) -> Tensor:
-            return whole_mask(mask, layout)
+        def flexsparse_whole_mask(mask: Tensor, grid: Geometry) -> Tensor:
+            return whole_mask(mask, layout_of(grid))
 
         with gm.graph.inserting_before(node):
-            new = gm.graph.call_function(flexsparse_whole_mask, (mask,))
+            new = gm.graph.call_function(flexsparse_whole_mask, (mask, grid))
         with like.fake_mode:
             example = like.new_empty((like.shape[0], 1, 1, layout.seq_len), dtype=torch.bool)
         new.meta = dict(node.meta, example_value=example)
         return new
 
     def _spread(
-        self, gm: GraphModule, node: Node, call: SDPACall, mask: Node | None, mark: Node | None, layout: TileLayout
+        self,
+        gm: GraphModule,
+        node: Node,
+        call: SDPACall,
+        mask: Node | None,
+        mark: Node | None,
+        grid: Sequence[Any],
+        layout_of: LayoutOf,
     ) -> None:
         q, k = value_of(call.query), value_of(call.key)
-        exchange = self.parallel.exchange(q, k, layout)
-        enter = self.enter
+        tokens = layout_of(tuple(value_of(size) for size in grid)).seq_len
+        parallel, enter = self.parallel, self.enter
+        heads = parallel.heads(q, k)
 
-        def flexsparse_enter(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, fine_gate: Tensor | None) -> Any:
-            return enter(exchange, q, k, v, (gate, fine_gate))
+        def flexsparse_enter(
+            q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, fine_gate: Tensor | None, grid: Geometry
+        ) -> Any:
+            return enter(parallel.exchange(q, k, layout_of(grid)), q, k, v, (gate, fine_gate))
 
-        def flexsparse_leave(x: Tensor) -> Tensor:
-            return exchange.to_tokens(x)
+        def flexsparse_leave(x: Tensor, grid: Geometry) -> Tensor:
+            return Exchange(parallel.segments(layout_of(grid))[1], parallel.ulysses, heads).to_tokens(x)
 
-        heads, me = exchange.heads, self.parallel.ulysses.rank
+        me = parallel.ulysses.rank
         own, own_kv = (end - start for start, end in (heads.query(me), heads.kv(me)))
         kv = own_kv if heads.spread(me) is None else own
         B, _, _, D = q.shape
@@ -220,16 +258,16 @@ class Around:
         gates = (None, None) if mark is None else marks.gates_of(mark)
         with q.fake_mode:
             examples: list[Any] = [
-                q.new_empty((B, count, layout.seq_len, D), dtype=dtype, requires_grad=q.requires_grad)
+                q.new_empty((B, count, tokens, D), dtype=dtype, requires_grad=q.requires_grad)
                 for count in (own, kv, kv)
             ]
             for gate in gates:
                 like = None if gate is None else value_of(gate)
-                wide = {"size": (B, layout.seq_len, own * D), "dtype": dtype}
+                wide = {"size": (B, tokens, own * D), "dtype": dtype}
                 examples.append(None if like is None else like.new_empty(**wide, requires_grad=like.requires_grad))
         graph = gm.graph
         with graph.inserting_before(node):
-            entered = graph.call_function(flexsparse_enter, (call.query, call.key, call.value, *gates))
+            entered = graph.call_function(flexsparse_enter, (call.query, call.key, call.value, *gates, grid))
             entered.meta = dict(node.meta, example_value=tuple(examples))
             pieces: list[Any] = [None] * len(examples)
             for index, example in enumerate(examples):
@@ -240,12 +278,12 @@ class Around:
             if mark is not None:
                 first = graph.call_function(marks.GATE, (first, *pieces[3:]))
                 first.meta = dict(pieces[0].meta)
-            more = {} if mask is None else {"attn_mask": self._mask(gm, node, mask, layout)}
+            more = {} if mask is None else {"attn_mask": mask}
             attention = graph.call_function(
                 SDPA, (first, *pieces[1:3]), {**more, "scale": call.scale, "enable_gqa": call.enable_gqa}
             )
             attention.meta = dict(pieces[0].meta)
-            left = graph.call_function(flexsparse_leave, (attention,))
+            left = graph.call_function(flexsparse_leave, (attention, grid))
         left.meta = dict(node.meta)
         remove(node, left)
         if mark is not None:

@@ -20,8 +20,9 @@ from flexsparse.distributed.tokens import (
     Segments,
     bounds,
     in_sequence,
+    known_empty,
     local_length,
-    own_part,
+    own_pieces,
     parts,
     sent_range,
 )
@@ -42,6 +43,20 @@ class Heads:
     heads: int
     kv_heads: int
     size: int
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, size: int) -> Heads:
+        """For given q and k, ``[B, H or G, L, D]``.
+
+        Raises:
+            ValueError: fewer heads than ranks.
+        """
+        if q.shape[1] < size:
+            raise ValueError(
+                f"q has {q.shape[1]} heads and the ulysses mesh {size} ranks: give at most one rank a head; more ranks "
+                "share a head's query tiles, by SequenceParallel(ulysses=mesh['ulysses'], tiles=mesh['tiles'])"
+            )
+        return cls(int(q.shape[1]), int(k.shape[1]), size)
 
     def query(self, rank: int) -> tuple[int, int]:
         """First and past-the-end query head of a rank."""
@@ -84,25 +99,25 @@ def to_heads(
     me = ranks.rank
     start, length = sent_range(segments, me)
     B, _, _, D = tensors[0].shape
+    turned = [x.transpose(0, 1) for x in tensors]  # [heads, B, L, D] each
 
-    def of_rank(rank: int, at: int, count: int) -> list[Tensor]:  # [heads, B, count, D] each
-        pieces = [x[:, slice(*ranges[rank])] for x, ranges in zip(tensors, heads)]
-        return [piece.narrow(2, at, count).transpose(0, 1) for piece in pieces]
+    def of_rank(rank: int, tokens: Sequence[Tensor]) -> list[Tensor]:
+        return [x[slice(*ranges[rank])] for x, ranges in zip(tokens, heads)]
 
     counts = [[end - start for start, end in ranges] for ranges in heads]
 
     def rows(rank: int) -> int:
         return sum(count[rank] for count in counts)
 
-    buffer = torch.cat([piece for rank in range(ranks.size) for piece in of_rank(rank, start, length)]).flatten()
+    split = [x.narrow(2, start, length) for x in turned]
+    buffer = torch.cat([piece for rank in range(ranks.size) for piece in of_rank(rank, split)]).flatten()
     sent = [rows(rank) * B * length * D for rank in range(ranks.size)]
     lengths = [sent_range(segments, rank)[1] for rank in range(ranks.size)]
     received = [rows(me) * B * count * D for count in lengths]
     flat = all_to_all(buffer, received, sent, ranks.group).split(received)
     blocks = [block.view(rows(me), B, count, D) for block, count in zip(flat, lengths)]
-    own = blocks[me]  # read for replicated segments only
-    if not all(segment.split for segment in segments):
-        own = torch.cat(of_rank(me, 0, local_length(segments, me)))
+    replicated = any(not segment.split and not known_empty(segment.length) for segment in segments)
+    own = torch.cat(of_rank(me, turned)) if replicated else blocks[me]  # read for replicated segments only
     whole = in_sequence(own, blocks, segments, me, 2)
     return [x.transpose(0, 1) for x in whole.split([count[me] for count in counts])]
 
@@ -115,7 +130,7 @@ def to_tokens(x: Tensor, heads: Heads, segments: Segments, ranks: Ranks) -> Tens
     me = ranks.rank
     B, own, _, D = x.shape
     rows = x.permute(2, 0, 1, 3)
-    buffer = torch.cat([own_part(rows, segments, rank, 0) for rank in range(ranks.size)]).flatten()
+    buffer = torch.cat([piece for rank in range(ranks.size) for piece in own_pieces(rows, segments, rank, 0)]).flatten()
     sent = [local_length(segments, rank) * B * own * D for rank in range(ranks.size)]
     L = local_length(segments, me)
     counts = parts(heads.heads, ranks.size)
@@ -137,20 +152,6 @@ class Exchange:
     segments: Segments
     ranks: Ranks
     heads: Heads
-
-    @classmethod
-    def of(cls, q: Tensor, k: Tensor, segments: Segments, ranks: Ranks) -> Exchange:
-        """For given q and k.
-
-        Raises:
-            ValueError: fewer heads than ranks.
-        """
-        if q.shape[1] < ranks.size:
-            raise ValueError(
-                f"q has {q.shape[1]} heads and the ulysses mesh {ranks.size} ranks: give at most one rank a head; more ranks "
-                "share a head's query tiles, by SequenceParallel(ulysses=mesh['ulysses'], tiles=mesh['tiles'])"
-            )
-        return cls(segments, ranks, Heads(q.shape[1], k.shape[1], ranks.size))
 
     def to_heads(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor | None]

@@ -18,7 +18,7 @@ from flexsparse.distributed.around import Around
 from flexsparse.distributed.builders import of_heads
 from flexsparse.distributed.heads import Heads
 from flexsparse.distributed.parallel import SequenceParallel
-from flexsparse.distributed.tokens import Segments, bounds, gather_tokens, own_part, parts, segments_of
+from flexsparse.distributed.tokens import Segment, Segments, bounds, gather_tokens, own_part, parts, segments_of
 from flexsparse.masks.combine import Combination, PerHead
 from flexsparse.models import Joined, Leading, known
 from flexsparse.wrap import state_of
@@ -72,7 +72,7 @@ class Cut:
 
     def segments(self, video: int, first: int = 0, last: int = 0) -> Segments:
         """Of a sequence of video tokens, with text before or after them."""
-        return segments_of(first, parts(video, self.ranks.size), last, "replicated")
+        return segments_of(first, Segment.of(video, self.ranks.size), last, "replicated")
 
     def video(self) -> int | None:
         """Video tokens of the forward that runs or is redone; None where that is not known yet, or seen by a compiler only."""
@@ -170,7 +170,6 @@ def ulysses(model: Model, mesh: DeviceMesh | None = None, plan: Plan | None = No
     for name, entry in plan.items():
         for module in _named(model, name):
             cut.register(module, entry)
-    state.options["dynamic"] = False  # the ranks' parts are numbers of the graph
     state.backend.parallel = Around(parallel)
     return model
 

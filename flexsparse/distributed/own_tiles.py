@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexsparse.attention import sparse_attention
 from flexsparse.distributed.builders import of_rows
-from flexsparse.distributed.tokens import Ranks, Segments, bounds, gather_tokens, parts, segments_of
+from flexsparse.distributed.tokens import Ranks, Segment, Segments, bounds, gather_tokens, parts, segments_of
 from flexsparse.layout import Reorder, TileLayout
 from flexsparse.tables import is_tracing
 
@@ -64,7 +64,7 @@ class OwnTiles:
         each = parts(self.layout.num_tiles, self.ranks.size)
         starts = [tokens_before(self.layout, sum(each[:rank])) for rank in range(self.ranks.size + 1)]
         video = [end - start for start, end in itertools.pairwise(starts)]
-        return segments_of(self.layout.text_first, video, self.layout.text_last, self.text)
+        return segments_of(self.layout.text_first, Segment(tuple(video), True), self.layout.text_last, self.text)
 
     @property
     def lengths(self) -> tuple[int, int, int]:

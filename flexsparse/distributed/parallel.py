@@ -12,15 +12,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flexsparse.attention import sparse_attention
 from flexsparse.distributed.builders import of_heads
-from flexsparse.distributed.heads import Exchange
+from flexsparse.distributed.heads import Exchange, Heads
 from flexsparse.distributed.own_tiles import OwnTiles, own_tile_attention, packed_order
 from flexsparse.distributed.tokens import (
     Ranks,
+    Segment,
     Segments,
     gather_tokens,
     local_length,
     own_part,
-    parts,
     segments_of,
 )
 from flexsparse.layout import TileLayout
@@ -64,7 +64,7 @@ class SequenceParallel:
         self._set(Ranks.of(ulysses, "ulysses"), Ranks.of(tiles, "tiles"), text)
 
     def _set(self, ulysses: Ranks, tiles: Ranks, text: str) -> None:
-        segments_of(0, (0,), 0, text)  # raises for an unknown text
+        segments_of(0, Segment.of(0, 1), 0, text)  # raises for an unknown text
         if text == "joined" and tiles.size > 1:
             raise ValueError("text is 'joined', but tiles= orders video tokens by tile: give 'replicated' or 'split'")
         self.ulysses, self.tiles, self.text = ulysses, tiles, text
@@ -86,7 +86,7 @@ class SequenceParallel:
             first, video, last = (segment.sizes[self.tiles.rank] for segment in outer)
         else:
             outer, (first, video, last) = (), (layout.text_first, layout.num_tokens, layout.text_last)
-        return outer, segments_of(first, parts(video, self.ulysses.size), last, self.text)
+        return outer, segments_of(first, Segment.of(video, self.ulysses.size), last, self.text)
 
     def own_tiles(self, layout: TileLayout) -> OwnTiles:
         """The query tiles of this rank.
@@ -148,7 +148,15 @@ class SequenceParallel:
 
     def exchange(self, q: Tensor, k: Tensor, layout: TileLayout) -> Exchange:
         """The all-to-alls around one attention: what `attention` does, for callers with an attention of their own."""
-        return Exchange.of(q, k, self.segments(layout)[1], self.ulysses)
+        return Exchange(self.segments(layout)[1], self.ulysses, self.heads(q, k))
+
+    def heads(self, q: Tensor, k: Tensor) -> Heads:
+        """Which heads each rank computes.
+
+        Raises:
+            ValueError: fewer heads than ranks.
+        """
+        return Heads.of(q, k, self.ulysses.size)
 
     def attention(
         self,

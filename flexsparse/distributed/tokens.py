@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 Text = Literal["replicated", "split", "joined"]
 
@@ -53,8 +54,12 @@ class Ranks:
 
 
 def parts(length: int, size: int) -> tuple[int, ...]:
-    """``length`` things in ``size`` parts that differ by one at most, larger ones first, as `torch.tensor_split` cuts."""
-    return tuple((length + size - 1 - rank) // size for rank in range(size))
+    """``length`` things in ``size`` parts that differ by one at most, larger ones first, as `torch.tensor_split` cuts.
+
+    The last part is what the others leave: so parts of a symbolic length add up to it, and no graph needs a guard that they do.
+    """
+    first = [(length + size - 1 - rank) // size for rank in range(size - 1)]
+    return (*first, length - sum(first))
 
 
 def bounds(sizes: Sequence[int], rank: int) -> tuple[int, int]:
@@ -70,10 +75,17 @@ class Segment:
     Attributes:
         sizes: tokens on each rank.
         split: whether these are parts of it.
+        even: whether they are as `parts` cuts.
     """
 
     sizes: tuple[int, ...]
     split: bool
+    even: bool = False
+
+    @classmethod
+    def of(cls, length: int, size: int) -> Segment:
+        """In even parts on so many ranks."""
+        return cls(parts(length, size), True, True)
 
     @property
     def length(self) -> int:
@@ -88,12 +100,12 @@ class Segment:
 Segments = Sequence[Segment]
 
 
-def segments_of(first: int, video: Sequence[int], last: int, text: str) -> tuple[Segment, ...]:
+def segments_of(first: int, video: Segment, last: int, text: str) -> tuple[Segment, ...]:
     """The segments of a sequence of extra tokens, video tokens, extra tokens.
 
     Args:
         first: extra tokens before the video.
-        video: video tokens of each rank.
+        video: the video tokens.
         last: extra tokens after them.
         text: ``"replicated"``: every rank holds all extra tokens; ``"split"``: its part of the first ones, its part of the
             video, its part of the last ones; ``"joined"``: an equal part of the whole sequence.
@@ -101,14 +113,13 @@ def segments_of(first: int, video: Sequence[int], last: int, text: str) -> tuple
     Raises:
         ValueError: another ``text``.
     """
-    size = len(video)
+    size = len(video.sizes)
     if text not in get_args(Text):
         raise ValueError(f"text is {text!r}: give one of {get_args(Text)}")
     if text == "joined":
-        return (Segment(parts(first + sum(video) + last, size), True),)
-    split = text == "split"
-    ends = [Segment(parts(n, size) if split else (n,) * size, split) for n in (first, last)]
-    return ends[0], Segment(tuple(video), True), ends[1]
+        return (Segment.of(first + video.length + last, size),)
+    ends = [Segment.of(n, size) if text == "split" else Segment((n,) * size, False) for n in (first, last)]
+    return ends[0], video, ends[1]
 
 
 def local_length(segments: Segments, rank: int) -> int:
@@ -119,21 +130,29 @@ def local_length(segments: Segments, rank: int) -> int:
 def sent_range(segments: Segments, rank: int) -> tuple[int, int]:
     """Start and length of the split tokens among a rank's tokens; replicated ones are before and after them."""
     start = length = 0
+    before = True
     for segment in segments:
         if segment.split:
             length += segment.sizes[rank]
-        elif not length:
+            before = False
+        elif before:
             start += segment.length
     return start, length
 
 
-def own_part(x: Tensor, segments: Segments, rank: int, dim: int) -> Tensor:
-    """A rank's tokens of a whole sequence."""
+def own_pieces(x: Tensor, segments: Segments, rank: int, dim: int) -> list[Tensor]:
+    """A rank's tokens of a whole sequence: of each segment that has any, views."""
     pieces, at = [], 0
     for segment in segments:
-        pieces.append(x.narrow(dim, at + segment.start(rank), segment.sizes[rank]))
+        pieces.append((at + segment.start(rank), segment.sizes[rank]))
         at += segment.length
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+    return [x.narrow(dim, *piece) for piece in pieces if not known_empty(piece[1])] or [x.narrow(dim, 0, 0)]
+
+
+def own_part(x: Tensor, segments: Segments, rank: int, dim: int) -> Tensor:
+    """A rank's tokens of a whole sequence."""
+    pieces = own_pieces(x, segments, rank, dim)
+    return pieces[0] if len(segments) == 1 else torch.cat(pieces, dim)
 
 
 def in_sequence(own: Tensor, blocks: Sequence[Tensor], segments: Segments, rank: int, dim: int) -> Tensor:
@@ -150,12 +169,17 @@ def in_sequence(own: Tensor, blocks: Sequence[Tensor], segments: Segments, rank:
     for segment in segments:
         if segment.split:
             for other, size in enumerate(segment.sizes):
-                pieces.append(blocks[other].narrow(dim, done[other], size))
+                pieces.append((blocks[other], done[other], size))
                 done[other] += size
         else:
-            pieces.append(own.narrow(dim, at, segment.length))
+            pieces.append((own, at, segment.length))
         at += segment.sizes[rank]
-    return torch.cat(pieces, dim)
+    return torch.cat([x.narrow(dim, start, size) for x, start, size in pieces if not known_empty(size)], dim)
+
+
+def known_empty(size: int) -> bool:
+    """Whether a size is 0; a symbolic one is not asked, as the answer would be a case of the graph."""
+    return statically_known_true(size == 0)
 
 
 def all_gather(x: Tensor, group: str) -> Tensor:
@@ -172,7 +196,13 @@ def gather_tokens(x: Tensor, segments: Segments, ranks: Ranks, dim: int) -> Tens
     start, length = sent_range(segments, ranks.rank)
     sizes = [sent_range(segments, rank)[1] for rank in range(ranks.size)]
     sent = x.narrow(dim, start, length).movedim(dim, 0)
-    if length < max(sizes):
-        sent = torch.cat([sent, sent.new_zeros((max(sizes) - length, *sent.shape[1:]))])
-    blocks = [block.movedim(0, dim) for block in all_gather(sent, ranks.group).split(max(sizes))]
+    split = [segment for segment in segments if segment.split]
+    even = all(segment.even for segment in split)
+    longest = sizes[0] if even else max(sizes)
+    if statically_known_true(length < longest):
+        sent = torch.cat([sent, sent.new_zeros((longest - length, *sent.shape[1:]))])
+    elif not statically_known_true(length == longest):  # whether it is shorter must not be a case of the graph
+        missing = len(split) if even else longest  # at most
+        sent = torch.cat([sent, sent.new_zeros((missing, *sent.shape[1:]))]).narrow(0, 0, longest)
+    blocks = [block.movedim(0, dim) for block in all_gather(sent, ranks.group).split([longest] * ranks.size)]
     return in_sequence(x, blocks, segments, ranks.rank, dim)

@@ -70,6 +70,12 @@ def selections() -> Iterator[list[fs.TileSelection]]:
 
 
 def same_joint(name: str, compile: bool | str, options: dict[str, Any]) -> list[tuple[str, bool, tuple[int, ...]]]:
+    """Name, whether it is sparse, and shape of every attention call, of a model that is `compared`."""
+    *_, model = compared(name, compile, options)
+    return [(call.name, call.sparse, call.shape) for call in fs.report(model).calls]
+
+
+def compared(name: str, compile: bool | str, options: dict[str, Any]) -> Iterator[nn.Module]:
     """Output, gradients averaged over the ranks, and, uncompiled, the very tiles of the model in one process.
 
     Args:
@@ -78,8 +84,8 @@ def same_joint(name: str, compile: bool | str, options: dict[str, Any]) -> list[
         options: ``heads``; ``config`` of the model; ``rotary`` head dim of given position tables; ``checkpointing``; ``grids``,
             one after the other; ``inputs`` besides the zoo's; the rest goes to `fs.wrap`.
 
-    Returns:
-        Name, whether it is sparse, and shape of every attention call.
+    Yields:
+        The model, after each grid.
     """
     options = dict(options)
     ranks = dist.get_world_size()
@@ -89,7 +95,7 @@ def same_joint(name: str, compile: bool | str, options: dict[str, Any]) -> list[
     options = {"gates": True, "builder": fs.VSA(top_k=2), **options}
     alone, model = (model_of(name, heads, config, checkpointing) for _ in range(2))
     fs.wrap(alone, tile=(2, 4, 4), compile=False, **options)
-    fs.wrap(model, tile=(2, 4, 4), compile=compile, **({"inner": "aot_eager"} if compile else {}), **options)
+    fs.wrap(model, tile=(2, 4, 4), compile=compile, **({"inner": "aot_eager", **options} if compile else options))
     for one in (alone, model) if options["gates"] else ():
         g = torch.Generator().manual_seed(1)
         for parameter in fs.gate_parameters(one):
@@ -111,7 +117,7 @@ def same_joint(name: str, compile: bool | str, options: dict[str, Any]) -> list[
         gradients = {name: parameter.grad for name, parameter in alone.named_parameters()}
         for name_, parameter in model.named_parameters():
             _same_gradient(name_, parameter, gradients[name_])
-    return [(call.name, call.sparse, call.shape) for call in fs.report(model).calls]
+        yield model
 
 
 def _same_tiles(got: list[fs.TileSelection], wanted: list[fs.TileSelection], heads: slice) -> None:
