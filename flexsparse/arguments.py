@@ -1,0 +1,81 @@
+"""What `sparse_attention` is given, checked: one clear error where arguments disagree.
+
+Shape letters: B batch, H query heads, G KV heads, S query tokens, Z KV tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexsparse.layout import TileLayout
+from flexsparse.tables import is_tracing
+
+
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TileLayout,
+    kv_layout: TileLayout,
+    gate: Tensor | None,
+    fine_gate: Tensor | None,
+    tile_counts: Tensor | None,
+) -> None:
+    """Raise one clear error where q, k, v, the gates, the counts and the layouts disagree."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: give [batch, heads, tokens, head dim]")
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise TypeError(f"{name} is {x.dtype}: give float32, bfloat16, float16 or float64")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} is {x.dtype} and q is {q.dtype}: cast them to one dtype")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} and q on {q.device}: move them to one device")
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} has batch {x.shape[0]} and q has {q.shape[0]}: give the same batch")
+        if x.shape[3] != q.shape[3]:
+            raise ValueError(f"{name} has head dim {x.shape[3]} and q has {q.shape[3]}: give the same head dim")
+    if v.shape != k.shape:
+        raise ValueError(f"v has shape {tuple(v.shape)} and k has {tuple(k.shape)}: give the same shape")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} heads and k has {k.shape[1]}: q's must be a multiple of k's (GQA)")
+    for name, x, one in (("q", q, layout), ("k", k, kv_layout)):
+        if x.shape[2] != one.seq_len:
+            raise ValueError(
+                f"{name} has {x.shape[2]} tokens, but grid {one.grid} with text_first={one.text_first} and "
+                f"text_last={one.text_last} has {one.seq_len}: give the layout of this sequence"
+            )
+    for name, gate_ in (("gate", gate), ("fine_gate", fine_gate)):
+        if gate_ is not None and gate_.shape != q.shape:
+            raise ValueError(f"{name} has shape {tuple(gate_.shape)}: give the shape of q, {tuple(q.shape)}")
+    if tile_counts is not None:
+        total = kv_layout.total_tiles
+        if tile_counts.dtype != torch.int32 or tuple(tile_counts.shape) not in (
+            (total,),
+            (q.shape[0], total),
+        ):
+            raise ValueError(
+                f"tile_counts is {tile_counts.dtype} {tuple(tile_counts.shape)}: give int32 [{total}] or "
+                f"[{q.shape[0]}, {total}], valid tokens of every KV tile in sequence order"
+            )
+        if not is_tracing():
+            most = kv_layout.index(tile_counts.device)[2]
+            if bool((tile_counts < 0).any()) or bool((tile_counts > most).any()):
+                raise ValueError(
+                    f"tile_counts holds {int(tile_counts.min())} to {int(tile_counts.max())}: each must lie between 0 "
+                    "and the tokens that the layout puts into that tile"
+                )
+
+
+def check_cut_tiles(tile_counts: Tensor, layout: TileLayout) -> None:
+    """Raise a `ValueError` where a count cuts a video tile short: a token past it could stand for a pruned query."""
+    start, stop = layout.tiles_first, layout.tiles_first + layout.num_tiles
+    counts, valid = tile_counts[..., start:stop], layout.index(tile_counts.device)[2][start:stop]
+    cut = (counts > 0) & (counts < valid)
+    if bool(cut.any()):
+        raise ValueError(
+            f"tile_counts cuts {int(cut.sum())} video tiles short, and the builder prunes queries (BSA): a token past the "
+            "count could be a window's representative; give keep_queries=1, or whole or empty video tiles"
+        )
