@@ -1,9 +1,9 @@
 """Step time by roofline: each part takes the longer of its work and its memory traffic; parts follow one another.
 
 Matrix products: one by one. Compiled, between two products stands one fused kernel that moves their operands once more;
-uncompiled, each op moves its own, and tokens are put in tile order and back around each sparse call. FSDP's and the
-replicas' collectives run beside the computation, Ulysses' all-to-alls do not. A part is spread evenly over the GPUs of a
-sequence, attention by whole heads.
+uncompiled, each op moves its own, and where kernels find no tokens in raster order they are put in tile order and back.
+FSDP's and the replicas' collectives run beside the computation, Ulysses' all-to-alls do not. A part is spread evenly over
+the GPUs of a sequence, attention by whole heads.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from flexsparse.masks import BSA
 from flexsparse.planning.attention import BACKWARD, Call, dense_flops
 from flexsparse.planning.costs import Communication, token_share
 from flexsparse.planning.counting import Counts
+from flexsparse.planning.machines import CPU
 from flexsparse.planning.measured import Measured
 from flexsparse.planning.settings import Settings
 from flexsparse.planning.shares import Shares
@@ -113,14 +115,15 @@ def _around(share: float, counts: Counts, rate: Rates, compiled: bool) -> tuple[
     return share * work, share * moved / rate.elementwise
 
 
-def _tiling(call: Call, training: bool) -> tuple[float, float]:
+def _tiling(call: Call, training: bool, cpu: bool) -> tuple[float, float]:
     """Bytes moved around the fine stage of an uncompiled call, forward and backward.
 
-    Forward: q, k and v into tile order and the output out of it, each read and written; each gate reads itself and the
-    output and writes it, and the coarse output is spread to tokens, written and read. Backward: the same the other way.
+    Forward: q, k and v into tile order and the output out of it, each read and written (on a CPU, and for BSA's packed
+    queries: the templates read VSA's tokens where they lie); each gate reads itself and the output and writes it, and the
+    coarse output is spread to tokens, written and read. Backward: the same the other way.
     """
     layout, one = call.layout, float(call.batch * call.heads * call.head_dim * call.dtype.itemsize)
-    tiling = 4 * one * (layout.seq_len + layout.padded_len)
+    tiling = 4 * one * (layout.seq_len + layout.padded_len) if cpu or isinstance(call.builder, BSA) else 0.0
     gates = one * layout.seq_len * (5 * min(call.gates, 1) + 3 * max(call.gates - 1, 0))
     return tiling + gates, training * (tiling + 2 * gates)
 
@@ -184,7 +187,7 @@ def sparse_times(
         selection += again * flops.selection / rate.selection
         fine += _attention(flops.fine, 4.0 * one, rate.fine, settings, rate.memory)
         if not settings.compiled:
-            forward, backward = _tiling(call, settings.training)
+            forward, backward = _tiling(call, settings.training, settings.gpu == CPU)
             tiling += (again * forward + backward) / rate.elementwise
     own = {"coarse": coarse, "selection": selection, "fine": fine, "tiling": tiling}
     return Times(**_common(settings, measured, False, communication, rate), **own)
