@@ -31,12 +31,14 @@ class State:
 
     Attributes:
         dense: whether the model runs as it did before it was wrapped, for the time being (`flexsparse.DenseSteps`).
+        tokens: video tokens of the forward that is being compiled, for a sequence parallel model.
     """
 
     def __init__(self, backend: Backend, reader: GeometryReader, compile: bool | str, options: dict[str, Any]) -> None:
         self.backend, self.reader, self.compile, self.options = backend, reader, compile, options
         self.own: GeometryReader | None = None
         self.dense = False
+        self.tokens = 0
         self.interceptor = Interceptor(backend)
         self.compiled: dict[Any, Callable[..., Any]] = {}
         self.checked: dict[Geometry, int] = {}
@@ -191,7 +193,10 @@ def _gates(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 def _traced_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What is compiled for a whole model: one frame, as a hook would be compiled as a graph of its own."""
-    geometry = getattr(module, STATE).reader(module, args, kwargs)
+    state: State = getattr(module, STATE)
+    geometry = state.reader(module, args, kwargs)
+    if state.backend.parallel is not None:  # said here: what a checkpointed block stores would be an effect of its graph
+        state.tokens = geometry[0] * geometry[1] * geometry[2]
     args, kwargs = _mark(args, kwargs, marks.GRID, *geometry)
     return _original(module, args, kwargs)
 

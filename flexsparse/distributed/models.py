@@ -38,7 +38,7 @@ class Cut:
         text_first: whether text comes before the video where they are joined.
 
     Attributes:
-        tokens: video tokens of the forward that is running; what the last cut saw.
+        tokens: video tokens of the forward that is running uncompiled; what the last cut saw.
     """
 
     def __init__(self, parallel: SequenceParallel, state: Any, text_first: bool) -> None:
@@ -57,18 +57,23 @@ class Cut:
         if not isinstance(x, Tensor) or (entry.expected_dims is not None and x.dim() != entry.expected_dims):
             return x
         if isinstance(entry, Joined):
-            count = self.video() or self.tokens
+            count = self.count()
             text = x.shape[entry.split_dim] - count
             first, last = (text, 0) if self.text_first else (0, text)
             return own_part(x, self.segments(count, first, last), self.ranks.rank, entry.split_dim)
-        self.tokens = x.shape[entry.split_dim]
-        video = self.video()
-        if video is not None and self.tokens != video:
+        count, video = x.shape[entry.split_dim], self.video()
+        if not torch.compiler.is_compiling():
+            self.tokens = count
+        if video is not None and count != video:
             raise ValueError(
                 f"the plan cuts dimension {entry.split_dim} of a tensor {tuple(x.shape)}, but the grid has {video} tokens: cut "
                 "the video's tokens only; every rank holds all text"
             )
-        return own_part(x, self.segments(self.tokens), self.ranks.rank, entry.split_dim)
+        return own_part(x, self.segments(count), self.ranks.rank, entry.split_dim)
+
+    def count(self) -> int:
+        """Video tokens of the forward that runs, is redone, or is being compiled."""
+        return self.state.tokens if torch.compiler.is_compiling() else self.video() or self.tokens
 
     def segments(self, video: int, first: int = 0, last: int = 0) -> Segments:
         """Of a sequence of video tokens, with text before or after them."""
@@ -83,14 +88,14 @@ class Cut:
 
     def leading(self, count: int) -> int:
         """How many of the first ``count`` video tokens this rank holds."""
-        start, end = bounds(parts(self.video() or self.tokens, self.ranks.size), self.ranks.rank)
+        start, end = bounds(parts(self.count(), self.ranks.size), self.ranks.rank)
         return min(max(count - start, 0), end - start)
 
     def join(self, x: Any, entry: Any) -> Any:
         """All tokens."""
         if self.state.dense or entry is None or not isinstance(x, Tensor):
             return x
-        return gather_tokens(x, self.segments(self.tokens), self.ranks, entry.gather_dim)
+        return gather_tokens(x, self.segments(self.count()), self.ranks, entry.gather_dim)
 
     def register(self, module: nn.Module, entry: Any) -> None:
         """Hook one module of a plan."""
