@@ -103,7 +103,7 @@ def test_it(D, slots, choice):
 """
 
 
-@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("several", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_what_only_a_candidate_gets_wrong_stops_that_candidate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, several: bool
 ) -> None:

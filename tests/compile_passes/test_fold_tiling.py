@@ -197,6 +197,7 @@ def test_text_has_no_coarse_output(training: bool) -> None:
     assert_same(*found)
 
 
+@pytest.mark.slow
 def test_any_resolution_in_one_graph() -> None:
     """With symbolic sizes, where tokens cannot stay in tile order."""
     model = Video()

@@ -62,14 +62,9 @@ def test_resolutions_in_turn_cost_two_graphs(wan: Make, way: Any) -> None:
         assert sparse and all(call.fused and call.lowered for call in sparse)
 
 
-@pytest.mark.parametrize("way", [True, pytest.param("regional", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "builder",
-    [
-        pytest.param(fs.VSA(top_k=2), id="vsa"),
-        pytest.param(fs.BSA(keep_queries=0.5, kv_density=0.3), id="bsa", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [True, "regional"])
+@pytest.mark.parametrize("builder", [fs.VSA(top_k=2), fs.BSA(keep_queries=0.5, kv_density=0.3)], ids=["vsa", "bsa"])
 def test_any_number_of_tiles_costs_two_graphs(wan: Make, way: Any, builder: Any) -> None:
     """Above and below 32 KV tiles, which fill a word of the bitmask; a size of 1 would be a graph of its own to torch."""
     model = fs.wrap(wan(), builder, tile=(2, 2, 2), **options(way))
@@ -224,6 +219,7 @@ def test_regional_compilation_with_the_backend(wan: Make) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_compile_repeated_blocks_of_a_wrapped_model(wan: Make) -> None:
     """The user's own regional compilation of a model wrapped uncompiled takes flexsparse's backend."""
     model = fs.wrap(wan(), fs.VSA(top_k=2), compile=False, inner="aot_eager")
