@@ -195,7 +195,7 @@ def _traced_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """What is compiled for a whole model: one frame, as a hook would be compiled as a graph of its own."""
     state: State = getattr(module, STATE)
     geometry = state.reader(module, args, kwargs)
-    if state.backend.parallel is not None:  # said here: what a checkpointed block stores would be an effect of its graph
+    if state.backend.parallel is not None:  # here: what a checkpointed block stored would be an effect of its graph
         state.tokens = geometry[0] * geometry[1] * geometry[2]
     args, kwargs = _mark(args, kwargs, marks.GRID, *geometry)
     return _original(module, args, kwargs)
