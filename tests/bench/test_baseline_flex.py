@@ -16,7 +16,8 @@ from bench.baselines import (
 )
 
 
-@pytest.mark.parametrize("grid", [pytest.param(WHOLE, marks=pytest.mark.slow), PARTIAL])
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", [WHOLE, PARTIAL])
 def test_flex_and_attention_gym_compiled_for_the_cpu(
     fakes: None, fresh_dynamo: None, monkeypatch: pytest.MonkeyPatch, grid: tuple[int, int, int]
 ) -> None:

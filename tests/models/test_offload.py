@@ -28,7 +28,7 @@ def expected(entry: Entry, model: nn.Module) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("compile", [False, pytest.param("regional", marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("compile", [False, *(pytest.param(way, marks=pytest.mark.slow) for way in ("regional", True))])
 def test_a_wrapped_model_is_offloaded(compile: bool | str, fresh_dynamo: None) -> None:
     """As `pipe.enable_model_cpu_offload()` does with each of its models."""
     entry = ZOO["wan"]

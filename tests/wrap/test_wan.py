@@ -49,7 +49,7 @@ def test_inductor_equals_eager_in_outputs_and_gradients(wan: Make, way: Any) -> 
     assert {call.backend for call in fs.report(compiled).calls if call.sparse} == {"flex"}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [True, pytest.param("regional", marks=pytest.mark.slow), False])
 def test_resolutions_in_turn_cost_two_graphs(wan: Make, way: Any) -> None:
     model = fs.wrap(wan(), fs.VSA(top_k=2), **options(way))
     counters.clear()
