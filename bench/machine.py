@@ -212,10 +212,18 @@ def write(path: Path, result: dict[str, Any]) -> None:
     path.write_text('{"header": ' + json.dumps(result["header"], indent=1) + ',\n"rows": [\n' + rows + "\n]}\n")
 
 
+def new_file(text: str) -> Path:
+    """An argument that names a file to write: its folder must be there before anything is measured."""
+    path = Path(text)
+    if not path.resolve().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is in a folder that is not there: make it first")
+    return path
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.machine", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="result file")
+    parser.add_argument("--out", type=new_file, required=True, help="result file")
     parser.add_argument("--repeats", type=int, default=REPEATS, help=f"samples of each problem (default: {REPEATS})")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)

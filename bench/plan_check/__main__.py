@@ -34,8 +34,12 @@ REPEATS = 4
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, compare, write; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.plan_check", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="result file (default: bench/results/plan_cpu.json)")
-    parser.add_argument("--machine", type=Path, help="result file of the CPU (default: machine_cpu.json beside it)")
+    parser.add_argument(
+        "--out", type=machine.new_file, default=RESULTS, help="result file (default: bench/results/plan_cpu.json)"
+    )
+    parser.add_argument(
+        "--machine", type=machine.new_file, help="result file of the CPU (default: machine_cpu.json beside it)"
+    )
     parser.add_argument("--repeats", type=int, default=REPEATS, help=f"samples of a step (default: {REPEATS})")
     parser.add_argument("--table", action="store_true", help="write the table from the result file, run nothing")
     options = parser.parse_args(argv)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("diffusers")
 
 import flexsparse as fs
+from bench import machine
+from bench.plan_check import __main__ as plan_check
 from bench.plan_check import chosen, table, tensors
 from bench.plan_check.cases import Case
 
@@ -83,3 +86,12 @@ def test_a_table_says_what_was_off() -> None:
         "| ends: a step | 0.000 | 1.000 | not planned |" in text and "| lists: a step | 0.500 | 1.000 | 0.500 |" in text
     )
     assert text.count("lists: a step") == 2, "in the sentence and in the table, and only where it differs"
+
+
+@pytest.mark.parametrize("main", [machine.main, plan_check.main], ids=["machine", "plan_check"])
+def test_a_folder_that_is_not_there_is_said_before_anything_is_measured(
+    main: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--out", str(tmp_path / "none" / "x.json")])
+    assert ended.value.code == 2 and "is in a folder that is not there: make it first" in capsys.readouterr().err
