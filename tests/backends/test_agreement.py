@@ -49,8 +49,15 @@ def test_a_video_of_many_whole_and_partial_tiles(backend: str, scale: float, dty
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the templates on the GPU")
-@pytest.mark.parametrize("scale", (1.0, 16.0))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (torch.float32, 1.0),
+        (torch.float16, 16.0),
+        pytest.param(torch.float32, 16.0, marks=pytest.mark.slow),
+        pytest.param(torch.float16, 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_the_templates_in_the_interpreter(dtype: torch.dtype, scale: float) -> None:
     layout = fs.TileLayout(grid=(3, 6, 7), tile=(2, 4, 4), text_first=3, text_last=20)
     case = Case(layout, layout, B=1, H=2, G=1, D=32, dtype=dtype, scale=scale, seed=5)

@@ -22,6 +22,12 @@ from bench.suite import (
 )
 
 
+@pytest.fixture(autouse=True)
+def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests of these tests are few: a second process takes longer to start."""
+    monkeypatch.setattr(checks, "WORKERS", 1)
+
+
 def failed_check(op: str, **fields: Any) -> rows.Row:
     return checks.check_row("tests/gpu/test_x.py::test_it", "failed", "it is wrong", guards=[op], **fields)
 
@@ -111,7 +117,6 @@ def test_what_only_a_candidate_gets_wrong_stops_that_candidate(
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "gpu" / "conftest.py").read_text())
     tests = tmp_path / "test_some.py"
     tests.write_text(CHOICES if several else CHOICES.replace("os._exit(1)", "assert False"))
-    monkeypatch.setattr(checks, "WORKERS", 1)
     if not several:
         monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     found = checks.run_tests(tmp_path, 100, tests)

@@ -203,7 +203,13 @@ STEPS: dict[str, Step] = {
 WRITTEN = {"half written", "added in place"}
 
 
-@pytest.mark.parametrize("name", STEPS)
+QUICK = (
+    "norm", "rotated in place", "half written", "added in place", "dense self-attention", "cumsum", "shifted", "first token",
+    "as a grid", "attention by hand, biased by its keys", "heads apart",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in STEPS])
 def test_a_step_between_two_attentions(name: str, seen: Seen) -> None:
     torch.manual_seed(0)
     check_same(Model((plain, STEPS[name]), (STEPS[name], plain), (plain, plain)))

@@ -137,8 +137,22 @@ def check_lowered(joint: Joint, training: bool, calls: int = 1) -> None:
     assert joint.count(ops.block_lists) == 0, "the lists are made, though nothing reads them"
 
 
-@pytest.mark.parametrize("training", (False, True), ids=("inference", "training"))
-@pytest.mark.parametrize("name", CASES)
+INFERENCE = ("VSA", "packed queries and text", "static")  # of all cases in test-full
+
+
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [
+        pytest.param(
+            name,
+            training,
+            id=f"{name}-{'training' if training else 'inference'}",
+            marks=() if training or name in INFERENCE else pytest.mark.slow,
+        )
+        for name in CASES
+        for training in (False, True)
+    ],
+)
 def test_flex_attention_becomes_tile_attention_and_computes_the_same(name: str, training: bool) -> None:
     case = CASES[name]
     x = torch.randn(2, case.tokens, C)

@@ -16,6 +16,7 @@ import flexsparse as fs
 from .conftest import assert_same_gradients, gradients, reference, run, video
 
 WAYS: list[Any] = [True, "regional", False]
+QUICK: list[Any] = [True, pytest.param("regional", marks=pytest.mark.slow), False]
 GRIDS = [(4, 16, 16), (4, 8, 32), (4, 32, 8), (3, 16, 24)]  # landscape and portrait of equal token counts, and another
 Make = Callable[[], nn.Module]
 
@@ -38,8 +39,10 @@ def test_all_tiles_kept_equals_dense(wan: Make, way: Any) -> None:
 @pytest.mark.parametrize("way", [True, pytest.param("regional", marks=pytest.mark.slow)])
 def test_inductor_equals_eager_in_outputs_and_gradients(wan: Make, way: Any) -> None:
     """With gates: their fourth linear map is what Inductor's CPU fusion miscompiles (`compile_passes.fusion_guard`)."""
-    compiled = fs.wrap(wan(), fs.VSA(top_k=2), gates=True, **options(way, "inductor"))
-    eager = reference(wan(), fs.VSA(top_k=2), gates=True)
+    model = wan()
+    model.blocks = model.blocks[:1]  # type: ignore[index]  # Inductor compiles C++ for every block
+    compiled = fs.wrap(copy.deepcopy(model), fs.VSA(top_k=2), gates=True, **options(way, "inductor"))
+    eager = reference(model, fs.VSA(top_k=2), gates=True)
     for model in (compiled, eager):
         for parameter in fs.gate_parameters(model):
             nn.init.constant_(parameter, 0.1)
@@ -49,7 +52,7 @@ def test_inductor_equals_eager_in_outputs_and_gradients(wan: Make, way: Any) -> 
     assert {call.backend for call in fs.report(compiled).calls if call.sparse} == {"flex"}
 
 
-@pytest.mark.parametrize("way", [True, pytest.param("regional", marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("way", QUICK)
 def test_resolutions_in_turn_cost_two_graphs(wan: Make, way: Any) -> None:
     model = fs.wrap(wan(), fs.VSA(top_k=2), **options(way))
     counters.clear()
@@ -135,7 +138,7 @@ def test_cross_attention_is_left_alone_even_at_equal_lengths(wan: Make, way: Any
     assert calls["blocks.0.attn1"].shape == (1, 2, 256, 256, 16)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", QUICK)
 def test_autocast(wan: Make, way: Any) -> None:
     """SDPA casts q, k and v under autocast; so does what replaces it, forward and backward."""
     model = fs.wrap(wan(), fs.VSA(top_k=2), **options(way))
@@ -149,7 +152,7 @@ def test_autocast(wan: Make, way: Any) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.blocks.parameters())  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", QUICK)
 def test_annealing_changes_no_graph_and_ends_at_the_target(wan: Make, way: Any) -> None:
     schedule = fs.SparsitySchedule(start=0.0, target=0.75, step=0.25, every=1)
     model = fs.wrap(wan(), fs.VSA(sparsity=schedule), **options(way))
@@ -178,7 +181,7 @@ def test_other_builders_train(wan: Make, way: Any, builder: Any) -> None:
         assert_same_gradients(gradients(model, video(*grid)), gradients(reference(wan(), builder), video(*grid)))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", QUICK)
 def test_a_copy_is_wrapped_and_independent(wan: Make, way: Any) -> None:
     """An EMA copy of a wrapped model."""
     model = fs.wrap(wan(), fs.VSA(top_k=2), **options(way))
