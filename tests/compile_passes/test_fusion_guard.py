@@ -1,19 +1,54 @@
-"""What enters the key of Inductor's cache beside the graph."""
+"""The fusion that is refused, and what enters the key of Inductor's cache beside the graph."""
 
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._library.custom_ops import OPDEFS
 from torch.fx import Graph
+from torch.nn import functional as F
 
 import flexsparse.compiler  # noqa: F401  (defines every op)
 from flexsparse.compile_passes import fusion_guard
-from flexsparse.compile_passes.fusion_guard import CacheTag, source_files, sources_hash
+from flexsparse.compile_passes.fusion_guard import CacheTag, compile_guarded, source_files, sources_hash
+
+
+def four_maps(x: Tensor, shift: Tensor, scale: Tensor, *weights: Tensor) -> Tensor:
+    """Of normalised, modulated tokens that lie channel by channel, as a patch convolution leaves them."""
+    h = F.layer_norm(x.mT, (x.shape[1],)) * (1 + scale) + shift
+    return sum(((h @ w) * (i + 1)).sin() for i, w in enumerate(weights))  # type: ignore[return-value]
+
+
+def gradients(function: Any) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    C = 32
+    inputs = [x.requires_grad_() for x in (torch.randn(1, C, 250), *torch.randn(2, C), *torch.randn(4, C, C))]
+    return torch.autograd.grad(function(*inputs).square().mean(), inputs)
+
+
+def largest_error(found: tuple[Tensor, ...]) -> float:
+    """Against eager, of the largest gradient of each input."""
+    exact = gradients(four_maps)
+    return max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(found, exact, strict=True))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="Inductor vectorises otherwise here"
+)
+def test_a_miscompiled_fusion_is_refused() -> None:
+    """pytorch issue 185702: a LayerNorm's gradient comes out wrong by more than its size, without a word."""
+    assert largest_error(gradients(torch.compile(four_maps, backend=partial(compile_guarded, config={})))) < 1e-4
+    torch._dynamo.reset()
+    if largest_error(gradients(torch.compile(four_maps))) < 0.1:
+        pytest.fail(f"torch {torch.__version__} compiles this right: `GuardedChoices` and this test may go")
 
 
 def test_every_op_is_defined_in_a_hashed_file() -> None:

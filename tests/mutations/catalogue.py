@@ -28,6 +28,13 @@ COLUMNS = ("templates/test_columns.py",)
 
 MUTATIONS = (
     Mutation(
+        "outer loops fused on the CPU",
+        "compile_passes/fusion_guard.py",
+        "return False",
+        "pass",
+        ("compile_passes/test_fusion_guard.py",),
+    ),
+    Mutation(
         "dropped block",
         "ops/gathered.py",
         "(columns < count[tiles, None])",
