@@ -13,21 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.compile_passes.templates.attention_common import (
-    Blocks,
-    compilation,
-    dense_rows,
-    flags,
-    lengths,
-    raster_shapes,
-    seen_slots,
-    shapes,
-    strides,
-)
+from flexsparse.compile_passes.templates.attention_common import Blocks, flags, seen_slots
+from flexsparse.compile_passes.templates.attention_shapes import compilation, raster_shapes, shapes
 from flexsparse.compile_passes.templates.backward_kernels import _delta, _dq
 from flexsparse.compile_passes.templates.column_kernels import _add_pieces, _dkdv
 from flexsparse.compile_passes.templates.launch import Compilation, launch
 from flexsparse.compile_passes.templates.lists import ascending, transpose
+from flexsparse.compile_passes.templates.rows import dense_rows, lengths, strides
 from flexsparse.compile_passes.templates.walks import Walk, column_blocks, dkdv_of, dq_blocks, dq_of, row_blocks
 
 

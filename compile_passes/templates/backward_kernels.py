@@ -14,15 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flexsparse.compile_passes.templates.attention_common import (
-    NUMBERS,
-    load_rows,
-    nth_tile,
-    query_tile,
-    store_rows,
-    tokens_again,
-    tokens_at,
-)
+from flexsparse.compile_passes.templates.attention_common import nth_tile, query_tile
+from flexsparse.compile_passes.templates.attention_shapes import NUMBERS
+from flexsparse.compile_passes.templates.rows import load_rows, store_rows, tokens_again, tokens_at
 
 
 @triton.jit(do_not_specialize=NUMBERS)

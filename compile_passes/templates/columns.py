@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexsparse.compile_passes.templates.attention_common import ARGUMENT_TYPES, NUMBERS
+from flexsparse.compile_passes.templates.attention_shapes import ARGUMENT_TYPES, NUMBERS
 from flexsparse.compile_passes.templates.launch import Compilation, launch
 
 PROGRAMS = 264

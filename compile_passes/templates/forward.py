@@ -17,27 +17,25 @@ from torch import Tensor
 
 from flexsparse.compile_passes.templates import tuned
 from flexsparse.compile_passes.templates.attention_common import (
-    NUMBERS,
     Blocks,
     CappedBlocks,
-    Shape,
-    compilation,
-    dense_rows,
     flags,
-    lengths,
-    load_rows,
     nth_tile,
     query_tile,
-    raster_shapes,
     seen_slots,
-    shapes,
+)
+from flexsparse.compile_passes.templates.attention_shapes import NUMBERS, Shape, compilation, raster_shapes, shapes
+from flexsparse.compile_passes.templates.launch import LOG2E, Compilation, launch
+from flexsparse.compile_passes.templates.lists import ascending
+from flexsparse.compile_passes.templates.rows import (
+    dense_rows,
+    lengths,
+    load_rows,
     store_rows,
     strides,
     tokens_again,
     tokens_at,
 )
-from flexsparse.compile_passes.templates.launch import LOG2E, Compilation, launch
-from flexsparse.compile_passes.templates.lists import ascending
 
 
 @triton.jit(do_not_specialize=NUMBERS)

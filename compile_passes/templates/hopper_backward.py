@@ -14,13 +14,8 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flexsparse.compile_passes.templates import hopper_backward_columns, hopper_backward_rows
-from flexsparse.compile_passes.templates.attention_common import (
-    TYPES,
-    AttentionCompilation,
-    Blocks,
-    Shape,
-    compilation,
-)
+from flexsparse.compile_passes.templates.attention_common import Blocks
+from flexsparse.compile_passes.templates.attention_shapes import TYPES, AttentionCompilation, Shape, compilation
 from flexsparse.compile_passes.templates.hopper_forward import _box, _boxes, _copyable, _layout
 from flexsparse.compile_passes.templates.launch import LOG2E, Compilation, launch
 

@@ -16,17 +16,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flexsparse.compile_passes.templates import hopper_kernels
-from flexsparse.compile_passes.templates.attention_common import (
-    TYPES,
-    AttentionCompilation,
-    Blocks,
-    Shape,
-    compilation,
-    dense_rows,
-    flags,
-)
+from flexsparse.compile_passes.templates.attention_common import Blocks, flags
+from flexsparse.compile_passes.templates.attention_shapes import TYPES, AttentionCompilation, Shape, compilation
 from flexsparse.compile_passes.templates.launch import LOG2E, Compilation, launch
 from flexsparse.compile_passes.templates.lists import ascending
+from flexsparse.compile_passes.templates.rows import dense_rows
 
 ARCHS = ("sm_90a",)
 """What the kernel compiles for."""

@@ -13,18 +13,13 @@ import torch
 from torch import Tensor
 
 from flexsparse.compile_passes.templates import hopper_pair_kernels
-from flexsparse.compile_passes.templates.attention_common import (
-    AttentionCompilation,
-    Blocks,
-    Shape,
-    compilation,
-    dense_rows,
-    flags,
-)
+from flexsparse.compile_passes.templates.attention_common import Blocks, flags
+from flexsparse.compile_passes.templates.attention_shapes import AttentionCompilation, Shape, compilation
 from flexsparse.compile_passes.templates.hopper_forward import _boxes, _copyable, with_boxes
 from flexsparse.compile_passes.templates.launch import LOG2E, Compilation, launch
 from flexsparse.compile_passes.templates.lists import ascending
 from flexsparse.compile_passes.templates.pair_lists import pair_lists
+from flexsparse.compile_passes.templates.rows import dense_rows
 
 ARCHS = ("sm_90a",)
 """What the kernel compiles for."""

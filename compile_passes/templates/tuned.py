@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.compile_passes.templates.attention_common import TYPES, Blocks, unaccelerated_blocks
+from flexsparse.compile_passes.templates.attention_common import Blocks, unaccelerated_blocks
+from flexsparse.compile_passes.templates.attention_shapes import TYPES
 
 TABLE = Path(__file__).with_suffix(".json")
 """A JSON list of rows: the fields of `Choice`, the op first, and of `KEY`."""

@@ -13,18 +13,12 @@ import torch
 from torch import Tensor
 
 from flexsparse.compile_passes.templates import tuned
-from flexsparse.compile_passes.templates.attention_common import (
-    Blocks,
-    CappedBlocks,
-    lengths,
-    padded_dim,
-    strides,
-    unaccelerated_blocks,
-)
+from flexsparse.compile_passes.templates.attention_common import Blocks, CappedBlocks, padded_dim, unaccelerated_blocks
 from flexsparse.compile_passes.templates.backward_kernels import _dq
 from flexsparse.compile_passes.templates.column_kernels import _add_pieces, _dkdv
 from flexsparse.compile_passes.templates.columns import most_pieces, pieces
 from flexsparse.compile_passes.templates.launch import LOG2E, launch
+from flexsparse.compile_passes.templates.rows import lengths, strides
 
 
 def row_blocks(dtype: torch.dtype, D: int, query_rows: int, slots: int) -> Blocks:

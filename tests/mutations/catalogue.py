@@ -661,7 +661,7 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens past a count read by their table",
-        "compile_passes/templates/attention_common.py",
+        "compile_passes/templates/rows.py",
         "            seen = seen & valid\n",
         "            seen = seen | valid\n",
         ("templates/test_raster.py",),

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from flexsparse.compile_passes.templates import columns as columns_
 from flexsparse.compile_passes.templates import hopper_backward, hopper_backward_columns, hopper_backward_rows, tuned
-from flexsparse.compile_passes.templates.attention_common import Blocks, dense_rows, flags
+from flexsparse.compile_passes.templates.attention_common import Blocks, flags
 from flexsparse.compile_passes.templates.backward import backward, backward_reference
 from flexsparse.compile_passes.templates.forward import forward, forward_reference
 from flexsparse.compile_passes.templates.launch import LOG2E, count_launches
 from flexsparse.compile_passes.templates.lists import ascending_reference, transpose_reference
+from flexsparse.compile_passes.templates.rows import dense_rows
 from flexsparse.compile_passes.templates.walks import Walk, add_pieces_reference
 
 from .attention_cases import MEMORY, Case, Problem, build, in_memory, oracle

@@ -12,7 +12,7 @@ from torch import Tensor
 from flexsparse.compile_passes.templates import backward as backward_module
 from flexsparse.compile_passes.templates import forward as forward_module
 from flexsparse.compile_passes.templates import hopper_forward, walks
-from flexsparse.compile_passes.templates.attention_common import strides
+from flexsparse.compile_passes.templates.rows import strides
 
 from .attention_cases import MEMORY, Case, Problem, build, in_memory, moved
 from .gluon_simulator import simulate
