@@ -1,4 +1,4 @@
-"""Markdown tables of the result file, in the README between two marks: `python -m bench.table [--check]`."""
+"""Tables of the CPU result file: all in `bench/CPU.md`, a short one in the README: `python -m bench.table [--check]`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from bench.marks import replaced
 from bench.rows import RESULTS
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parent / "CPU.md"
 BEGIN, END = "<!-- bench:cpu -->", "<!-- /bench:cpu -->"
 
 NAMES = {
@@ -193,6 +194,45 @@ def markdown(result: Result) -> str:
     return "\n\n".join(parts)
 
 
+def page(result: Result) -> str:
+    """`bench/CPU.md`."""
+    return f"# Measured on a CPU\n\nMade by `python -m bench.table`; how: [README](README.md).\n\n{markdown(result)}\n"
+
+
+def brief_lines(rows: list[Result]) -> list[Line]:
+    """Of each case on one thread the fastest implementation; a check that failed is no time."""
+    lines = [
+        ["attention", "grid", "tile", "D", "dtype", "tiles kept", "fastest", "ms", "dense ms", "speed-up", "target"]
+    ]
+    attention = [x for x in rows if x["op"].startswith("attention") and x["threads"] == 1 and x["impl"] != "dense_sdpa"]
+    for case in dict.fromkeys(row["case"] for row in attention):
+        row, *_ = sorted((x for x in attention if x["case"] == case), key=lambda x: speedup(x) if x["checked"] else 0)[
+            ::-1
+        ]
+        line = [f"{NAMES[row['op']]}, {row['method'].upper()}", x_by(row["grid"]), x_by(row["tile"]), str(row["D"])]
+        line += [row["dtype"], f"{row['density']:.1%}"]
+        if row["checked"]:
+            times = (statistics.median(row[name]) for name in ("ms", "dense_ms"))
+            line += [NAMES[row["impl"]], *(f"{ms:.0f}" for ms in times), f"{speedup(row):.2f}x", goal(row)]
+        else:
+            line += ["check failed", "", "", "", goal(row)]
+        lines.append(line)
+    return lines
+
+
+def brief(result: Result) -> str:
+    """The block between the README's marks, without them."""
+    head, rows = result["header"], result["rows"]
+    heading, *lines = brief_lines(rows)
+    table = "\n".join("| " + " | ".join(line) + " |" for line in (heading, ["---"] * len(heading), *lines))
+    met = [meets(row) for row in rows if row["target"] is not None]
+    return (
+        f"{head['cpu']}, one thread, torch {head['torch']}, {head['date'][:10]}: of each case the fastest backend. "
+        "All backends, memory, selection's share, and where the time goes: [`bench/CPU.md`](bench/CPU.md). "
+        f"Of {len(met)} targets {sum(x is True for x in met)} are met.\n\n{table}"
+    )
+
+
 def show(result: Result) -> None:
     """Print the tables for people: with rich where it is installed, else as Markdown."""
     try:
@@ -212,25 +252,30 @@ def show(result: Result) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the tables and write them into the README; with ``--check`` only compare."""
+    """Print the tables, write the page and the README's short table; with ``--check`` only compare."""
     parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="result file (default: bench/results/cpu.json)")
     parser.add_argument("--readme", type=Path, default=README, help="file that holds the marks (default: README.md)")
+    parser.add_argument("--page", type=Path, default=PAGE, help="file for all tables (default: bench/CPU.md)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the block is out of date")
     options = parser.parse_args(argv)
     try:
-        block = markdown(load(options.results))
-        old = options.readme.read_text()
-        new = replaced(old, block, BEGIN, END)
+        result = load(options.results)
+        new = {
+            options.page: page(result),
+            options.readme: replaced(options.readme.read_text(), brief(result), BEGIN, END),
+        }
     except (OSError, ValueError) as error:
         print(f"{options.results.name}, {options.readme.name}: {error}", file=sys.stderr)
         return 1
     if options.check:
-        if new != old:
-            print(f"{options.readme.name}: the tables differ from {options.results.name}; run `python -m bench.table`")
-        return int(new != old)
-    print(block)
-    options.readme.write_text(new)
+        stale = [path.name for path, text in new.items() if not path.exists() or path.read_text() != text]
+        if stale:
+            print(f"{' and '.join(stale)}: the tables differ from {options.results.name}; run `python -m bench.table`")
+        return int(bool(stale))
+    print(markdown(result))
+    for path, text in new.items():
+        path.write_text(text)
     return 0
 
 

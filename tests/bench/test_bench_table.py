@@ -1,4 +1,4 @@
-"""Tables of a tiny result file made by hand, and the README between its marks."""
+"""Tables of a tiny result file made by hand: the page of all, and the README between its marks."""
 
 import copy
 import json
@@ -31,6 +31,14 @@ oracle given the same selection, the largest of out and gradients.
 
 - Target not met: f, `gather`: 4.00x, at least 5x wanted.
 - Check failed, so not measured: f, `flex`: out is wrong."""
+
+BRIEF = """\
+A CPU, one thread, torch 9.9, 2030-01-02: of each case the fastest backend. All backends, memory, selection's share, and \
+where the time goes: [`bench/CPU.md`](bench/CPU.md). Of 4 targets 2 are met.
+
+| attention | grid | tile | D | dtype | tiles kept | fastest | ms | dense ms | speed-up | target |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| forward, VSA | 8x8x8 | 4x4x4 | 64 | float32 | 12.5% | `gather` | 25 | 100 | 4.00x | at least 5x: **not met** |"""
 
 
 def row(op: str, impl: str, **fields: Any) -> dict[str, Any]:
@@ -78,11 +86,19 @@ def files(tmp_path: Path) -> list[str]:
     """A result file, a README with marks; the arguments that name them."""
     (tmp_path / "cpu.json").write_text(json.dumps(RESULT))
     (tmp_path / "README.md").write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
-    return ["--results", str(tmp_path / "cpu.json"), "--readme", str(tmp_path / "README.md")]
+    named = {"results": "cpu.json", "readme": "README.md", "page": "CPU.md"}
+    return [word for option, name in named.items() for word in (f"--{option}", str(tmp_path / name))]
 
 
 def test_the_tables_are_these() -> None:
     assert table.markdown(RESULT) == GOLDEN
+    assert table.brief(RESULT) == BRIEF
+
+
+def test_of_a_case_that_is_wrong_nothing_is_said_but_that() -> None:
+    result = copy.deepcopy(RESULT)
+    result["rows"][1]["checked"] = False
+    assert table.brief_lines(result["rows"])[1][6:] == ["check failed", "", "", "", "at least 5x: not measured"]
 
 
 def test_the_profile_is_a_table_with_a_column_for_each_case() -> None:
@@ -95,7 +111,8 @@ def test_the_profile_is_a_table_with_a_column_for_each_case() -> None:
 
 def test_the_readme_changes_between_its_marks_only(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert table.main(files) == 0
-    assert Path(files[3]).read_text() == f"before\n{table.BEGIN}\n{GOLDEN}\n{table.END}\nafter\n"
+    assert Path(files[3]).read_text() == f"before\n{table.BEGIN}\n{BRIEF}\n{table.END}\nafter\n"
+    assert Path(files[5]).read_text().endswith(f"\n\n{GOLDEN}\n")
     assert capsys.readouterr().out == GOLDEN + "\n"
     assert table.main(files) == 0
     assert Path(files[3]).read_text().count(table.BEGIN) == 1
@@ -106,8 +123,11 @@ def test_check_compares_and_writes_nothing(files: list[str]) -> None:
     old = readme.read_text()
     assert table.main([*files, "--check"]) == 1
     assert readme.read_text() == old
+    assert not Path(files[5]).exists()
     table.main(files)
     assert table.main([*files, "--check"]) == 0
+    Path(files[5]).write_text("old")
+    assert table.main([*files, "--check"]) == 1
     changed = copy.deepcopy(RESULT)
     changed["rows"][1]["ms"] = [1.0, 1.0, 1.0]
     Path(files[1]).write_text(json.dumps(changed))
