@@ -26,7 +26,7 @@ from flexsparse.ops.coarse_select import _on_cuda
 from flexsparse.ops.windows import window_table
 
 from .capture import joint_graphs
-from .test_lower_flex import GRID, TILE, Case, Tiny, run
+from .lowering_cases import GRID, TILE, Case, Tiny, run
 
 D, HEADS = 32, 2
 aten = torch.ops.aten

@@ -24,8 +24,8 @@ from flexsparse.compile_passes.gathers import restride
 from flexsparse.ops import tile_tokens
 
 from .capture import Joint, joint_graphs, nodes_of, ops
+from .lowering_cases import CASES, Case, Video, assert_same, run
 from .test_epilogue import Attention
-from .test_lower_flex import CASES, Case, Video, assert_same, run
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 aten = torch.ops.aten

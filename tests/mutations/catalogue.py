@@ -291,7 +291,7 @@ MUTATIONS = (
         "compile_passes/lower_flex.py",
         "return isinstance(found, Tensor) and torch.equal(found, expected)",
         "return isinstance(found, Tensor)",
-        ("compile_passes/test_lower_flex.py",),
+        ("compile_passes/test_lower_flex_left.py",),
     ),
     Mutation(
         "template drops the last block",
