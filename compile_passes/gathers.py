@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flexsparse.compile_passes.graphs import value_of
-from flexsparse.compile_passes.views import aten, is_op, is_whole, same
+from flexsparse.compile_passes.views import aten, concrete, is_op, is_whole, same
 
 IDENTITIES = (aten.detach.default, aten.alias.default)
 
@@ -99,12 +99,10 @@ def restride(graph: Graph, node: Node, before: Tensor) -> None:
     try:
         renewed = _below(graph, node)
     except (RuntimeError, ValueError):
-        with graph.inserting_after(node):
-            copy = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
-        copy.meta = {key: item for key, item in node.meta.items() if key != "tensor_meta"}
-        with value_of(node).fake_mode:
-            copy.meta["val"] = value_of(node).contiguous()
-        node.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
+        readers = list(node.users)
+        copy = _copy_lying_as(graph, node, before)
+        for user in readers:
+            user.replace_input_with(node, copy)
         return
     for each, value in renewed.items():
         each.meta["val"] = value
@@ -115,6 +113,25 @@ def restride(graph: Graph, node: Node, before: Tensor) -> None:
             if lies_so and all(reader.op == "call_function" for reader in user.users):
                 user.replace_all_uses_with(each)
                 graph.erase_node(user)
+
+
+def _copy_lying_as(graph: Graph, node: Node, before: Tensor) -> Node:
+    """Nodes that copy a tensor into the memory format of another one without gaps."""
+    order = sorted(range(before.dim()), key=lambda i: concrete(before.stride(i)), reverse=True)
+    back = sorted(range(before.dim()), key=order.__getitem__)
+    steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+        (aten.permute.default, (order,), {}),
+        (aten.clone.default, (), {"memory_format": torch.contiguous_format}),
+        (aten.permute.default, (back,), {}),
+    ]
+    for target, rest, options in steps[1:2] if order == sorted(order) else steps:
+        with graph.inserting_after(node):
+            new = graph.call_function(target, (node, *rest), options)
+        new.meta = {key: item for key, item in node.meta.items() if key != "tensor_meta"}
+        with value_of(node).fake_mode:
+            new.meta["val"] = target(value_of(node), *rest, **options)
+        node = new
+    return node
 
 
 def _below(graph: Graph, node: Node) -> dict[Node, Any]:

@@ -48,10 +48,10 @@ class LowerFlex(CustomGraphPass):
         o, lse    = tile_attention(q, k, v, None, None, bits, counts, ..., scale, True)
         dq, dk, dv, _, _ = tile_attention_backward(do, dlse, q, k, v, o, lse, None, None, bits, counts, ..., scale)
 
-    In low precision the backward reads no output: it takes None for ``o``, which is then not saved for it.
     Where the gated coarse output is added to ``o`` at once (`epilogue`), ``tile_attention(q, k, v, coarse, gate, ...)`` does
-    that too. FlexAttention's log-sum-exp is in base 2, the templates' natural. A node with a score_mod, with lists or a mask of
-    another origin, or of a size, dtype or layout that the templates do not do stays stock FlexAttention.
+    that too, and its backward gives the gradients of both. FlexAttention's log-sum-exp is in base 2, the templates' natural.
+    A node with a score_mod, with lists or a mask of another origin, or of a size, dtype or layout that the templates do not do
+    stays stock FlexAttention.
 
     Args:
         supports: told ``(device, dtype, head dim, query rows, slots)``, says why the templates cannot do it, or None.
@@ -80,16 +80,14 @@ class LowerFlex(CustomGraphPass):
         if owner is None:
             return
         for gm in graph_modules(owner) if owner.graph is graph else [owner]:
+            lowered: list[Any] = []
             replaced = False
             for node in [n for n in gm.graph.nodes if n.target in (FORWARD, BACKWARD)]:
                 forward, backward = self.matches
                 try:
                     lists = self._tile_lists(gm, node)
                     if node.target is FORWARD:
-                        out = _lower_forward(gm.graph, node, lists)
-                        rows = lists.args[3]
-                        found = find_epilogue(out, rows) if isinstance(rows, int) else None
-                        self.combined += combine(gm.graph, out, found)
+                        lowered.append(_lower_forward(gm.graph, node, lists))
                         self.matches = (forward + 1, backward)
                     else:
                         _lower_backward(gm.graph, node, lists)
@@ -99,6 +97,11 @@ class LowerFlex(CustomGraphPass):
                     continue
                 self.lowered.add(str(lists.args[-1]))
                 replaced = True
+            for out in lowered:  # once it is known who reads them
+                rows, first_rows = out.args[0].args[8:10]
+                whole = isinstance(rows, int) and isinstance(first_rows, int)
+                found = find_epilogue(out, rows, first=first_rows // rows) if whole else None
+                self.combined += combine(gm.graph, out, found)
             if replaced:
                 gm.graph.eliminate_dead_code()
                 gm.delete_all_unused_submodules()  # an unused graph keeps the whole from being cached

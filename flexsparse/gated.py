@@ -14,14 +14,20 @@ from torch.autograd.function import once_differentiable
 from flexsparse.layout import TileLayout
 
 
-def broadcast_coarse(coarse_out: Tensor, layout: TileLayout) -> Tensor:
-    """Coarse output ``[B, H, N, D]`` to tokens ``[B, H, S, D]``; extra tokens have none (zero)."""
+def _around(coarse_out: Tensor, layout: TileLayout) -> Tensor:
+    """With zeros for the tiles of extra tokens, which have no coarse output."""
     first, last = layout.tiles_first, layout.tiles_last
-    tiles = torch.nn.functional.pad(coarse_out, (0, 0, first, last)) if first or last else coarse_out
-    if layout.order == "tiles":
-        return tiles.unsqueeze(-2).expand(*tiles.shape[:-1], layout.slots, tiles.shape[-1]).flatten(-3, -2)
-    _, token_to_slot, _ = layout.index(coarse_out.device)
-    return tiles.index_select(-2, token_to_slot // layout.slots)
+    return torch.nn.functional.pad(coarse_out, (0, 0, first, last)) if first or last else coarse_out
+
+
+def broadcast_coarse(coarse_out: Tensor, layout: TileLayout) -> Tensor:
+    """Coarse output ``[B, H, N, D]`` to tokens ``[B, H, S, D]``; extra tokens have none (zero).
+
+    By slots, not by tiles: the gradient of a gather that takes a row many times adds them up in any order on CUDA.
+    """
+    tiles = _around(coarse_out, layout)
+    each = tiles.unsqueeze(-2).expand(*tiles.shape[:-1], layout.slots, tiles.shape[-1]).flatten(-3, -2)
+    return each if layout.order == "tiles" else each.index_select(-2, layout.index(coarse_out.device)[1])
 
 
 def gated_coarse(gate: Tensor, coarse_out: Tensor, layout: TileLayout, dtype: torch.dtype) -> Tensor:
@@ -34,7 +40,7 @@ class GatedCoarse(torch.autograd.Function):
 
     @staticmethod
     def forward(gate: Tensor, coarse_out: Tensor, layout: TileLayout, dtype: torch.dtype) -> Tensor:
-        return gated_coarse(gate, coarse_out, layout, dtype)
+        return gate * _of_tokens(coarse_out, layout).to(dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -44,7 +50,14 @@ class GatedCoarse(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> Any:
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-            product = gated_coarse(*leaves, *ctx.how)
-        return *torch.autograd.grad(product, leaves, grad), None, None
+        (gate, coarse_out), (layout, dtype) = ctx.saved_tensors, ctx.how
+        d_gate = (grad * _of_tokens(coarse_out, layout).to(dtype)).to(gate.dtype)
+        rows = layout.to_tiles((grad * gate).to(coarse_out.dtype))
+        return d_gate, layout.video(rows).sum(-2), None, None
+
+
+def _of_tokens(coarse_out: Tensor, layout: TileLayout) -> Tensor:
+    """`broadcast_coarse` where nobody asks for its gradient: without the rows of slots in between."""
+    if layout.order == "tiles":
+        return broadcast_coarse(coarse_out, layout)
+    return _around(coarse_out, layout).index_select(-2, layout.index(coarse_out.device)[1] // layout.slots)
