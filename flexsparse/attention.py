@@ -219,6 +219,7 @@ def fine(
     ``raster``: the tiles are tokens in raster order (`reads_raster`).
     """
     q_tiles, k_tiles, v_tiles = tiles
+    gate, fine_gate = gates
     lse: Tensor | None
     if backend == "reference":
         k, v = (selection.kv_layout.to_raster(x) for x in (k_tiles, v_tiles))
@@ -226,10 +227,12 @@ def fine(
     elif backend == "gather":
         out, lse = gather.attend(q, k_tiles, v_tiles, selection, scale, q_tiles, lse_wanted)
     elif backend == "triton":
-        out, lse = triton.attend(q, k_tiles, v_tiles, selection, scale, q_tiles, lse_wanted, raster)
+        added: tuple[Tensor | None, Tensor | None] = (None, None)
+        if fine_gate is None and triton.adds_coarse(q, gate, coarse_out, selection.layout, raster):
+            added, gate = (coarse_out, gate), None
+        out, lse = triton.attend(q, k_tiles, v_tiles, selection, scale, q_tiles, lse_wanted, raster, *added)
     else:
         out, lse = flex.attend(q, k_tiles, v_tiles, selection, scale, q_tiles, lse_wanted, in_graph, call)
-    gate, fine_gate = gates
     if fine_gate is not None:
         out = out * fine_gate
     if gate is not None and coarse_out is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexsparse.layout import TileLayout
 from flexsparse.ops import has_triton
 from flexsparse.ops.tile_attention import run_backward, run_forward, templates_refuse
 from flexsparse.packing import pack_queries, unpack_lse, unpack_rows
@@ -31,6 +32,16 @@ def _interpreting() -> bool:
     return interpreting()
 
 
+def adds_coarse(q: Tensor, gate: Tensor | None, coarse_out: Tensor | None, layout: TileLayout, raster: bool) -> bool:
+    """Whether the kernel adds ``gate * coarse`` itself: where it reads the gate as it lies.
+
+    Not in float32 training, where its backward would have to correct delta (`compile_passes.epilogue`).
+    """
+    if gate is None or coarse_out is None or gate.dtype != q.dtype or not (raster or layout.order == "tiles"):
+        return False
+    return q.dtype in (torch.bfloat16, torch.float16) or not torch.is_grad_enabled()
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -40,20 +51,23 @@ def attend(
     q_tiles: Tensor | None = None,
     wants_lse: bool = False,
     raster: bool = False,
+    coarse: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Fine-stage attention; arguments and results as `gather.attend`.
 
     ``raster``: k and v are in raster order, as q is; kernels find their rows by the layouts' tables. Not for packed queries.
+    ``coarse [B, H, N, D]``, ``gate [B, H, S, D]``: what is added to it (`adds_coarse`), or None.
     """
-    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, coarse, gate))
     rows = q if raster else pack_queries(q, q_tiles, selection)
     operands = (*selection.operands(), scale, wants_lse or gradients)
     if raster:
         operands = (*operands, *(one.index(q.device)[0] for one in (selection.layout, selection.kv_layout)))
     if q.is_cuda:
-        out, lse = torch.ops.flexsparse.tile_attention(rows, k, v, None, None, *operands)
+        out, lse = torch.ops.flexsparse.tile_attention(rows, k, v, coarse, gate, *operands)
     else:
-        out, lse = _Interpreted.apply(rows, k, v, *operands)
+        out, lse = _Interpreted.apply(rows, k, v, coarse, gate, *operands)
     out = out if raster else unpack_rows(out, selection, like=q)
     return out, unpack_lse(lse, selection) if wants_lse else None
 
@@ -63,13 +77,14 @@ class _Interpreted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
-        ctx.operands = operands
-        out, lse = run_forward(q, k, v, None, None, *operands)
-        ctx.save_for_backward(q, k, v, out, lse)
+        (coarse, gate), ctx.operands = operands[:2], operands[2:]
+        out, lse = run_forward(q, k, v, *operands)
+        ctx.save_for_backward(q, k, v, out, lse, coarse, gate)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         numbers, tables = ctx.operands[:13], ctx.operands[14:]  # between them whether the log-sum-exp is wanted
-        dq, dk, dv, _, _ = run_backward(*grads, *ctx.saved_tensors, None, None, *numbers, *tables)
-        return dq, dk, dv, *(None,) * len(ctx.operands)
+        dq, dk, dv, d_coarse, d_gate = run_backward(*grads, *ctx.saved_tensors, *numbers, *tables)
+        gated = ctx.saved_tensors[-1] is not None
+        return dq, dk, dv, d_coarse if gated else None, d_gate if gated else None, *(None,) * len(ctx.operands)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import flexsparse as fs
 import flexsparse.attention as attention
+from flexsparse.backends import triton
 from flexsparse.compile_passes.templates import tuned
 
 B, H, G, D = 1, 2, 1, 16
@@ -69,6 +70,36 @@ def test_the_same_bits_as_from_tile_order(name: str, tiled: list[str], monkeypat
     expected = outcome(*how)
     assert tiled
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "training"), [(torch.float16, True), (torch.float32, False)], ids=str)
+@pytest.mark.parametrize("order", ["raster", "tiles"])
+def test_the_kernel_adds_the_gated_coarse_output(
+    order: str, dtype: torch.dtype, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As good as adding it afterwards, gradients included; in tile order without extra tokens and padding."""
+    layout = LAYOUT if order == "raster" else fs.TileLayout(grid=(2, 4, 8), tile=(2, 2, 4), order="tiles")
+    tensors = [torch.randn(B, layout.seq_len, heads, D).transpose(1, 2).double() for heads in (H, G, G, H)]
+    grad = torch.randn(B, H, layout.seq_len, D)
+
+    def outcome(dtype: torch.dtype, builder: Any, **how: Any) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_(training) for x in tensors]
+        with torch.set_grad_enabled(training):
+            out = fs.sparse_attention(*leaves[:3], layout, builder, gate=leaves[3], **how)
+        return [out.detach(), *(torch.autograd.grad(out, leaves, grad.to(dtype)) if training else ())]
+
+    apart = []
+    original = attention.GatedCoarse.apply
+    monkeypatch.setattr(attention.GatedCoarse, "apply", lambda *args: (apart.append(args), original(*args))[1])
+    mine = outcome(dtype, fs.VSA(top_k=2), backend="triton")
+    assert not apart
+    monkeypatch.setattr(triton, "adds_coarse", lambda *args: False)
+    other = outcome(dtype, fs.VSA(top_k=2), backend="triton")
+    assert len(apart) == 1
+    exact = outcome(torch.float64, fs.VSA(top_k=2), backend="reference")
+    for one, two, gold in zip(mine, other, exact, strict=True):
+        error, usual = ((x.double() - gold).square().mean().sqrt() for x in (one, two))
+        assert error <= 1.2 * usual + torch.finfo(dtype).eps * gold.square().mean().sqrt()
 
 
 class Own(fs.VSA):
