@@ -132,7 +132,7 @@ def without_values() -> Iterator[FakeTensorMode]:
     """Calls on fake CPU tensors do what real ones do on CUDA, and compiled graphs run without generated code."""
 
     def op(q: Tensor, k: Tensor, v: Tensor, *operands: Any) -> Any:
-        return torch.ops.flexsparse.tile_attention(q, k, v, None, None, *operands)
+        return torch.ops.flexsparse.tile_attention(q, k, v, *operands)
 
     def uncompiled(gm: torch.fx.GraphModule, *_: Any, **__: Any) -> Any:
         return make_boxed_func(gm.forward)
