@@ -64,7 +64,7 @@ def test_counting_without_values_counts_what_is_saved_with_them(gated: bool, mon
     monkeypatch.setattr(
         saved.triton._Interpreted,
         "apply",
-        lambda q, k, v, *rest: torch.ops.flexsparse.tile_attention(q, k, v, None, None, *rest),
+        lambda q, k, v, *rest: torch.ops.flexsparse.tile_attention(q, k, v, *rest),
     )
     assert not base.is_tracing()
     real, gate = saved_tensors(case, saved.eager)
