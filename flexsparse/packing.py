@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from flexsparse import ops
 from flexsparse.ops import pack_rows  # noqa: F401
 from flexsparse.selection import TileSelection
 
@@ -28,7 +29,7 @@ def pack_queries(q: Tensor, q_tiles: Tensor | None, selection: TileSelection) ->
         return layout.to_tiles(q) if q_tiles is None else q_tiles
     tokens, slots, _ = layout.index(q.device)
     # on CUDA one kernel tiles q, k and v, and one takes their gradients back: q's goes with them
-    tiled = q.is_cuda and q_tiles is not None and layout.order == "raster"
+    tiled = ops.on_gpu(q) and q_tiles is not None and layout.order == "raster"
     x = q_tiles if tiled and q_tiles is not None else q
     fields = (queries.kept, queries.counts, queries.position, tokens, slots if tiled else None)
     rows: Tensor = torch.ops.flexsparse.pack_rows(x, *fields, *_extra_rows(selection), _heads_inside(x))
@@ -63,4 +64,4 @@ def _extra_rows(selection: TileSelection) -> tuple[int, int]:
 
 def _heads_inside(x: Tensor) -> bool:
     """Whether heads lie inside of tokens in memory; on CPU, where nobody copies to another format, it does not count."""
-    return x.is_cuda and bool(statically_known_true(x.stride(1) < x.stride(2)))
+    return ops.on_gpu(x) and bool(statically_known_true(x.stride(1) < x.stride(2)))

@@ -7,7 +7,6 @@ Between ops a selection is a bitmask and counts; lists are workspace inside of a
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +23,11 @@ def has_triton() -> bool:
     return _TRITON
 
 
-def templates_for(x: Tensor, tiles: int) -> Any:
-    """The selection templates where they can do the case; None where plain torch computes it."""
-    if not x.is_cuda or x.dtype == torch.float64 or tiles > MOST_TILES or not has_triton():
-        return None
-    from flexsparse.compile_passes.templates import select
+def on_gpu(x: Tensor) -> bool:
+    """Whether ops run the templates on a tensor. Tests put another function here, to run them in Triton's interpreter."""
+    return x.is_cuda
 
-    return select
+
+def templates_select(x: Tensor, tiles: int) -> bool:
+    """Whether the selection templates do a case; else plain torch computes it."""
+    return on_gpu(x) and x.dtype != torch.float64 and tiles <= MOST_TILES and has_triton()

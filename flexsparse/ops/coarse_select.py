@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.ops import templates_for
+from flexsparse import ops
 from flexsparse.ops.choice import Rule, choose
 from flexsparse.ops.select_tiles import fake_choice, tiles_to_keep
 from flexsparse.ops.tile_tokens import rows_at
@@ -90,10 +90,9 @@ def coarse_select(
     B, H, D = *q.shape[:2], q.shape[-1]
     N = q.shape[2] if q_tokens is None else q_tokens.shape[0]
     M = k.shape[2] if kv_tokens is None else kv_tokens.shape[0]
-    templates = templates_for(q, M)
-    if templates is not None:
+    if ops.templates_select(q, M):
         fields = (q_counts, kv_counts, allowed, how, capacity, scale, count_bias)
-        return _on_cuda(templates, q, k, v, *fields, q_tokens, kv_tokens)
+        return _on_gpu(q, k, v, *fields, q_tokens, kv_tokens)
     q, k = _tiles(q, q_tokens), _tiles(k, kv_tokens)
     v = None if v is None else _tiles(v, kv_tokens)
     q_c, k_c = pool_tiles(q, q_counts), pool_tiles(k, kv_counts)
@@ -117,8 +116,7 @@ def _tiles(x: Tensor, tokens: Tensor | None) -> Tensor:
     return x if tokens is None else rows_at(x, tokens.flatten()).unflatten(2, tokens.shape)
 
 
-def _on_cuda(
-    templates: Any,
+def _on_gpu(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
@@ -133,12 +131,13 @@ def _on_cuda(
     kv_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from flexsparse.compile_passes.templates.pool import pool
+    from flexsparse.compile_passes.templates.select import select
 
     parts = [(q, q_counts, False), (k, kv_counts, False)] + ([] if v is None else [(v, kv_counts, False)])
     pooled = pool(parts, (q_tokens, kv_tokens, kv_tokens))
     v_c = None if v is None else pooled[2]
     sparsity = rule.name == "sparsity"
-    bits, counts, wanted, coarse, lse = templates.select(
+    bits, counts, wanted, coarse, lse = select(
         pooled[0],
         pooled[1],
         v_c,
@@ -267,7 +266,7 @@ def coarse_select_backward(
     """
     H, G = q_c.shape[1], k_c.shape[1]
     d_coarse = d_coarse.to(q_c.dtype).contiguous()
-    if templates_for(q_c, k_c.shape[2]) is not None:
+    if ops.templates_select(q_c, k_c.shape[2]):
         from flexsparse.compile_passes.templates.coarse_backward import coarse_backward
 
         dq_c, dk_c, dv_c = coarse_backward(

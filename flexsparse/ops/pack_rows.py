@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.ops import has_triton
+from flexsparse import ops
 
 
 def _templates(x: Tensor) -> Any:
-    if not x.is_cuda or not has_triton():
+    if not ops.on_gpu(x) or not ops.has_triton():
         return None
     from flexsparse.compile_passes.templates import pack
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.ops import has_triton
+from flexsparse import ops
 from flexsparse.ops.choice import read
 from flexsparse.ops.windows import window_table
 from flexsparse.selection import ascending_lists
@@ -65,7 +65,7 @@ def prune_queries(
     windows, centres = window_table(tuple(grid), tuple(tile), tuple(window), q.device)  # type: ignore[arg-type]
     now_or_share = share if now is None else read(now) if now.device.type == "cpu" else now
     operands = (q, windows, centres, tokens, now_or_share, first_rows, length, packed, fill, representative)
-    if q.is_cuda and has_triton():
+    if ops.on_gpu(q) and ops.has_triton():
         from flexsparse.compile_passes.templates import prune
 
         reason = prune.refusal(q.dtype, windows)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.ops import templates_for
+from flexsparse import ops
 from flexsparse.ops.choice import Choice, Rule, choose
 from flexsparse.selection import words_of
 
@@ -31,10 +31,11 @@ def select_tiles_op(
         bits int32 ``[B, H, N, W]``, counts int32 ``[B, H, N]``, and the counts wanted before the capacity cut them.
     """
     scores, how = scores.detach(), Rule(name=rule, value=value, now=now, min_tiles=min_tiles)
-    templates = templates_for(scores, scores.shape[-1])
-    if templates is not None:
+    if ops.templates_select(scores, scores.shape[-1]):
+        from flexsparse.compile_passes.templates.selection import select_scores
+
         number = how.number() if rule != "sparsity" else tiles_to_keep(how, scores.shape[-1])
-        return templates.select_scores(
+        return select_scores(
             scores.contiguous(),
             allowed=allowed,
             rule="top_k" if rule == "sparsity" else rule,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexsparse import ops
 from flexsparse.ops import gathered
 from flexsparse.ops.tile_tokens import inverse, rows_at
 
@@ -171,14 +172,14 @@ tile_attention.register_kernel("cuda", run_forward)
 
 def result_like(x: Tensor) -> Tensor:
     """What the kernels make in the shape of an input: the templates keep its memory format if they need not copy it."""
-    return torch.empty_like(x) if x.is_cuda and x.stride(-1) == 1 else x.new_empty(x.shape)
+    return torch.empty_like(x) if ops.on_gpu(x) and x.stride(-1) == 1 else x.new_empty(x.shape)
 
 
 @tile_attention.register_fake
 def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     wants_lse, q_tokens = (*args, None)[17:19]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    rows = (q.shape[2] if q_tokens is None else q_tokens.shape[0]) if wants_lse or q.is_cuda else 0
+    rows = (q.shape[2] if q_tokens is None else q_tokens.shape[0]) if wants_lse or ops.on_gpu(q) else 0
     return result_like(q), q.new_empty((*q.shape[:2], rows), dtype=dtype)
 
 

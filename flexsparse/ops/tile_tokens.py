@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.ops import has_triton
+from flexsparse import ops
 
 
 def in_one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether tensors are brought to tile order by this op, and not each by plain torch."""
-    return device.type == "cuda" and dtype != torch.float64 and has_triton()
+    return device.type == "cuda" and dtype != torch.float64 and ops.has_triton()
 
 
 @torch.library.custom_op("flexsparse::tile_tokens", mutates_args=())
@@ -30,7 +30,7 @@ def tile_tokens(xs: list[Tensor], tables: list[Tensor], back: list[Tensor]) -> l
     Returns:
         ``[B, H, P, D]`` each, contiguous.
     """
-    if xs[0].is_cuda:
+    if ops.on_gpu(xs[0]):
         from flexsparse.compile_passes.templates import tiling
 
         return tiling.tile_tokens(xs, tables)

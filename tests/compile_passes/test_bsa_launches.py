@@ -17,12 +17,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import flexsparse as fs
 from flexsparse.attention import fine, plan, tiles_of
 from flexsparse.compile_passes import FuseSelection
-from flexsparse.compile_passes.templates import pack, prune, select, tiling
+from flexsparse.compile_passes.templates import pack, prune, tiling
 from flexsparse.compile_passes.templates.forward import forward
 from flexsparse.compile_passes.templates.launch import count_launches
 from flexsparse.compile_passes.unfold import _drop_dead
 from flexsparse.ops.choice import Rule
-from flexsparse.ops.coarse_select import _on_cuda
+from flexsparse.ops.coarse_select import _on_gpu
 from flexsparse.ops.windows import window_table
 
 from .capture import joint_graphs
@@ -108,7 +108,7 @@ def launches(layout: fs.TileLayout) -> dict[str, int]:
     own = counts.narrow(0, layout.tiles_first, layout.num_tiles)
     rule = Rule(name="top_k", value=2.0)
     how = (total, layout.video(tiles[1]), None, kept_counts, own, None, rule, 2, 0.1, False)
-    chosen = run_counted("coarse_select", lambda: _on_cuda(select, *how))
+    chosen = run_counted("coarse_select", lambda: _on_gpu(*how))
     rows = run_counted("pack_rows", lambda: pack.pack_rows(q, kept, kept_counts, tokens, None, first, last))
     more = {"query_rows": 32, "first_rows": first, "kv_first": layout.tiles_first, "slots": 64, "partial": True}
     more |= {"kv_video": layout.num_tiles, "capacity": 2, "scale": 0.1}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from as_on_gpu import run_templates
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
@@ -16,7 +17,6 @@ from torch.nn import functional as F
 
 import flexsparse as fs
 from flexsparse.compile_passes.epilogue import find_epilogue
-from flexsparse.ops.tile_attention import run_backward, run_forward, tile_attention, tile_attention_backward
 
 from .capture import joint_graphs, nodes_of, ops
 
@@ -96,20 +96,9 @@ def test_the_sum_is_made_in_the_op_and_is_the_same(dtype: torch.dtype, training:
         assert error <= 1.5 * usual + 4 * torch.finfo(dtype).eps * gold.square().mean().sqrt()
 
 
-@pytest.fixture
-def templates_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fine stage's ops run as on CUDA, in Triton's interpreter; results lie as they do on CPU."""
-
-    def contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args: tuple(x.contiguous() for x in function(*args))
-
-    monkeypatch.setitem(tile_attention._backend_fns, "cpu", contiguous(run_forward))
-    monkeypatch.setitem(tile_attention_backward._backend_fns, "cpu", contiguous(run_backward))
-
-
-@pytest.mark.usefixtures("templates_on_cpu")
-def test_the_templates_give_the_same_gradients() -> None:
+def test_the_templates_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their backward reads the sum, and takes the coarse output out of it: delta would cost dq its digits otherwise."""
+    run_templates(monkeypatch)
     torch.manual_seed(0)
     model, wide = Model(), 4.0
     exact, _ = run(model, torch.float64, True, wide, attention="reference", lower_flex=False)

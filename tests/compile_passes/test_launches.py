@@ -19,11 +19,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import flexsparse as fs
 from flexsparse.calls import CallParts
 from flexsparse.compile_passes import FoldTiling, FuseSelection, LowerFlex, PoolTokens, UnfoldAttention
-from flexsparse.compile_passes.templates import select, tiling
+from flexsparse.compile_passes.templates import tiling
 from flexsparse.compile_passes.templates.forward import forward
 from flexsparse.compile_passes.templates.launch import count_launches
 from flexsparse.ops.choice import Rule
-from flexsparse.ops.coarse_select import _on_cuda
+from flexsparse.ops.coarse_select import _on_gpu
 
 GRID = (4, 8, 9)  # with partial tiles
 LAYOUT = fs.TileLayout(grid=GRID)
@@ -107,7 +107,7 @@ def launches() -> dict[str, int]:
     q_t, k_t, v_t = (LAYOUT.video(x) for x in tiles)
     with count_launches() as names:
         rule = Rule(name="top_k", value=2.0)
-        coarse, _, _, _, _, bits, kept, _ = _on_cuda(select, q_t, k_t, v_t, counts, counts, None, rule, 2, 0.1, False)
+        coarse, _, _, _, _, bits, kept, _ = _on_gpu(q_t, k_t, v_t, counts, counts, None, rule, 2, 0.1, False)
     found["coarse_select"] = len(names)
     sizes: dict[str, Any] = {"query_rows": 64, "first_rows": 0, "kv_first": 0, "slots": 64, "partial": True}
     sizes |= {"kv_video": LAYOUT.num_tiles, "capacity": 2, "scale": 0.1}

@@ -364,6 +364,13 @@ MUTATIONS = (
         ("compile_passes/test_epilogue.py",),
     ),
     Mutation(
+        "a share of tiles taken for a number of them, on a GPU",
+        "ops/select_tiles.py",
+        'rule="top_k" if rule == "sparsity" else rule,',
+        'rule="mass" if rule == "sparsity" else rule,',
+        ("compile_passes/test_as_on_gpu.py",),
+    ),
+    Mutation(
         "any broadcast passes for the coarse output",
         "compile_passes/epilogue.py",
         "return node if alike else None",
