@@ -78,8 +78,8 @@ class Backend:
         if not isinstance(min_tokens, int) or min_tokens < 0:
             raise ValueError(f"min_tokens is {min_tokens!r}: give a number of tokens, an int of at least 0")
         self.tile = tile if isinstance(tile, str) else axes_of("tile", tile)
-        alike = query_tile is None or isinstance(query_tile, str)
-        self.query_tile = query_tile if alike else axes_of("query_tile", query_tile)
+        named = query_tile is None or isinstance(query_tile, str)
+        self.query_tile = query_tile if named else axes_of("query_tile", query_tile)
         self.geometry: Geometry | None = None if grid is None else (*axes_of("grid", grid), text_first, text_last)
         self.ragged = False
         self.parallel: Any = None  # set by `distributed.ulysses`: all-to-alls around the calls of one rank's tokens
