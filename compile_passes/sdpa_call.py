@@ -82,4 +82,5 @@ class SDPACall:
 
 
 def _size(size: Any) -> str:
-    return str(size)
+    """A size as text; of a symbolic one what it was when the graph was traced."""
+    return str(size.node.hint if isinstance(size, torch.SymInt) else size)

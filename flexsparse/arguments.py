@@ -23,6 +23,9 @@ def check_inputs(
     tile_counts: Tensor | None,
 ) -> None:
     """Raise one clear error where q, k, v, the gates, the counts and the layouts disagree."""
+    for name, one in (("layout", layout), ("kv_layout", kv_layout)):
+        if not isinstance(one, TileLayout):
+            raise TypeError(f"{name} is {one!r}: give a TileLayout(grid=(T, H, W), ...)")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: give [batch, heads, tokens, head dim]")

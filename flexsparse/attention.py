@@ -185,6 +185,11 @@ def plan(
     if not isinstance(builder, MaskBuilder):
         with torch.no_grad():
             selection = builder.select(q.detach(), k.detach(), layout, kv_layout=kv_layout, scale=scale)
+        if not isinstance(selection, TileSelection):
+            raise TypeError(
+                f"{type(builder).__name__}.select returned {type(selection).__name__}: return a TileSelection "
+                "(TileSelection.from_mask, TileSelection.from_lists)"
+            )
         if tile_counts is not None:  # a builder of somebody's own does not know of them
             selection = dataclasses.replace(selection, tile_counts=tile_counts)
         return selection, None
@@ -319,7 +324,7 @@ def sparse_attention(  # type: ignore[misc]
         tile_counts = builder.tile_counts
     elif isinstance(builder, MaskBuilder):
         builder.check(layout, keys)
-    elif not callable(getattr(builder, "select", None)):
+    elif isinstance(builder, type) or not callable(getattr(builder, "select", None)):
         raise TypeError(f"builder is {builder!r}: give a mask builder (flexsparse.masks) or a TileSelection")
     if gate is not None and not getattr(builder, "has_coarse", False):
         raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.attention import case_of
-from flexsparse.backends import choose
+from flexsparse.backends import NAMES, choose
 from flexsparse.calls import CallParts, autocast_dtype
 from flexsparse.compile_passes import (
     FoldTiling,
@@ -27,7 +27,7 @@ from flexsparse.compile_passes import (
 )
 from flexsparse.compile_passes.fusion_guard import InOrder, compile_eagerly, compile_guarded
 from flexsparse.grids import Geometry
-from flexsparse.layout import TileLayout
+from flexsparse.layout import TileLayout, axes_of
 from flexsparse.masks.base import MaskBuilder, StaticBuilder
 from flexsparse.reporting import Call, Report
 from flexsparse.rules import BuilderRules
@@ -73,9 +73,14 @@ class Backend:
             )
         if expect is not None and expect < 0:
             raise ValueError(f"expect is {expect}: give how many sparse calls a graph has, at least 0, or None")
-        self.tile = tile if isinstance(tile, str) else tuple(tile)
-        self.query_tile = query_tile if query_tile is None or isinstance(query_tile, str) else tuple(query_tile)
-        self.geometry: Geometry | None = None if grid is None else (*grid, text_first, text_last)  # type: ignore[assignment]
+        if attention not in NAMES:
+            raise ValueError(f"attention is {attention!r}: give one of {', '.join(NAMES)}")
+        if not isinstance(min_tokens, int) or min_tokens < 0:
+            raise ValueError(f"min_tokens is {min_tokens!r}: give a number of tokens, an int of at least 0")
+        self.tile = tile if isinstance(tile, str) else axes_of("tile", tile)
+        named = query_tile is None or isinstance(query_tile, str)
+        self.query_tile = query_tile if named else axes_of("query_tile", query_tile)
+        self.geometry: Geometry | None = None if grid is None else (*axes_of("grid", grid), text_first, text_last)
         self.ragged = False
         self.parallel: Any = None  # set by `distributed.ulysses`: all-to-alls around the calls of one rank's tokens
         # raises for a tile, grid or text length that makes no sense
@@ -114,7 +119,7 @@ class Backend:
         dtype = autocast_dtype(q.device.type) or q.dtype
         layout = self.layout_of(geometry)
         case = case_of(q, layout, dtype=dtype, gradients=gradients, lse=False, compiled=compiled)
-        return choose(self.attention, case, templates=self.lower_flex or not compiled)
+        return choose(self.attention, case, templates=self.lower_flex or not compiled, argument="attention")
 
     def in_graph(self, chosen: str, q: Tensor) -> str:
         """The backend that a graph shows before `LowerFlex`: FlexAttention stands for what the templates take over."""
@@ -137,10 +142,10 @@ class Backend:
         if reason is not None:
             return Call(name=name, sparse=False, reason=reason, backend="sdpa", shape=shape, density=1.0)
         density = math.nan
-        if geometry is not None and isinstance(builder, MaskBuilder):
+        if geometry is not None:
             numbers = tuple(size if isinstance(size, int) else int(size.node.hint) for size in geometry)
             layouts = self.layouts_of(numbers)  # type: ignore[arg-type]
-            density = _with_text(builder.nominal_density(*layouts), layouts[0])
+            density = _with_text(_nominal_density(builder, *layouts), layouts[0])
         return Call(name=name, sparse=True, reason=chosen[1], backend=chosen[0], shape=shape, density=density)
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
@@ -290,6 +295,16 @@ def no_match(model: str, layout: TileLayout | None, seen: Report) -> str:
         f"flexsparse found no attention in {model} to make sparse: it looks for scaled_dot_product_attention of the video's "
         f"tokens among themselves{expected} without a mask over them. Check grid=, text_first= and text_last=. Seen:\n{calls}"
     )
+
+
+def _nominal_density(builder: Any, layout: TileLayout, kv_layout: TileLayout) -> float:
+    """What a builder says of its density; NaN for one of a user's own that says nothing."""
+    if not hasattr(builder, "nominal_density"):
+        return math.nan
+    try:
+        return float(builder.nominal_density(layout, kv_layout))
+    except NotImplementedError:  # a MaskBuilder need not have it either
+        return math.nan
 
 
 def _with_text(density: float, layout: TileLayout) -> float:

@@ -62,6 +62,7 @@ def save_gates(model: nn.Module, path: str | Path, names: Literal["flexsparse", 
 
     Raises:
         ValueError: the model has no gates, or two in one block, which FastVideo's names cannot tell apart.
+        FileNotFoundError: the folder that the file would be in does not exist.
     """
     if names not in ("flexsparse", "fastvideo"):
         raise ValueError(f"names is {names!r}: give 'flexsparse' or 'fastvideo'")
@@ -75,6 +76,9 @@ def save_gates(model: nn.Module, path: str | Path, names: Literal["flexsparse", 
             tensors[key] = value.detach().contiguous()
     if not tensors:
         raise ValueError(f"{type(model).__name__} has no gates: wrap it with gates=True before saving them")
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"path is {path}, but there is no folder {folder}: make it first")
     _safetensors().torch.save_file(tensors, str(path), metadata=settings_of(model))
 
 
@@ -85,12 +89,21 @@ def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else []
 
 
+def _open(path: Path) -> Any:
+    try:
+        return _safetensors().safe_open(str(path), framework="pt")
+    except _safetensors().SafetensorError as error:
+        raise ValueError(
+            f"{path} is no safetensors file ({error}): give one that save_gates wrote, or a model's"
+        ) from None
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every gate in a file or folder, and the metadata of the first file that has some."""
     found: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for file_path in _files(path):
-        with _safetensors().safe_open(str(file_path), framework="pt") as file:
+        with _open(file_path) as file:
             for key in file.keys():  # noqa: SIM118
                 if f"{NAME}." in key or f"{FINE}." in key:
                     found[key] = file.get_tensor(key)
@@ -126,7 +139,7 @@ def load_gates(model: nn.Module, path: str | Path, strict: bool = True) -> list[
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: keys or shapes that do not fit; nothing is loaded then.
+        ValueError: keys or shapes that do not fit, or a file of another kind; nothing is loaded then.
     """
     path = Path(path)
     if not _files(path):

@@ -57,7 +57,7 @@ def gate_names(model: nn.Module, which: bool | Sequence[str]) -> list[str]:
                 f"({', '.join(Q_NAMES[:2])}, ... or {', '.join(FUSED_NAMES[:2])}, ...): give gates=[name patterns]"
             )
         return chosen
-    patterns = list(which) if not isinstance(which, bool) else []
+    patterns = [which] if isinstance(which, str) else [] if isinstance(which, bool) else list(which)
     for pattern in patterns:
         if not any(fnmatch.fnmatch(name, pattern) for name, _ in named):
             raise ValueError(f"gates has {pattern!r}, which matches no module of {type(model).__name__}")

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from flexsparse.layout import axes_of
 from flexsparse.models import Known, known
 
 Grid = tuple[int, int, int]
@@ -139,10 +140,11 @@ class GeometryReader:
     ragged: bool = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Geometry:
-        sizes = tuple(self.grid(module, args, kwargs))
-        if len(sizes) == 5:
-            return sizes
-        if len(sizes) != 3:
+        sizes = self.grid(module, args, kwargs)
+        sizes = tuple(sizes) if isinstance(sizes, tuple | list) else sizes
+        if isinstance(sizes, tuple) and len(sizes) == 5:
+            return sizes  # type: ignore[return-value]
+        if not isinstance(sizes, tuple) or len(sizes) != 3:
             raise ValueError(
                 f"the grid function returned {sizes}: return (T, H, W), or (T, H, W, text_first, text_last)"
             )
@@ -215,9 +217,7 @@ def geometry_reader(
     if callable(grid):
         found: GridFunction = grid
     elif grid is not None:
-        if len(grid) != 3 or any(not isinstance(g, int) or g < 1 for g in grid):
-            raise ValueError(f"grid is {tuple(grid)}: give three ints (T, H, W) of at least 1")
-        found = FixedGrid(cast(Grid, tuple(grid)))
+        found = FixedGrid(axes_of("grid", grid))
     else:
         found = _from_input(model, names, about)
     return GeometryReader(found, reader, about.ragged and text is None)

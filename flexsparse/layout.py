@@ -31,7 +31,8 @@ from flexsparse.tables import (
 )
 
 
-def _axes(name: str, value: Any) -> tuple[int, int, int]:
+def axes_of(name: str, value: Any) -> tuple[int, int, int]:
+    """A grid or tile as three ints; raises a `ValueError` where it is none."""
     remedy = "give three ints of at least 1, as (t, h, w)"
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 3:
         raise ValueError(f"{name} is {value!r}: {remedy}")
@@ -120,7 +121,7 @@ class TileLayout:
     order: str = "raster"
 
     def __post_init__(self) -> None:
-        grid = _axes("grid", self.grid)
+        grid = axes_of("grid", self.grid)
         if self.tile == "auto":
             if not isinstance(self.slots, int) or self.slots < MIN_SLOTS or self.slots & (self.slots - 1):
                 raise ValueError(f"slots is {self.slots!r}: give a power of two of at least {MIN_SLOTS}")
@@ -128,7 +129,7 @@ class TileLayout:
         elif isinstance(self.tile, str):
             raise ValueError(f"tile is {self.tile!r}: give three ints (t, h, w), or 'auto'")
         else:
-            tile = _axes("tile", self.tile)
+            tile = axes_of("tile", self.tile)
         object.__setattr__(self, "grid", grid)
         object.__setattr__(self, "tile", tile)
         object.__setattr__(self, "slots", slots_of(tile))

@@ -70,6 +70,7 @@ class VideoSelfAttention(nn.Module):
 
     Raises:
         ValueError: sizes that do not divide, or a gate with a builder that has no coarse output.
+        TypeError: what is given is no builder.
     """
 
     def __init__(
@@ -95,6 +96,8 @@ class VideoSelfAttention(nn.Module):
         width = dim // num_heads if head_dim is None else head_dim
         if rope and width % 2:
             raise ValueError(f"head_dim is {width}: rope=True needs an even one")
+        if isinstance(builder, type) or not callable(getattr(builder, "select", None)):
+            raise TypeError(f"builder is {builder!r}: give a mask builder (flexsparse.masks)")
         has_coarse = bool(getattr(builder, "has_coarse", False))
         gate = has_coarse if gate is None else gate
         if gate and not has_coarse:
@@ -128,7 +131,10 @@ class VideoSelfAttention(nn.Module):
 
         Raises:
             ValueError: x does not have the layout's tokens, or this rank's.
+            TypeError: what is given is no layout.
         """
+        if not isinstance(layout, TileLayout):
+            raise TypeError(f"layout is {layout!r}: give a TileLayout(grid=(T, H, W), ...)")
         q = self.norm_q(rearrange(self.to_q(x), "b s (h d) -> b h s d", h=self.num_heads))
         k = self.norm_k(rearrange(self.to_k(x), "b s (g d) -> b g s d", g=self.num_kv_heads))
         v = rearrange(self.to_v(x), "b s (g d) -> b g s d", g=self.num_kv_heads)

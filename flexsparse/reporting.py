@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,8 @@ class Call:
         fused: whether the coarse stage runs as one fused op.
         lowered: whether a template replaced FlexAttention.
         shape: ``(B, H, S_q, S_kv, D)`` as compiled or seen last; -1 for a symbolic size.
-        density: share of token pairs that the builder asks for; 1 where the call stayed dense.
+        density: share of token pairs that the builder asks for; 1 where the call stayed dense, NaN (printed ``?``) for a
+            builder of a user's own that has no ``nominal_density``.
     """
 
     name: str
@@ -117,7 +119,7 @@ class Report:
                 "sparse" if call.sparse else "dense",
                 call.backend,
                 ",".join("?" if size < 0 else str(size) for size in call.shape),
-                f"{call.density:.3f}",
+                "?" if math.isnan(call.density) else f"{call.density:.3f}",
                 "yes" if call.fused else "no",
                 "yes" if call.lowered else "no",
                 call.reason,

@@ -20,7 +20,7 @@ def _parents(name: str) -> Iterator[str]:
 
 
 def _is_builder(value: Any) -> bool:
-    return callable(getattr(value, "select", None))
+    return callable(getattr(value, "select", None)) and not isinstance(value, type)  # VSA, for VSA(...)
 
 
 @dataclass(frozen=True)

@@ -175,15 +175,18 @@ class TileSelection:
 
         Raises:
             ValueError: the mask does not fit the layouts.
+            TypeError: it is not bool.
         """
         kv_layout = layout if kv_layout is None else kv_layout
+        if keep.dtype != torch.bool:
+            raise TypeError(f"keep is {keep.dtype}: give bool, True for tiles that are kept")
         if keep.dim() != 4 or keep.shape[2] != layout.num_tiles or keep.shape[3] != kv_layout.num_tiles:
             raise ValueError(
                 f"keep has shape {tuple(keep.shape)}: give bool [B, H, {layout.num_tiles}, {kv_layout.num_tiles}] "
                 "(query tiles x KV tiles, video tiles only)"
             )
         fields.setdefault("capacity", kv_layout.num_tiles)
-        bits, counts = torch.ops.flexsparse.pack_tiles(keep.bool())
+        bits, counts = torch.ops.flexsparse.pack_tiles(keep)
         return cls(bits=bits, counts=counts, layout=layout, kv_layout=kv_layout, **fields)
 
     @classmethod

@@ -35,6 +35,10 @@ class DenseSteps:
             raise ValueError(f"fraction is {fraction!r}: give the share of denoising steps to run densely, in [0, 1]")
         if steps is not None and (not isinstance(steps, int) or steps < 1):
             raise ValueError(f"steps is {steps!r}: give the number of denoising steps of a run, at least 1, or None")
+        if not isinstance(models, nn.Module | Sequence):
+            raise TypeError(
+                f"models is {type(models).__name__}: give one or several wrapped models (a pipeline's .transformer)"
+            )
         self.states = [state_of(model) for model in ([models] if isinstance(models, nn.Module) else models)]
         self.fraction, self.steps = fraction, steps
         self.reset()

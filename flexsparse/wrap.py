@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FSDPModule
 
 from flexsparse.compiler import Backend
@@ -41,6 +44,10 @@ OWN_OPTIONS = (
     "fold_tiling",
     "expect",
 )
+
+
+COMPILE_OPTIONS = inspect.signature(torch.compile).parameters.keys() - {"model", "backend", "disable"}
+"""Of torch.compile; wrap gives the others itself."""
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -101,13 +108,20 @@ def wrap(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}: give a torch.nn.Module (a pipeline's .transformer)")
-    if STATE in model.__dict__:
-        raise ValueError(f"{type(model).__name__} is wrapped already: call flexsparse.unwrap(model) first")
+    _check_uncompiled(model)
+    if any(STATE in module.__dict__ for module in model.modules()):
+        raise ValueError(f"{_wrapped_part(model)} is wrapped already: call flexsparse.unwrap(model) first")
     if fine_gates and not gates:
         raise ValueError("fine_gates is True, but gates is False: give gates=True as well")
     if compile not in (True, False, "regional"):
         raise ValueError(f"compile is {compile!r}: give True, False or 'regional'")
     own = {name: options.pop(name) for name in OWN_OPTIONS if name in options}
+    unknown = sorted(options.keys() - COMPILE_OPTIONS)
+    if unknown:
+        raise TypeError(
+            f"options has {', '.join(unknown)}: give arguments of wrap ({', '.join(OWN_OPTIONS)}, ...) or options of "
+            f"torch.compile ({', '.join(sorted(COMPILE_OPTIONS))})"
+        )
     if options and compile is False:
         raise TypeError(f"options {sorted(options)} go to torch.compile, but compile is False: leave them out")
     text = (own.get("text_first", 0), own.get("text_last", 0)) if {"text_first", "text_last"} & own.keys() else None
@@ -155,6 +169,28 @@ def wrap(
     for block in blocks:
         compile_region(block, options)
     return model
+
+
+def _check_uncompiled(model: nn.Module) -> None:
+    """Refuse what torch compiles already: it would compile the wrapped forward with a backend that leaves it dense.
+
+    Raises:
+        ValueError: the model, or a module of it, went through ``torch.compile`` or ``module.compile()``.
+    """
+    if isinstance(model, OptimizedModule):
+        raise ValueError("model was made by torch.compile: wrap the module that was given to it; wrap compiles")
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{name or 'the model'} is compiled already, by its compile(): leave that out, wrap(..., compile=True or "
+                "'regional') compiles; or wrap(..., compile=False) first"
+            )
+
+
+def _wrapped_part(model: nn.Module) -> str:
+    """What an error calls the part of a model that is wrapped: its class, and where it is not the model its name."""
+    name, module = next((name, module) for name, module in model.named_modules() if STATE in module.__dict__)
+    return f"{name} ({type(module).__name__})" if name else type(module).__name__
 
 
 def _check_hooks(model: nn.Module, compile: bool | str, blocks: Sequence[nn.Module]) -> None:
@@ -221,9 +257,13 @@ def unwrap(model: Model) -> Model:
     """Restore a wrapped model, in place; its gates are removed (see `save_gates`).
 
     Raises:
-        ValueError: the model is not wrapped.
+        ValueError: the model is not wrapped, or is part of one that is.
     """
     state_of(model)
+    if model.__dict__.get("_flexsparse_name"):
+        raise ValueError(
+            f"{type(model).__name__} is {model.__dict__['_flexsparse_name']} of a wrapped model: unwrap the model itself"
+        )
     for module in model.modules():
         if STATE not in module.__dict__:
             continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -49,6 +50,9 @@ class State:
         new.own, new.dense = self.own, self.dense
         memo[id(self)] = new
         return new
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a wrapped model is not pickled: save its state_dict(), or unwrap it before")
 
     def geometry_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Geometry:
         """The call's geometry, checked; a given grid that is not the input's raises."""
@@ -131,7 +135,11 @@ class State:
 
 
 def _numbers(reader: GeometryReader, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Geometry:
-    return tuple(int(size) for size in reader(module, args, kwargs))  # type: ignore[return-value]
+    sizes = reader(module, args, kwargs)
+    try:
+        return tuple(operator.index(size) for size in sizes)  # type: ignore[return-value]
+    except TypeError:
+        raise ValueError(f"the grid function returned {sizes}: return ints (divide sizes by //)") from None
 
 
 def _compiled(
@@ -220,6 +228,10 @@ def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """The forward of a wrapped model."""
     state: State = getattr(module, STATE)
     if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            raise NotImplementedError(
+                "a wrapped model is not exported: its sparse attention is made by torch.compile; unwrap it to export it dense"
+            )
         return _traced_model(module, args, kwargs)
     if getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None) is not None:
         raise ValueError(

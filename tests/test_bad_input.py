@@ -100,6 +100,12 @@ TENSORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "q has 64 tokens.*text_last=3 has 67",
     ),
+    "a grid for a layout": (
+        lambda: attend(layout=(2, 4, 8)),
+        TypeError,
+        r"layout is \(2, 4, 8\): give a TileLayout\(grid=",
+    ),
+    "a builder's class": (lambda: attend(builder=fs.VSA), TypeError, r"builder is <class .*VSA'>: give a mask builder"),
     "three dimensions": (
         lambda: attend(q=x()[0]),
         ValueError,

@@ -76,8 +76,15 @@ def test_compiled_as_one_graph() -> None:
         ({"num_kv_heads": 3}, "num_kv_heads is 3: give a divisor of num_heads=4"),
         ({"head_dim": 7}, "head_dim is 7: rope=True needs an even one"),
         ({"builder": fs.BSA(), "gate": True}, "BSA has no coarse output"),
+        ({"builder": "vsa"}, "builder is 'vsa': give a mask builder"),
+        ({"builder": fs.VSA}, "builder is <class .*VSA'>: give a mask builder"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         fs.nn.VideoSelfAttention(**{"dim": 48, "num_heads": 4, "builder": fs.VSA(top_k=2), **arguments})
+
+
+def test_a_grid_is_no_layout() -> None:
+    with pytest.raises(TypeError, match=r"layout is \(4, 8, 8\): give a TileLayout\(grid="):
+        fs.nn.VideoSelfAttention(32, 2, fs.VSA(top_k=2))(torch.zeros(1, 256, 32), (4, 8, 8))  # type: ignore[arg-type]

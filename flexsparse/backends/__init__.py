@@ -49,23 +49,24 @@ def refusal(name: str, case: Case) -> str | None:
     return None
 
 
-def choose(backend: str, case: Case, templates: bool = True) -> tuple[str, str]:
+def choose(backend: str, case: Case, templates: bool = True, argument: str = "backend") -> tuple[str, str]:
     """The backend that runs a case, and why.
 
     Args:
         backend: ``"auto"`` or a name.
         case: what is asked for.
         templates: whether ``"auto"`` may take the Triton templates.
+        argument: what the caller calls ``backend``.
 
     Raises:
         ValueError: no such backend, or an explicit one that cannot do the case.
     """
     if backend not in NAMES:
-        raise ValueError(f"backend is {backend!r}: give one of {', '.join(NAMES)}")
+        raise ValueError(f"{argument} is {backend!r}: give one of {', '.join(NAMES)}")
     if backend != "auto":
         reason = refusal(backend, case)
         if reason is not None:
-            raise ValueError(f"backend is {backend!r}, which cannot do this case: {reason}")
+            raise ValueError(f"{argument} is {backend!r}, which cannot do this case: {reason}")
         return backend, "asked for"
     if case.device == "cuda" and templates and refusal("triton", case) is None:
         return "triton", "on CUDA"

@@ -178,6 +178,8 @@ def test_bad_dense_steps() -> None:
         fs.DenseSteps(model, fraction=0.5, steps=0)
     with pytest.raises(ValueError, match="is not wrapped"):
         fs.DenseSteps(nn.Linear(1, 1), fraction=0.5)
+    with pytest.raises(TypeError, match=r"models is object: give one or several wrapped models"):
+        fs.DenseSteps(object(), fraction=0.5)
     with pytest.raises(ValueError, match="has no num_timesteps: give"):
         fs.DenseSteps(model, fraction=0.5)(object(), 0, None, {})
 

@@ -135,6 +135,16 @@ def test_two_gates_of_a_block_have_no_fastvideo_name(tmp_path: Path) -> None:
         fs.load_gates(model, tmp_path / "f.safetensors", strict=False)
 
 
+def test_files_that_are_none(gated: Stranger, tmp_path: Path) -> None:
+    path = tmp_path / "gates.safetensors"
+    path.write_text("hello")
+    for given in (path, tmp_path):
+        with pytest.raises(ValueError, match=r"gates\.safetensors is no safetensors file \(.*\): give one"):
+            fs.load_gates(gated, given)
+    with pytest.raises(FileNotFoundError, match=r"no/gates\.safetensors, but there is no folder .*no: make it first"):
+        fs.save_gates(gated, tmp_path / "no" / "gates.safetensors")
+
+
 def test_files_that_do_not_fit_change_nothing(gated: Stranger, tmp_path: Path) -> None:
     before = [p.detach().clone() for p in fs.gate_parameters(gated)]
     with pytest.raises(FileNotFoundError, match=r"there is no such file"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import flexsparse as fs
 from flexsparse.compile_passes import RewriteError
+from flexsparse.masks import CoarseInputs, MaskBuilder
 
 from .conftest import Stranger
 
@@ -89,6 +91,37 @@ def test_torchs_own_multi_head_attention(way: Any) -> None:
     fs.unwrap(model)
     fs.wrap(model, fs.VSA(top_k=4), **inner(way))
     torch.testing.assert_close(model(clip()), dense, atol=1e-5, rtol=0)
+
+
+class Diagonal:
+    """A builder of a user's own: a query tile keeps itself."""
+
+    def select(self, q: Tensor, k: Tensor, layout: fs.TileLayout, **_: Any) -> fs.TileSelection:
+        keep = torch.eye(layout.num_tiles, dtype=torch.bool, device=q.device)
+        return fs.TileSelection.from_mask(keep.expand(*q.shape[:2], -1, -1), layout)
+
+
+class Telling(Diagonal):
+    def nominal_density(self, layout: fs.TileLayout, kv_layout: fs.TileLayout) -> float:
+        return 1 / layout.num_tiles
+
+
+class Planned(MaskBuilder):
+    """As `Diagonal`, on the base class, which does not know its density."""
+
+    def plan(self, coarse: CoarseInputs, v: Tensor | None = None) -> tuple[fs.TileSelection, Tensor | None]:
+        return Diagonal().select(coarse.q, coarse.k, coarse.layout), None
+
+
+@pytest.mark.parametrize("way", [True, False])
+@pytest.mark.parametrize(
+    ("builder", "density"), [(Diagonal(), "?"), (Telling(), "0.250"), (Planned(), "?")], ids=["none", "own", "base"]
+)
+def test_the_report_of_a_builder_of_ones_own(stranger: Stranger, way: Any, builder: Any, density: str) -> None:
+    fs.wrap(stranger, builder, **inner(way))
+    stranger(clip())
+    lines = str(fs.report(stranger)).splitlines()
+    assert [line.split()[4] for line in lines[2:]] == [density, density]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -179,9 +212,20 @@ def test_wrapping_twice_and_unwrapping_nothing_are_errors(stranger: Stranger) ->
     ("arguments", "message"),
     [
         ({"builder": "vsa"}, "builder is 'vsa'.*give a mask builder"),
+        ({"builder": fs.VSA}, r"builder is <class .*VSA'>: give a mask builder, such as .*VSA\(sparsity=0.9\)"),
         ({"compile": "blocks"}, "compile is 'blocks'.*True, False or 'regional'"),
         ({"grid": (4, 0, 8)}, r"grid is \(4, 0, 8\).*at least 1"),
+        ({"grid": 64}, "grid is 64: give three ints"),
+        ({"grid": "4,8,8"}, "grid is '4,8,8': give three ints"),
         ({"tile": (4, 4)}, r"tile is \(4, 4\).*three ints"),
+        ({"tile": 4}, "tile is 4: give three ints"),
+        ({"query_tile": (4, 4)}, r"query_tile is \(4, 4\): give three ints"),
+        ({"min_tokens": "4096"}, "min_tokens is '4096': give a number of tokens"),
+        ({"attention": "sage"}, "attention is 'sage': give one of auto, reference, gather"),
+        ({"min_token": 4096}, r"options has min_token: give arguments of wrap \(.*min_tokens.*torch.compile \(dynamic"),
+        ({"min_token": 4096, "compile": False}, "options has min_token: give arguments of wrap"),
+        ({"backend": "triton"}, r"options has backend: give arguments of wrap \(.*attention"),
+        ({"disable": True}, "options has disable"),
         ({"gates": ["nothing.*"]}, "gates has 'nothing.*', which matches no module"),
         ({"gates": True, "builder": fs.BSA()}, "gates are on, but BSA has no coarse output"),
         ({"compile": False, "fullgraph": True}, "go to torch.compile, but compile is False"),
@@ -194,6 +238,89 @@ def test_bad_arguments(stranger: Stranger, arguments: dict[str, Any], message: s
         fs.wrap(stranger, **{"builder": fs.VSA(top_k=2), **arguments})
     assert list(stranger.state_dict()) == names
     assert not any("flexsparse" in key for module in stranger.modules() for key in vars(module))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, r"the grid function returned None: return \(T, H, W\)"),
+        ((4, 8), r"the grid function returned \(4, 8\): return \(T, H, W\)"),
+        ((4, 16 / 2, 8), r"the grid function returned \(4, 8\.0, 8, 0, 0\): return ints \(divide sizes by //\)"),
+        ((4, 0, 8), r"grid is \(4, 0, 8\)"),
+    ],
+)
+@pytest.mark.parametrize("way", [True, False])
+def test_bad_grid_functions(stranger: Stranger, way: Any, returned: Any, message: str) -> None:
+    fs.wrap(stranger, fs.VSA(top_k=2), grid=lambda module, args, kwargs: returned, **inner(way))
+    with pytest.raises(ValueError, match=f"^{message}[^\n]*$"):
+        stranger(clip())
+
+
+def test_a_backend_that_cannot_is_called_as_the_argument(stranger: Stranger) -> None:
+    fs.wrap(stranger, fs.VSA(top_k=2), attention="flex", compile=False)
+    with pytest.raises(ValueError, match=r"^attention is 'flex', which cannot do this case: .*no backward on CPU"):
+        stranger(clip())
+
+
+def test_one_pattern_of_gates_is_a_name(stranger: Stranger) -> None:
+    fs.wrap(stranger, fs.VSA(top_k=2), gates="blocks.0", compile=False)
+    assert [name for name in stranger.state_dict() if "gate" in name] == [
+        "blocks.0.to_gate_compress.weight",
+        "blocks.0.to_gate_compress.bias",
+    ]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_compiled_already_is_refused(stranger: Stranger, way: Any) -> None:
+    with pytest.raises(ValueError, match=r"made by torch\.compile: wrap the module that was given to it"):
+        fs.wrap(torch.compile(stranger), fs.VSA(top_k=2), compile=way)
+    stranger.blocks[1].compile()
+    with pytest.raises(ValueError, match=r"^blocks\.1 is compiled already, by its compile\(\): leave that out"):
+        fs.wrap(stranger, fs.VSA(top_k=2), compile=way)
+    assert not any("flexsparse" in key for module in stranger.modules() for key in vars(module))
+
+
+def test_a_part_of_a_wrapped_model(stranger: Stranger) -> None:
+    fs.wrap(stranger.blocks[1], fs.VSA(top_k=2), grid=(4, 8, 8), compile=False)
+    with pytest.raises(ValueError, match=r"^blocks\.1 \(Block\) is wrapped already: call flexsparse\.unwrap"):
+        fs.wrap(stranger, fs.VSA(top_k=2), compile=False)
+    fs.unwrap(stranger.blocks[1])
+    fs.wrap(stranger, fs.VSA(top_k=2), compile=False)
+    with pytest.raises(ValueError, match=r"Block is blocks\.1 of a wrapped model: unwrap the model itself"):
+        fs.unwrap(stranger.blocks[1])
+    stranger(clip())
+    assert fs.report(stranger).sparse_calls == 2
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_wrapped_model_is_not_exported(stranger: Stranger, strict: bool) -> None:
+    """The exported graph would have been dense."""
+    fs.wrap(stranger, fs.VSA(top_k=2), compile=False)
+    with pytest.raises(Exception, match=r"a wrapped model is not exported.*unwrap it to export it dense"):
+        torch.export.export(stranger, (clip(),), strict=strict)
+    exported = torch.export.export(fs.unwrap(stranger), (clip(),), strict=strict)
+    torch.testing.assert_close(exported.module()(clip()), stranger(clip()))
+
+
+def test_a_wrapped_model_is_not_pickled(stranger: Stranger) -> None:
+    fs.wrap(stranger, fs.VSA(top_k=2), compile=False)
+    with pytest.raises(TypeError, match=r"a wrapped model is not pickled: save its state_dict\(\), or unwrap it"):
+        torch.save(stranger, io.BytesIO())
+    torch.save(fs.unwrap(stranger), io.BytesIO())
+
+
+class Unfinished:
+    def select(self, q: Tensor, k: Tensor, layout: fs.TileLayout, **_: Any) -> Tensor:
+        return torch.ones(*q.shape[:2], layout.num_tiles, layout.num_tiles)
+
+
+def test_a_builder_of_ones_own_that_returns_something_else(stranger: Stranger) -> None:
+    fs.wrap(stranger, Unfinished(), compile=False)
+    with pytest.raises(TypeError, match=r"^Unfinished\.select returned Tensor: return a TileSelection \(.*from_mask"):
+        stranger(clip())
+    layout = fs.TileLayout(grid=(4, 8, 8))
+    with pytest.raises(TypeError, match=r"keep is torch\.float32: give bool"):
+        fs.TileSelection.from_mask(Unfinished().select(*torch.zeros(2, 1, 2, 256, 8), layout), layout)
 
 
 def test_min_tokens_and_extra_tokens() -> None:

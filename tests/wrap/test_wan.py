@@ -63,6 +63,8 @@ def test_resolutions_in_turn_cost_two_graphs(wan: Make, way: Any) -> None:
         assert counters["stats"]["unique_graphs"] == 2
         sparse = [call for call in fs.report(model).calls if call.sparse]
         assert sparse and all(call.fused and call.lowered for call in sparse)
+        why = {call.reason for call in fs.report(model).calls if not call.sparse}
+        assert why == {"256 x 8 tokens are not the layout's 256"}  # numbers, where sizes are symbolic
 
 
 @pytest.mark.slow
