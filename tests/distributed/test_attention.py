@@ -10,6 +10,7 @@ import torch
 import flexsparse as fs
 from distributed.equal import Case, compare, infer, raised
 from distributed.processes import Processes
+from flexsparse.distributed.own_tiles import TABLES, own_tile_index
 
 NEAR = fs.SlidingTile(window=(1, 3, 3))
 TEXT = {"first": 5, "last": 7}
@@ -49,6 +50,15 @@ TILES: dict[str, dict[str, Any]] = {
     "BSA": {"builder": fs.BSA(keep_queries=1, kv_density=0.5)},
     "text lengths": {"last": 20, "batch": 2, "counts": (3, 1)},
 }
+
+
+@pytest.mark.parametrize("which", TABLES)
+def test_what_a_graph_does_to_an_index_tensor_changes_no_other(which: str) -> None:
+    """Inductor writes other results into what an op returned: a cached tensor would be wrong from the second call on."""
+    arguments = ((3, 7, 5), (2, 2, 4), 2, 3, "replicated", 1, 2, which, torch.device("cpu"))
+    before = own_tile_index(*arguments).clone()
+    own_tile_index(*arguments).zero_()
+    assert torch.equal(own_tile_index(*arguments), before)
 
 
 @pytest.mark.parametrize("name", ULYSSES)
