@@ -188,4 +188,25 @@ PASSES = (
         'if node.target.name() == "wrap"',
         ("compile_passes/test_unfold.py::test_attention_sees_the_dtype_of_the_region_it_is_in",),
     ),
+    Mutation(
+        "strides of saved tensors as numbers",
+        "compile_passes/fusion_guard.py",
+        "before, context.fakify_first_call = context.fakify_first_call, True",
+        "before = context.fakify_first_call",
+        ("compile_passes/test_fusion_guard.py::test_strides_of_what_forward_saves_stay_symbolic",),
+    ),
+    Mutation(
+        "one head in another memory format",
+        "compile_passes/lower_flex.py",
+        "(isinstance(n, int) and n == 1) or statically_known_true(a == b)",
+        "statically_known_true(a == b)",
+        ("compile_passes/test_strides.py",),
+    ),
+    Mutation(
+        "one head in another memory format, where tiling is folded",
+        "compile_passes/gathers.py",
+        "(isinstance(n, int) and n == 1) or statically_known_true(x == y)",
+        "statically_known_true(x == y)",
+        ("compile_passes/test_strides.py",),
+    ),
 )
