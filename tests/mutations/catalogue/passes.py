@@ -134,21 +134,21 @@ PASSES = (
         "compile_passes/lower_flex.py",
         "if score_buffers or not _is_identity(gm, score):",
         "if False:",
-        ("compile_passes/test_lower_flex.py::test_a_score_mod_stays",),
+        ("compile_passes/test_lower_flex_left.py::test_a_score_mod_stays",),
     ),
     Mutation(
         "lists of other blocks lowered",
         "compile_passes/lower_flex.py",
         "if (rows, slots) != (lists.args[3], lists.args[8]):",
         "if False:",
-        ("compile_passes/test_lower_flex.py::test_lists_that_are_not_those_of_one_selection_stay",),
+        ("compile_passes/test_lower_flex_left.py::test_lists_that_are_not_those_of_one_selection_stay",),
     ),
     Mutation(
         "any lists lowered",
         "compile_passes/lower_flex.py",
         "if lists is None or any(_source(mask[2 + i]) is not lists or _index(mask[2 + i]) != i for i in range(4)):",
         "if lists is None:",
-        ("compile_passes/test_lower_flex.py::test_lists_that_are_not_those_of_one_selection_stay",),
+        ("compile_passes/test_lower_flex_left.py::test_lists_that_are_not_those_of_one_selection_stay",),
     ),
     Mutation(
         "a sum of another memory format combined",
@@ -159,13 +159,6 @@ PASSES = (
             "compile_passes/test_epilogue.py::test_a_sum_of_another_memory_format_is_left",
             "compile_passes/test_epilogue.py::test_another_sum_is_left",
         ),
-    ),
-    Mutation(
-        "a backward of float32 reads the gated sum",
-        "compile_passes/epilogue.py",
-        " or (detached and value_of(out).dtype not in (torch.bfloat16, torch.float16))",
-        "",
-        ("compile_passes/test_epilogue.py::test_in_float32_a_backward_needs_the_fine_output",),
     ),
     Mutation(
         "pooled after a cast to low precision",
