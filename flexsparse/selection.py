@@ -363,8 +363,8 @@ def _block_lists(
         ascending_lists(some, tiles),
         full.sum(-1, dtype=torch.int32),
         ascending_lists(full, tiles),
-        dense.clone(),
-        valid.clone(),
+        dense,
+        valid.clone(),  # of one sample they are the layout's own
     )
 
 

@@ -200,7 +200,7 @@ class MaskBuilder:
             raise ValueError(f"q has {q.shape[1]} heads and k has {k.shape[1]}: q's must be a multiple of k's (GQA)")
         if scale is not None and not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale is {scale}: give a positive finite number, or None for head_dim ** -0.5")
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # scores are of float32
             coarse = CoarseInputs(
                 layout.video(layout.to_tiles(q.detach())),
                 kv_layout.video(kv_layout.to_tiles(k.detach())),

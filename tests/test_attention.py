@@ -13,7 +13,7 @@ from flexsparse.backends import Case, choose
 from flexsparse.backends import triton as triton_backend
 from flexsparse.masks.base import _cached_mask
 from flexsparse.ops.windows import window_table
-from flexsparse.tables import token_tables
+from flexsparse.tables import tables_in_order, token_tables
 
 LAYOUT = fs.TileLayout(grid=(2, 6, 7), tile=(2, 4, 4), text_last=4)
 
@@ -82,22 +82,33 @@ def test_training_under_autocast_is_training_without(backend: str) -> None:
 
 def test_the_gather_backward_ignores_an_autocast_around_it() -> None:
     q, k, v = (x.requires_grad_() for x in qkv())
-    out = fs.sparse_attention(q, k, v, LAYOUT, fs.VSA(top_k=2), backend="gather").square().sum()
-    expected = torch.autograd.grad(out, (q, k, v), retain_graph=True)
+    gate = torch.randn(q.shape, requires_grad=True)
+    for inputs, gates in (((q, k, v), {}), ((q, k, v, gate), {"gate": gate})):
+        out = fs.sparse_attention(q, k, v, LAYOUT, fs.VSA(top_k=2), backend="gather", **gates).square().sum()
+        expected = torch.autograd.grad(out, inputs, retain_graph=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            grads = torch.autograd.grad(out, inputs)
+        for actual, wanted in zip(grads, expected):
+            assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("builder", (fs.VSA(top_k=2), fs.TopP(mass=0.5), fs.BSA(kv_density=0.5, statistics="head")))
+def test_selecting_under_autocast_is_selecting_without(builder: fs.masks.MaskBuilder) -> None:
+    q, k, _ = qkv()
+    expected = builder.select(q, k, LAYOUT)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        grads = torch.autograd.grad(out, (q, k, v))
-    for actual, wanted in zip(grads, expected):
-        assert torch.equal(actual, wanted)
+        found = builder.select(q, k, LAYOUT)
+    assert torch.equal(found.bits, expected.bits)
 
 
 @pytest.mark.parametrize("backend", ("reference", "gather"))
-def test_a_layout_first_seen_in_inference_mode_can_be_trained_on(backend: str) -> None:
-    layout = fs.TileLayout(grid=(1, 5, 23), tile=(1, 4, 4))
+@pytest.mark.parametrize("order", ("raster", "tiles"))
+def test_a_layout_first_seen_in_inference_mode_can_be_trained_on(backend: str, order: str) -> None:
+    layout = fs.TileLayout(grid=(1, 4, 24) if order == "tiles" else (1, 5, 23), tile=(1, 4, 4), order=order)
     q, k, v = qkv(layout)
     for builder in (fs.VSA(top_k=1, within=fs.SlidingTile(window=(1, 1, 2))), fs.BSA(), fs.Radial()):
-        token_tables.cache_clear()
-        window_table.cache_clear()
-        _cached_mask.cache_clear()
+        for cached in (token_tables, tables_in_order, window_table, _cached_mask):
+            cached.cache_clear()
         with torch.inference_mode():
             fs.sparse_attention(q, k, v, layout, builder, backend=backend)
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]

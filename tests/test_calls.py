@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flexsparse as fs
-from flexsparse.calls import gates_of_heads, hide_text, sparse_call, text_counts
+from flexsparse.calls import CallParts, gates_of_heads, hide_text, sparse_call, text_counts
 
 LAYOUT = fs.TileLayout(grid=(2, 4, 6), tile=(2, 4, 4), text_first=3, text_last=70)
 N, H, D = LAYOUT.num_tokens, 2, 4
@@ -56,3 +56,25 @@ def test_one_mask_for_all_samples(backend: str) -> None:
     out = sparse_call(builder, q, k, v, (None, None), LAYOUT, None, backend, False, mask=mask)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["gather", "reference"])
+def test_a_call_and_its_parts_choose_their_own_precision(backend: str) -> None:
+    """Autocast, where a graph is traced or a model runs, casts q, k and v, and nothing that is made of them."""
+    geometry = (*LAYOUT.grid, LAYOUT.text_first, LAYOUT.text_last)
+    q, k, v = (torch.randn(1, H, LAYOUT.seq_len, D).bfloat16() for _ in range(3))
+    gates = torch.randn(1, N, H * D), torch.randn(1, N, H * D)
+    parts = CallParts((fs.VSA(top_k=2),), (), lambda _: (LAYOUT, LAYOUT))
+    how = {"scale": None, "backend": backend, "name": "", "builder": 0, "order": "raster"}
+
+    def run() -> list[torch.Tensor]:
+        tiles = parts.tiles(q, k, v, None, geometry, None, "raster")
+        planned = parts.plan(q, k, tiles, geometry, None, "raster", (), None, True, None, 0)
+        fine = parts.fine(q, tiles, planned, gates, geometry, None, **how)
+        whole = parts.attend(q, k, v, gates[0], geometry, (), None, gates[1], **how)
+        return [fine, whole, *(x for x in planned if isinstance(x, torch.Tensor))]
+
+    expected = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run()
+    assert all(map(torch.equal, found, expected))

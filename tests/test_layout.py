@@ -17,7 +17,7 @@ from torch import Tensor
 import flexsparse as fs
 from flexsparse import TileLayout, tables
 from flexsparse.ops.windows import window_table
-from flexsparse.tables import auto_tile, slots_of, tile_index, token_tables
+from flexsparse.tables import TABLES, auto_tile, slots_of, tile_index, token_tables
 
 AXIS = st.integers(1, 70)
 
@@ -142,6 +142,15 @@ def test_the_reordering_is_differentiable_twice() -> None:
 @pytest.mark.parametrize("extra", ((0, 0), (5, 0), (17, 33)))
 def test_tile_index_keeps_its_promises_to_the_compiler(extra: tuple[int, int], which: str) -> None:
     torch.library.opcheck(tile_index, ((3, 4, 5), (2, 2, 2), *extra, which, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("which", TABLES)
+def test_what_a_graph_does_to_an_index_tensor_changes_no_other(which: str) -> None:
+    """Inductor writes other results into what an op returned: a cached tensor would be wrong from the second call on."""
+    arguments = ((3, 4, 5), (2, 2, 2), 2, 0, which, torch.device("cpu"))
+    before = tile_index(*arguments).clone()
+    tile_index(*arguments).zero_()
+    assert torch.equal(tile_index(*arguments), before)
 
 
 def test_tokens_in_tile_order_stay_where_they_are() -> None:

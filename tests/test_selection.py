@@ -168,6 +168,13 @@ def test_the_buffers_of_a_block_mask_share_no_memory() -> None:
     assert all(x.is_contiguous() for x in tensors)
 
 
+def test_the_buffers_of_a_block_mask_are_no_table_of_the_layout() -> None:
+    """The counts of a single sample are the layout's, which are cached: a graph may write into what an op returned."""
+    layout = fs.TileLayout(grid=(3, 5, 4), tile=(2, 2, 4))
+    lists = block_lists(fs.Dense().select(*torch.randn(2, 1, 1, layout.seq_len, 8), layout))
+    assert lists.tile_counts.untyped_storage().data_ptr() != layout.tile_counts.untyped_storage().data_ptr()
+
+
 @pytest.mark.parametrize("per_sample", (False, True))
 def test_block_lists_keep_their_promises_to_the_compiler(per_sample: bool) -> None:
     counts = PARTIAL.layout.tile_counts

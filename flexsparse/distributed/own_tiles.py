@@ -20,7 +20,7 @@ from flexsparse.attention import sparse_attention
 from flexsparse.distributed.builders import of_rows
 from flexsparse.distributed.tokens import Ranks, Segment, Segments, bounds, gather_tokens, parts, segments_of
 from flexsparse.layout import Reorder, TileLayout
-from flexsparse.tables import is_tracing
+from flexsparse.tables import is_tracing, lasting
 
 
 def tokens_before(layout: TileLayout, tile: int) -> int:
@@ -82,19 +82,19 @@ class OwnTiles:
 @torch.inference_mode(False)  # what is cached must serve training later
 def _tables(own: OwnTiles, device: torch.device) -> dict[str, Tensor]:
     layout, (start, end) = own.layout, own.tiles
-    counts = layout.tables(device)[2]
+    counts = layout.tables("cpu")[2]
     query = own.query_layout()
-    token, slot, every = query.tables(device)
+    token, slot, every = query.tables("cpu")
     mine = counts[layout.tiles_first + start : layout.tiles_first + end]
     every = every.clone()
     every[query.tiles_first : query.tiles_first + query.num_tiles] = mine  # the mean of a tile is over its valid tokens
     first, _, last = own.lengths
-    video = torch.arange(len(mine) * layout.slots, device=device)
-    valid = torch.ones(query.seq_len, dtype=torch.bool, device=device)
+    video = torch.arange(len(mine) * layout.slots, device=counts.device)
+    valid = torch.ones(query.seq_len, dtype=torch.bool, device=counts.device)
     valid[first : len(valid) - last] = video % layout.slots < mine[video // layout.slots]
     padded = torch.where(valid, valid.cumsum(0) - 1, -1)
     kv = _packed_tables(layout, counts)
-    return dict(zip(TABLES, (*kv, token, slot, every, padded.int(), valid.nonzero()[:, 0].int())))
+    return dict(zip(TABLES, lasting((*kv, token, slot, every, padded, valid.nonzero()[:, 0]), device)))
 
 
 TABLES = ("kv_token", "kv_slot", "kv_count", "token", "slot", "count", "padded", "unpadded")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flexsparse import ops
 from flexsparse.ops.choice import Rule, choose
+from flexsparse.ops.gathered import without_autocast
 from flexsparse.ops.select_tiles import fake_choice, tiles_to_keep
 from flexsparse.ops.tile_tokens import rows_at
 from flexsparse.selection import unpack_bits
@@ -264,7 +265,6 @@ def coarse_select_backward(
         k_dtype: of k's.
         v_dtype: of v's.
     """
-    H, G = q_c.shape[1], k_c.shape[1]
     d_coarse = d_coarse.to(q_c.dtype).contiguous()
     if ops.templates_select(q_c, k_c.shape[2]):
         from flexsparse.compile_passes.templates.coarse_backward import coarse_backward
@@ -283,29 +283,46 @@ def coarse_select_backward(
             scale=scale,
         )
     else:
-        dq_c, dk_c, dv_c = torch.empty_like(q_c), torch.zeros_like(k_c), torch.zeros_like(v_c)
-        delta = (d_coarse * coarse).sum(-1, keepdim=True)
-        finite = lse.masked_fill(lse == -math.inf, 0)
-        for at, scores, mask in _score_chunks(q_c, k_c, kv_counts, allowed, scale, count_bias):
-            weights = scores.sub_(finite[at][..., None]).exp_()
-            if mask is not None:
-                weights.masked_fill_(~mask, 0)
-            ds = (
-                torch.bmm(d_coarse[at], _of_groups(v_c, at, H).transpose(1, 2))
-                .sub_(delta[at])
-                .mul_(weights)
-                .mul_(scale)
-            )
-            torch.bmm(ds, _of_groups(k_c, at, H), out=dq_c[at])
-            dk, dv = torch.bmm(ds.transpose(1, 2), q_c[at]), torch.bmm(weights.transpose(1, 2), d_coarse[at])
-            for i, h in enumerate(range(at[1].start, at[1].stop)):  # query heads of a group, one after the other
-                dk_c[at[0], h // (H // G)] += dk[i]
-                dv_c[at[0], h // (H // G)] += dv[i]
+        dq_c, dk_c, dv_c = _pooled_gradients(
+            q_c, k_c, v_c, d_coarse, coarse, lse, kv_counts, allowed, scale, count_bias
+        )
     return (
         _unpool(dq_c, q_counts, q_slots, q_dtype),
         _unpool(dk_c, kv_counts, kv_slots, k_dtype),
         _unpool(dv_c, kv_counts, kv_slots, v_dtype),
     )
+
+
+@without_autocast
+def _pooled_gradients(
+    q_c: Tensor,
+    k_c: Tensor,
+    v_c: Tensor,
+    d_coarse: Tensor,
+    coarse: Tensor,
+    lse: Tensor,
+    kv_counts: Tensor,
+    allowed: Tensor | None,
+    scale: float,
+    count_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the pooled vectors, in plain torch."""
+    H, G = q_c.shape[1], k_c.shape[1]
+    dq_c, dk_c, dv_c = torch.empty_like(q_c), torch.zeros_like(k_c), torch.zeros_like(v_c)
+    delta = (d_coarse * coarse).sum(-1, keepdim=True)
+    finite = lse.masked_fill(lse == -math.inf, 0)
+    for at, scores, mask in _score_chunks(q_c, k_c, kv_counts, allowed, scale, count_bias):
+        weights = scores.sub_(finite[at][..., None]).exp_()
+        if mask is not None:
+            weights.masked_fill_(~mask, 0)
+        d_weights = torch.bmm(d_coarse[at], _of_groups(v_c, at, H).transpose(1, 2))
+        ds = d_weights.sub_(delta[at]).mul_(weights).mul_(scale)
+        torch.bmm(ds, _of_groups(k_c, at, H), out=dq_c[at])
+        dk, dv = torch.bmm(ds.transpose(1, 2), q_c[at]), torch.bmm(weights.transpose(1, 2), d_coarse[at])
+        for i, h in enumerate(range(at[1].start, at[1].stop)):  # query heads of a group, one after the other
+            dk_c[at[0], h // (H // G)] += dk[i]
+            dv_c[at[0], h // (H // G)] += dv[i]
+    return dq_c, dk_c, dv_c
 
 
 def _unpool(d: Tensor, counts: Tensor, slots: int, dtype: torch.dtype) -> Tensor:

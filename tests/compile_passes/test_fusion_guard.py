@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import output_code
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._library.custom_ops import OPDEFS
 from torch.fx import Graph
@@ -49,6 +50,25 @@ def test_a_miscompiled_fusion_is_refused() -> None:
     torch._dynamo.reset()
     if largest_error(gradients(torch.compile(four_maps))) < 0.1:
         pytest.fail(f"torch {torch.__version__} compiles this right: `GuardedChoices` and this test may go")
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_strides_of_what_forward_saves_stay_symbolic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As numbers of the first input, backward takes them for its own where they differ from the traced ones."""
+    told: list[Any] = []
+    tell = output_code.set_tracing_context_output_strides
+
+    def listen(*arguments: Any) -> None:
+        tell(*arguments)
+        told.extend(torch._guards.TracingContext.get().output_strides or ())
+
+    monkeypatch.setattr(output_code, "set_tracing_context_output_strides", listen)
+    compiled = torch.compile(
+        lambda x: x.sin().cumsum(1).sin(), backend=partial(compile_guarded, config={}), dynamic=True
+    )
+    compiled(torch.randn(3, 5, requires_grad=True)).sum().backward()
+    rows = [strides[0] for strides in told if strides is not None and len(strides) == 2]
+    assert rows and all(isinstance(stride, torch.SymInt) for stride in rows), told
 
 
 def test_every_op_is_defined_in_a_hashed_file() -> None:

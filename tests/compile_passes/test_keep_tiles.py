@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import flexsparse as fs
-from flexsparse.compile_passes import KeepTiles
+from flexsparse.compile_passes import KeepTiles, marks
 from flexsparse.compile_passes.graphs import graph_modules
 
 GRID, C, HEADS = (4, 8, 4), 32, 2
@@ -298,6 +298,22 @@ def test_symbolic_sizes_are_left(seen: Seen) -> None:
         model(torch.randn(1, 3, *grid))
     assert [run.matches for run, _ in seen.runs] == [2, 0]
     assert set(seen.last.refused.values()) == {"its sizes are symbolic"}
+
+
+def test_grids_of_as_many_tokens_are_not_taken_for_one_another(seen: Seen) -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.first, self.second = nn.Conv3d(3, C, 1), Block(plain, plain), Block(plain, plain)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.embed(x).flatten(2).transpose(1, 2)
+            tokens = self.first(marks.GRID(tokens, *GRID, 0, 0))
+            return self.second(marks.GRID(tokens, 4, 4, 8, 0, 0))
+
+    torch.manual_seed(0)
+    check_same(Turned())
+    assert set(seen.runs[0][0].refused.values()) == {"its graph has calls on several grids"}
 
 
 def test_one_attention_alone_is_worth_it_where_tokens_meet_before_it(seen: Seen) -> None:

@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -184,6 +185,26 @@ def test_the_flex_backend_takes_views_of_any_rank_and_strides(made: Any) -> None
         torch.testing.assert_close(attend(x), right, atol=1e-5, rtol=1e-4)
         compiled = torch.compile(attend, fullgraph=True, dynamic=False)
         torch.testing.assert_close(compiled(x), right, atol=1e-5, rtol=1e-4)
+
+
+# a backward of one's own
+
+
+def test_make_fx_loses_the_backward_of_a_function_that_it_traces_before_autograd() -> None:
+    class Sevenfold(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            return grad * 7
+
+    x = torch.ones(3)
+    traced = make_fx(lambda x: Sevenfold.apply(x), pre_dispatch=True)(x)
+    (gradient,) = torch.autograd.grad(traced(x.requires_grad_()).sum(), x)
+    if float(gradient[0]) == 7:
+        mended("loses it", "`UnfoldAttention` may trace tiling together with the coarse stage")
 
 
 # gradients on CPU

@@ -171,20 +171,43 @@ def test_a_schedule_is_an_operand_and_not_a_constant() -> None:
 # autocast
 
 
+def normed(x: Tensor) -> Tensor:
+    """Queries, keys and values in float32, as norms leave them: autocast casts them at the attention."""
+    q, k, v = ((x @ w).float().unflatten(-1, (2, 8)).transpose(1, 2) for w in W)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 def low(x: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return attention(x)
+        return normed(x)
 
 
 def low_then_high(x: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = attention(x)
+        y = normed(x)
         with torch.autocast("cpu", enabled=False):
-            return y + attention(x)
+            return y + normed(x)
+
+
+def low_in_a_nested_graph(x: Tensor) -> Tensor:
+    """As torch.export writes a region down."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    q, k, v = ((x @ w).unflatten(-1, (2, 8)).transpose(1, 2) for w in W)
+    out: Tensor = torch.ops.higher_order.wrap_with_autocast("cpu", torch.bfloat16, True, None, attend, q, k, v)
+    return out.transpose(1, 2).flatten(2)
 
 
 @pytest.mark.parametrize(
-    ("function", "dtypes"), ((low, ["bfloat16"]), (low_then_high, ["bfloat16", "float32"]), (attention, ["float32"]))
+    ("function", "dtypes"),
+    (
+        (low, ["bfloat16"]),
+        (low_then_high, ["bfloat16", "float32"]),
+        (low_in_a_nested_graph, ["bfloat16"]),
+        (normed, ["float32"]),
+    ),
 )
 def test_attention_sees_the_dtype_of_the_region_it_is_in(function: Any, dtypes: list[str]) -> None:
     x = torch.randn(1, S, C)
@@ -202,7 +225,7 @@ def test_attention_sees_the_dtype_of_the_region_it_is_in(function: Any, dtypes: 
 def test_autocast_around_the_graph_counts_as_well() -> None:
     x = torch.randn(1, S, C)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        gm, parts, _ = rewritten(attention, x, fs.VSA(top_k=3))
+        gm, parts, _ = rewritten(normed, x, fs.VSA(top_k=3))
         UnfoldAttention(parts.attend, parts)(gm)
         (tiles,) = nodes_of(gm, parts.tiles)
     assert tiles.meta["example_value"][0].dtype == torch.bfloat16

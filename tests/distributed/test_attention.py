@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import flexsparse as fs
 from distributed.equal import Case, compare, infer, raised
 from distributed.processes import Processes
+from flexsparse import tables
+from flexsparse.distributed.own_tiles import TABLES, OwnTiles, _tables, own_tile_index
+from flexsparse.distributed.tokens import Ranks
 
 NEAR = fs.SlidingTile(window=(1, 3, 3))
 TEXT = {"first": 5, "last": 7}
@@ -49,6 +55,31 @@ TILES: dict[str, dict[str, Any]] = {
     "BSA": {"builder": fs.BSA(keep_queries=1, kv_density=0.5)},
     "text lengths": {"last": 20, "batch": 2, "counts": (3, 1)},
 }
+
+
+@pytest.mark.parametrize("which", TABLES)
+def test_what_a_graph_does_to_an_index_tensor_changes_no_other(which: str) -> None:
+    """Inductor writes other results into what an op returned: a cached tensor would be wrong from the second call on."""
+    arguments = ((3, 7, 5), (2, 2, 4), 2, 3, "replicated", 1, 2, which, torch.device("cpu"))
+    before = own_tile_index(*arguments).clone()
+    own_tile_index(*arguments).zero_()
+    assert torch.equal(own_tile_index(*arguments), before)
+
+
+def test_what_is_cached_for_cuda_is_made_in_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the thread in which torch warms up a CUDA graph, the graph takes all memory that stays."""
+    own = OwnTiles(fs.TileLayout(grid=(3, 7, 5), tile=(2, 2, 4)), Ranks("", 1, 2), "replicated")
+    threads, moved = [], tables._moved
+
+    def move(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+        if device.type == "cuda":
+            threads.append(threading.get_ident())
+        return moved(tensors, torch.device("cpu"))
+
+    monkeypatch.setattr(tables, "_moved", move)
+    on_cuda, on_cpu = (_tables.__wrapped__(own, torch.device(name)) for name in ("cuda", "cpu"))
+    assert len(threads) == 1 and threads[0] != threading.get_ident()
+    assert all(torch.equal(on_cuda[name], on_cpu[name]) for name in TABLES)
 
 
 @pytest.mark.parametrize("name", ULYSSES)

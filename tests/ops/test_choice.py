@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexsparse.ops.choice import RULES, Choice, Rule, _best, choose, masked_softmax, sortable
+from flexsparse.ops.choice import RULES, Choice, Rule, _best, choose, masked_softmax, row_threshold, sortable
 from flexsparse.ops.select_tiles import allowed_bits, select_tiles
 from flexsparse.selection import pack_bits, unpack_bits
 
@@ -205,6 +205,7 @@ def test_rows_of_equal_scores_keep_their_least_or_all() -> None:
         few, most = (choose(scores, None, Rule(name=name, value=value, min_tiles=3), 20) for value in (0.5, 1.0))
         assert few.counts.unique().tolist() == [3]
         assert most.counts.unique().tolist() == [20]
+    assert bool(row_threshold(scores, None, torch.ones((), dtype=torch.float64)).isfinite().all())  # -inf * 0 is NaN
 
 
 @pytest.mark.parametrize("shape", ((0, 2, 3, 5), (1, 0, 3, 5), (1, 2, 0, 5), (1, 1, 1, 1)))
@@ -236,8 +237,9 @@ def test_sortable_keys_have_the_order_of_the_scores(dtype: torch.dtype) -> None:
 def test_a_softmax_over_nothing_is_zero_with_zero_gradient() -> None:
     scores = torch.randn(1, 1, 2, 4, dtype=torch.float64).requires_grad_()
     mask = torch.tensor([[False] * 4, [True, False, True, True]])
-    weights = masked_softmax(scores, mask)
-    weights.square().sum().backward()
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way, which who looks for one would be shown
+        weights = masked_softmax(scores, mask)
+        weights.square().sum().backward()
     assert weights[0, 0, 0].tolist() == [0] * 4
     expected = torch.cat([scores.detach()[0, 0, 1, :1], scores.detach()[0, 0, 1, 2:]]).softmax(0)
     torch.testing.assert_close(weights[0, 0, 1][mask[1]], expected)

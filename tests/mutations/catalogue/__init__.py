@@ -1,0 +1,12 @@
+"""Bugs to plant, one at a time, and the tests that have to notice. Each replaces text that occurs exactly once."""
+
+from tests.mutations.catalogue.attention import ATTENTION
+from tests.mutations.catalogue.models import MODELS
+from tests.mutations.catalogue.mutation import Mutation
+from tests.mutations.catalogue.ops import OPS
+from tests.mutations.catalogue.passes import PASSES
+from tests.mutations.catalogue.templates import TEMPLATES
+
+__all__ = ["MUTATIONS", "Mutation"]
+
+MUTATIONS: tuple[Mutation, ...] = (*ATTENTION, *OPS, *PASSES, *TEMPLATES, *MODELS)
