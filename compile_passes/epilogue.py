@@ -107,7 +107,7 @@ def combine(graph: Graph, out: Node, found: Epilogue | None) -> bool:
     place = {each: i for i, each in enumerate(graph.nodes)}
     if place[found.coarse] > place[node] or place[found.gate] > place[node]:
         return False
-    counts = node.args[6]
+    counts: Any = node.args[6]
     if not _are(shape_of(found.coarse)[:3], shape_of(counts)):
         return False
     node.args = (*node.args[:3], found.coarse, found.gate, *node.args[5:])

@@ -152,9 +152,10 @@ def _on_gpu(
         min_tiles=rule.min_tiles,
         capacity=capacity,
     )
-    none = [pooled[0].new_empty(0) for _ in range(3)]
-    floats = (*none[:2], *pooled, none[2]) if v_c is None else (coarse, lse, *pooled)
-    return (*floats, bits, counts, wanted)
+    q_c, k_c, *_ = pooled
+    if v_c is None or coarse is None or lse is None:
+        coarse, lse, v_c = (q_c.new_empty(0) for _ in range(3))
+    return coarse, lse, q_c, k_c, v_c, bits, counts, wanted
 
 
 Place = tuple[int, slice, slice]
