@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from as_on_gpu import run_templates
 from torch import Tensor, nn
 
 import flexsparse as fs
@@ -146,11 +147,23 @@ def test_compiled_training_on_two_resolutions(name: str, way: Any) -> None:
     check_training(ZOO[name], way, GRID, OTHER)
 
 
-def check_training(entry: Entry, way: Any, *grids: Size) -> None:
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the templates on the GPU")
+@pytest.mark.parametrize(("name", "way"), cases(set()))
+def test_the_templates_train_it(name: str, way: Any) -> None:
+    """Ops do what they do on a GPU, in Triton's interpreter; the first grid's graph, and the one for all others."""
+    check_training(ZOO[name], way, GRID, OTHER, templates=True)
+
+
+def check_training(entry: Entry, way: Any, *grids: Size, templates: bool = False) -> None:
     """Gradients of the compiled model, gates included, are the oracle's, and its calls are the fused ones."""
-    model = wrapped(entry, fs.VSA(top_k=2), way, gates=True)
+    with pytest.MonkeyPatch.context() as patch:
+        if templates:
+            run_templates(patch)
+        model = wrapped(entry, fs.VSA(top_k=2), way, gates=True)
+        mine = gradients(model, entry, *grids)
     oracle = wrapped(entry, fs.VSA(top_k=2), False, gates=True, attention="reference")
-    assert_same(gradients(model, entry, *grids), gradients(oracle, entry, *grids))
+    assert_same(mine, gradients(oracle, entry, *grids))
     assert sparse_names(model) == sorted(entry.sparse)
     calls = [call for call in fs.report(model).calls if call.sparse]
     assert all(call.fused and call.lowered for call in calls)
