@@ -225,8 +225,8 @@ def test_batch_of_no_samples() -> None:
         ({}, replace(ONE, num_warps=8), None, "16 to a warp, and 64 slots, not 64 x 64 on 8 warps"),
         ({"query_rows": 128, "slots": 128}, None, LONG, "takes 64 rows and 64 or 128 slots, .*, not 128 x 64"),
         ({"slots": 128}, Blocks(rows=64, keys=128, num_warps=4, num_stages=1), None, "and 64 slots, not 64 x 128"),
-        ({}, replace(ONE, num_stages=3), None, "1 or 2 stages, not 3"),
-        ({}, None, replace(ONE, num_stages=3), "1 or 2 stages, not 3"),
+        ({}, replace(ONE, num_stages=3), None, "1 to 2 stages, not 3"),
+        ({}, None, replace(ONE, num_stages=3), "1 to 2 stages, not 3"),
     ],
 )
 def test_refusals_say_why(changes: dict[str, Any], rows: Blocks | None, columns: Blocks | None, words: str) -> None:
