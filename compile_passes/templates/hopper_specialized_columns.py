@@ -112,6 +112,7 @@ def _consume(
     k_box,
     v_box,
     ready,
+    order,
     q_ring,
     g_ring,
     shift_ring,
@@ -164,7 +165,7 @@ def _consume(
         shift = shift_ring.index(at).reshape([ROWS]).load(COLUMNS)
         logits = warpgroup_mma_wait(1, deps=[product])
         weights = gl.exp2(logits * scale_log2 - shift[None, :])
-        mbarrier.wait(ready, 0)  # long passed: ptxas keeps the weights on this side of it
+        mbarrier.wait(order, 1)  # over at once: ptxas keeps the weights on this side of it
         mean = mean_ring.index(at).reshape([ROWS]).load(COLUMNS)
         d_weights = warpgroup_mma_wait(0, deps=[d_product])
         d_logits = weights * (d_weights - mean[None, :])
@@ -265,10 +266,12 @@ def hopper_specialized_dkdv(
     shift_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, ROWS], shifts.layout)
     mean_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, ROWS], means.layout)
     ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
+    order = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)  # nothing arrives at it
     q_filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     g_filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     drained = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(ready, count=1)
+    mbarrier.init(order, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_filled.index(i), count=1)
         mbarrier.init(g_filled.index(i), count=1)
@@ -278,7 +281,7 @@ def hopper_specialized_dkdv(
     gl.warp_specialize(
         [
             (_consume, (
-                d_keys, d_values, k_box, v_box, ready,
+                d_keys, d_values, k_box, v_box, ready, order,
                 q_ring, g_ring, shift_ring, mean_ring, q_filled, g_filled, drained,
                 workspace, scale, scale_log2, b, g, bg, u, slot, number, valid, (end - begin) * PIECES, parts, G, most,
                 D, SLOTS, ROWS, KEYS, STAGES, PARTIAL, SPLIT,

@@ -96,6 +96,7 @@ def _consume(
     q_box,
     g_box,
     ready,
+    order,
     k_ring,
     v_ring,
     count_ring,
@@ -143,7 +144,7 @@ def _consume(
         d_product = warpgroup_mma(_matrix(g_box), v_buffer.permute((1, 0)), zeros, use_acc=False, is_async=True)
         logits = warpgroup_mma_wait(1, deps=[product])
         weights = gl.exp2(logits * scale_log2 - shift[:, None])
-        mbarrier.wait(ready, 0)  # long passed: ptxas keeps the weights on this side of it
+        mbarrier.wait(order, 1)  # over at once: ptxas keeps the weights on this side of it
         d_weights = warpgroup_mma_wait(0, deps=[d_product])
         if PARTIAL:
             # without a branch over full tiles, which takes registers: the buffer's slots before its first token
@@ -233,10 +234,12 @@ def hopper_specialized_dq(
     if PARTIAL:
         count_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 1, token_counts.block_type.shape[1]], token_counts.layout)
     ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
+    order = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)  # nothing arrives at it
     k_filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     drained = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(ready, count=1)
+    mbarrier.init(order, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_filled.index(i), count=1)
         mbarrier.init(v_filled.index(i), count=1)
@@ -246,7 +249,7 @@ def hopper_specialized_dq(
     gl.warp_specialize(
         [
             (_consume, (
-                outs, lse_log2, delta, estimate, grad_lse, q_box, g_box, ready,
+                outs, lse_log2, delta, estimate, grad_lse, q_box, g_box, ready, order,
                 k_ring, v_ring, count_ring, k_filled, v_filled, drained,
                 scale, scale_log2, b, h, row, bh * R + row, end * (SLOTS // KEYS),
                 D, SLOTS, ROWS, KEYS, STAGES, PARTIAL, LSE_GRADIENT,
