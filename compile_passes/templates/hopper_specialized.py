@@ -113,7 +113,7 @@ def dkdv(
 ) -> None:
     """As `hopper_backward.dkdv`; ``num_stages`` are buffers of the ring."""
     q, k = walk.rows["q"], walk.rows["k"]
-    (B, H, R, D), G, U = q.shape, k.shape[1], k.shape[2] // walk.slots
+    (B, _, R, D), G, U = q.shape, k.shape[1], k.shape[2] // walk.slots
     refusal = dkdv_refuses(q.dtype, D, walk.query_rows, walk.slots, size)
     if refusal is not None:
         raise ValueError(f"the specialized Hopper kernel of dk and dv {refusal}: use the plain Triton kernel")

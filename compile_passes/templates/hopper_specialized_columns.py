@@ -233,9 +233,9 @@ def hopper_specialized_dkdv(
     PARTIAL: gl.constexpr,
     SPLIT: gl.constexpr,
 ):
-    """As `hopper_dkdv`; ``shifts`` and ``means`` are boxes of log-sum-exp and delta, ``[B, H, R]``. STAGES: buffers of the ring.
+    """As `hopper_dkdv`; ``shifts`` and ``means`` are boxes of log-sum-exp and delta, ``[B, H, R]``.
 
-    PRODUCER_REGISTERS: of a thread that only copies; the others share what is left of a program's.
+    STAGES: buffers of the ring. PRODUCER_REGISTERS: of a thread that only copies; the others have what is left of a program's.
     """
     DTYPE: gl.constexpr = queries.dtype
     PIECES: gl.constexpr = QUERY_ROWS // ROWS

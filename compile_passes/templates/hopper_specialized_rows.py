@@ -232,7 +232,9 @@ def hopper_specialized_dq(
     v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, 1, KEYS, D], values.layout)
     count_ring = v_ring
     if PARTIAL:
-        count_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 1, token_counts.block_type.shape[1]], token_counts.layout)
+        count_ring = gl.allocate_shared_memory(
+            gl.int32, [STAGES, 1, token_counts.block_type.shape[1]], token_counts.layout
+        )
     ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
     order = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)  # nothing arrives at it
     k_filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
