@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from flexsparse.compile_passes.templates import columns as columns_
-from flexsparse.compile_passes.templates import hopper_backward, hopper_backward_columns, hopper_backward_rows, tuned
+from flexsparse.compile_passes.templates import (
+    hopper_backward,
+    hopper_backward_columns,
+    hopper_backward_rows,
+    hopper_specialized,
+    tuned,
+)
 from flexsparse.compile_passes.templates.attention_common import Blocks
 from flexsparse.compile_passes.templates.backward import backward
 from flexsparse.compile_passes.templates.forward import forward
@@ -175,10 +181,12 @@ def test_refusals_say_why(changes: dict[str, Any], rows: Blocks | None, columns:
             run(problem, rows or fit, columns or fit)
 
 
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(("kernel", "split"), [("hopper", False), ("hopper", True), ("hopper_specialized", True)])
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_the_backward_goes_to_the_kernels_that_are_chosen(split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backward_goes_to_the_kernels_that_are_chosen(
+    kernel: str, split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = replace(SMALL, dtype=FP16, H=2, G=1, popular=True, partial=True, kv_last=1, first=1, gated=True)
     problem = build(case)
     out, lse = forward(*problem.tensors, **problem.keywords)
@@ -192,17 +200,19 @@ def test_the_backward_goes_to_the_kernels_that_are_chosen(split: bool, monkeypat
         simulate(kernel, *args, **meta)
 
     monkeypatch.setattr(hopper_backward, "launch", simulated_launch)
+    monkeypatch.setattr(hopper_specialized, "launch", simulated_launch)
     monkeypatch.setattr(tuned, "arch_of", lambda x: "sm_90a")
     if split:
         monkeypatch.setattr(columns_, "SHORTEST", 1)
-    choices = [tuned.candidates("sm_90a", FP16, 64, 64, 64, op)[1] for op in ("dq", "dkdv")]
+    every = [tuned.candidates("sm_90a", FP16, 64, 64, 64, op) for op in ("dq", "dkdv")]
+    choices = [next(choice for choice in found if choice.kernel == kernel) for found in every]
     for used in ([choices[0]], [choices[1]], choices):
         launched.clear()
         with contextlib.ExitStack() as stack, count_launches() as names:
             for choice in used:
                 stack.enter_context(tuned.using(choice))
             found = backward(*arguments, **problem.keywords)
-        assert launched == [f"hopper_{x.op} {x.num_stages} {split if x.op == 'dkdv' else None}" for x in used]
+        assert launched == [f"{kernel}_{x.op} {x.num_stages} {split if x.op == 'dkdv' else None}" for x in used]
         assert ("_dq" in names) == (choices[0] not in used) and ("_dkdv" in names) == (choices[1] not in used)
         assert ("_add_pieces" in names) == split
         for one, other in zip(found, plain):
