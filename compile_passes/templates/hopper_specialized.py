@@ -31,6 +31,7 @@ ARCHS = ("sm_90a",)
 PRODUCER_REGISTERS = 24
 """Of a thread that only copies: the fewest that there can be."""
 MOST_STAGES = 4
+"""Buffers of a ring at most: at D=128 more have no room beside 128 rows or slots."""
 COUNTS = 32
 """Int32 values that a copy brings where one is wanted: buffers start at multiples of 128 bytes."""
 STAGES = {128: 2, 64: 4}
@@ -158,23 +159,34 @@ def _counts(x: Tensor) -> TensorDescriptor:
 
 def compilations(long_tail: bool) -> list[Compilation]:
     """What to compile offline. All of it may become a choice, and is held to the same rules as what already is."""
-    found = [Shape(full=True), Shape(), Shape(D=64), Shape(query_rows=128, slots=128)]
+    shapes = [Shape(full=True), Shape(), Shape(query_rows=128, slots=128)]
+    more: list[Shape] = []
     if long_tail:
         tiles = [(64, 64), (128, 128), (64, 128), (128, 64)]
-        every = [Shape(D=D, query_rows=rows, slots=slots) for D in (64, 128) for rows, slots in tiles]
-        every += [Shape(dtype=torch.float16), Shape(query_rows=128, slots=128, full=True), Shape(D=64, full=True)]
-        every += [Shape(group=8), Shape(group=8, full=True), Shape(D=64, group=2), Shape(group=2, slots=128)]
-        found += [shape for shape in every if shape not in found]
-    rows, columns = hopper_specialized_rows.hopper_specialized_dq, hopper_specialized_columns.hopper_specialized_dkdv
-    tasks: list[Compilation] = []
-    for shape in found:
-        here = (shape.D, shape.query_rows, shape.slots)
-        absent = {"grad_lse": None} | ({"token_counts": None} if shape.full else {})
-        tasks += [_task(rows, shape, size, LSE_GRADIENT=False, **absent) for size in dq_sizes(*here)]
-        tasks += [_task(columns, shape, size, SPLIT=True) for size in dkdv_sizes(*here)]
-        if shape.full:
-            tasks += [_task(columns, shape, size, SPLIT=False, workspace=None) for size in dkdv_sizes(*here)]
-    return tasks
+        more = [Shape(D=D, query_rows=rows, slots=slots) for D in (64, 128) for rows, slots in tiles]
+        more += [Shape(dtype=torch.float16), Shape(query_rows=128, slots=128, full=True), Shape(D=64, full=True)]
+        more += [Shape(group=8), Shape(group=8, full=True), Shape(D=64, group=2), Shape(group=2, slots=128)]
+    found: list[Compilation] = []
+    for compiled, sizes in ((_dq_compilations, dq_sizes), (_dkdv_compilations, dkdv_sizes)):
+        pairs = [(shape, sizes(shape.D, shape.query_rows, shape.slots)[-1]) for shape in shapes]
+        rest = [(shape, size) for shape in more for size in sizes(shape.D, shape.query_rows, shape.slots)]
+        pairs += [pair for pair in rest if pair not in pairs]
+        found += [one for shape, size in pairs for one in compiled(shape, size)]
+    return found
+
+
+def _dq_compilations(shape: Shape, size: Blocks) -> list[AttentionCompilation]:
+    absent = {"grad_lse": None} | ({"token_counts": None} if shape.full else {})
+    return [_task(hopper_specialized_rows.hopper_specialized_dq, shape, size, LSE_GRADIENT=False, **absent)]
+
+
+def _dkdv_compilations(shape: Shape, size: Blocks) -> list[AttentionCompilation]:
+    """As `hopper_backward`'s: with split columns and, for the plainest shapes, without."""
+    kernel = hopper_specialized_columns.hopper_specialized_dkdv
+    found = [_task(kernel, shape, size, SPLIT=True)]
+    if shape.full:
+        found.append(_task(kernel, shape, size, SPLIT=False, workspace=None))
+    return found
 
 
 def _task(kernel: Any, shape: Shape, size: Blocks, **constants: Any) -> AttentionCompilation:
