@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexsparse.compile_passes.templates import (
-    columns as columns_,
-)
+from flexsparse.compile_passes.templates import columns as columns_
 from flexsparse.compile_passes.templates import (
     hopper_backward,
     hopper_specialized,
