@@ -173,7 +173,7 @@ def compile_row(task: Compilation, arch: str) -> Row:
         registers=facts["registers"],
         spill_bytes=facts["spill_bytes"],
         shared_bytes=compiled.metadata.shared,
-        programs=programs(facts["registers"], compiled.metadata.shared, task.num_warps, arch),
+        programs=programs(facts["registers"], compiled.metadata.shared, compiled.metadata.num_warps, arch),
         wgmma=compiled.asm["ptx"].count("wgmma.mma_async"),
         serialized=facts["serialized"],
         auto=task.auto,

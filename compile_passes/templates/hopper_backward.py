@@ -26,33 +26,39 @@ ARCHS = ("sm_90a",)
 """What the kernels compile for."""
 
 
-def dq_refuses(dtype: torch.dtype, D: int, query_rows: int, slots: int, size: Blocks) -> str | None:
+def dq_refuses(
+    dtype: torch.dtype, D: int, query_rows: int, slots: int, size: Blocks, most_stages: int = 2
+) -> str | None:
     """Why `dq` cannot do a case with these blocks; None where it can. Everything else that `backward` takes it takes.
 
-    Two accumulators leave no registers for the weights of more than 64 slots.
+    Two accumulators leave no registers for the weights of more than 64 slots. `hopper_specialized` takes more stages.
     """
     if size.num_warps * 16 != size.rows or size.rows not in (64, 128) or size.keys != 64:
         return (
             f"takes 64 or 128 rows, 16 to a warp, and 64 slots, not {size.rows} x {size.keys} on {size.num_warps} warps"
         )
-    return _refuses(dtype, D, query_rows, slots, size)
+    return _refuses(dtype, D, query_rows, slots, size, most_stages)
 
 
-def dkdv_refuses(dtype: torch.dtype, D: int, query_rows: int, slots: int, size: Blocks) -> str | None:
+def dkdv_refuses(
+    dtype: torch.dtype, D: int, query_rows: int, slots: int, size: Blocks, most_stages: int = 2
+) -> str | None:
     """As `dq_refuses`, of `dkdv`: here the weights of no more than 64 rows."""
     if size.num_warps * 16 != size.keys or size.rows != 64 or size.keys not in (64, 128):
         return (
             f"takes 64 rows and 64 or 128 slots, 16 to a warp, not {size.rows} x {size.keys} on {size.num_warps} warps"
         )
-    return _refuses(dtype, D, query_rows, slots, size)
+    return _refuses(dtype, D, query_rows, slots, size, most_stages)
 
 
-def _refuses(dtype: torch.dtype, D: int, query_rows: int, slots: int, size: Blocks) -> str | None:
+def _refuses(dtype: torch.dtype, D: int, query_rows: int, slots: int, size: Blocks, most_stages: int) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16) or D not in (64, 128):
         return f"computes bf16 and fp16 of head dim 64 and 128, not {dtype} of {D}"
     if query_rows % size.rows or slots % size.keys:
         return f"blocks of {size.rows} rows and {size.keys} slots do not divide tiles of {query_rows} rows and {slots} slots"
-    return None if size.num_stages in (1, 2) else f"takes 1 or 2 stages, not {size.num_stages}"
+    if not 1 <= size.num_stages <= most_stages:
+        return f"takes 1 to {most_stages} stages, not {size.num_stages}"
+    return None
 
 
 def dq_sizes(D: int, query_rows: int, slots: int) -> list[Blocks]:

@@ -25,7 +25,7 @@ KEY = ("arch", "dtype", "D", "query_rows", "slots")
 """What a choice is for, besides its op."""
 OPS = ("forward", "dq", "dkdv")
 """The ops that choose: output and log-sum-exp; gradient of the queries; gradients of keys and values."""
-KERNELS = ("triton", "hopper", "hopper_pairs")
+KERNELS = ("triton", "hopper", "hopper_pairs", "hopper_specialized")
 
 _forced: list[Choice] = []
 
@@ -36,8 +36,8 @@ class Choice:
 
     Attributes:
         op: one of `OPS`.
-        kernel: ``"triton"`` (`forward`, `backward`), ``"hopper"`` (`hopper_forward`, `hopper_backward`), or of the forward
-            ``"hopper_pairs"``.
+        kernel: ``"triton"`` (`forward`, `backward`), ``"hopper"`` (`hopper_forward`, `hopper_backward`), of the forward
+            ``"hopper_pairs"``, or of the others ``"hopper_specialized"``.
         rows: query rows of a block; like the next three 0 for a plain kernel of dq or dkdv, which finds its own blocks.
         keys: KV slots of a block.
         num_warps: warps of a program.
@@ -63,6 +63,8 @@ class Choice:
             raise ValueError(f"kernel is {self.kernel!r}: give one of {', '.join(KERNELS)}")
         if self.op != "forward" and self.kernel == "hopper_pairs":
             raise ValueError(f"kernel 'hopper_pairs' computes forward, not {self.op}: give 'hopper' or 'triton'")
+        if self.op == "forward" and self.kernel == "hopper_specialized":
+            raise ValueError("kernel 'hopper_specialized' computes dq or dkdv, not forward: give 'hopper' or 'triton'")
         given = (self.rows, self.keys, self.num_warps, self.num_stages)
         if self.op != "forward" and self.kernel == "triton":
             if any(given):
@@ -145,10 +147,13 @@ def candidates(
 def _hopper_backward(arch: str | None, D: int, query_rows: int, slots: int, op: str) -> list[Choice]:
     if arch != "sm_90a":
         return []
-    from flexsparse.compile_passes.templates import hopper_backward
+    from flexsparse.compile_passes.templates import hopper_backward, hopper_specialized
 
-    sizes = hopper_backward.dq_sizes if op == "dq" else hopper_backward.dkdv_sizes
-    return [_choice("hopper", size, op) for size in sizes(D, query_rows, slots)]
+    found: list[Choice] = []
+    for kernel, module in (("hopper", hopper_backward), ("hopper_specialized", hopper_specialized)):
+        sizes = module.dq_sizes if op == "dq" else module.dkdv_sizes
+        found += [_choice(kernel, size, op) for size in sizes(D, query_rows, slots)]
+    return found
 
 
 def chosen(
@@ -194,19 +199,19 @@ def finds_rows(q: Tensor, query_rows: int, slots: int) -> bool:
     return all(chosen(arch, q.dtype, *case, op).kernel == "triton" for op in OPS)
 
 
-def hopper_blocks(op: str, q: Tensor, query_rows: int, slots: int, by_table: bool = False) -> Blocks | None:
-    """Blocks of the Hopper kernel of dq or dkdv where it is chosen for queries ``[B, H, R, D]``; None for plain Triton.
+def hopper_choice(op: str, q: Tensor, query_rows: int, slots: int, by_table: bool = False) -> Choice | None:
+    """The Hopper kernel of dq or dkdv where one is chosen for queries ``[B, H, R, D]``; None for plain Triton.
 
     Raises:
         ValueError: it is forced where it does not run.
     """
     arch = arch_of(q)
     choice = chosen(arch, q.dtype, q.shape[3], query_rows, slots, op, by_table)
-    if choice.kernel != "hopper":
+    if choice.kernel == "triton":
         return None
     if arch != "sm_90a":
         raise ValueError(f"the Hopper kernel of {op} is forced on {arch or 'a CPU tensor'}: it needs a GPU of sm_90a")
-    return choice.blocks
+    return choice
 
 
 @contextlib.contextmanager

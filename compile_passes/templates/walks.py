@@ -7,6 +7,7 @@ Shape letters: B batch, H query heads, G KV heads, N query tiles, M KV video til
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -110,16 +111,21 @@ class Walk:
         return *self.rows.values(), self.lse_log2, self.delta
 
 
+def _hopper(choice: tuned.Choice) -> ModuleType:
+    """Where a Hopper kernel's `dq` and `dkdv` are."""
+    from flexsparse.compile_passes.templates import hopper_backward, hopper_specialized
+
+    return hopper_specialized if choice.kernel == "hopper_specialized" else hopper_backward
+
+
 def dq_of(walk: Walk, lists: Tensor) -> Tensor:
     """dq, from the kept tiles of each row, int32 ``[B, H, N, capacity]``; and delta, which `dkdv_of` reads."""
     q, k = walk.rows["q"], walk.rows["k"]
     B, H, _, D = q.shape
     R, keys = lengths(q, k, walk.q_tokens, walk.kv_tokens)
-    hopper = tuned.hopper_blocks("dq", q, walk.query_rows, walk.slots, walk.by_table)
+    hopper = tuned.hopper_choice("dq", q, walk.query_rows, walk.slots, walk.by_table)
     if hopper is not None:
-        from flexsparse.compile_passes.templates import hopper_backward
-
-        return hopper_backward.dq(walk, lists, hopper)
+        return _hopper(hopper).dq(walk, lists, hopper.blocks)
     dq = torch.empty_like(q)
     size = dq_blocks(q.dtype, D, walk.query_rows, walk.slots).deeper(walk.kv_tokens is not None)
     launch(
@@ -151,10 +157,12 @@ def dkdv_of(walk: Walk, offsets: Tensor, columns: Tensor, indices: Tensor) -> tu
     R, keys = lengths(q, k, walk.q_tokens, walk.kv_tokens)
     U, M, query_tiles = keys // walk.slots, walk.kv_video, R // walk.query_rows
     dk, dv = torch.empty_like(k), torch.empty_like(v)
-    hopper = tuned.hopper_blocks("dkdv", q, walk.query_rows, walk.slots, walk.by_table)
-    size = hopper or column_blocks(q.dtype, D, walk.query_rows, walk.slots, H // G, walk.partial).deeper(
-        walk.q_tokens is not None
-    )
+    hopper = tuned.hopper_choice("dkdv", q, walk.query_rows, walk.slots, walk.by_table)
+    if hopper is not None:
+        size = hopper.blocks
+    else:
+        size = column_blocks(q.dtype, D, walk.query_rows, walk.slots, H // G, walk.partial)
+        size = size.deeper(walk.q_tokens is not None)
     halves = walk.slots // size.keys
     entries = N * min(walk.capacity, M) + (query_tiles - N) * M + (U - M) * query_tiles
     most = most_pieces(B * G, halves, U, H // G * entries, H // G * query_tiles)
@@ -163,9 +171,7 @@ def dkdv_of(walk: Walk, offsets: Tensor, columns: Tensor, indices: Tensor) -> tu
     shape = (2, B, G, most, walk.slots, D)
     workspace = torch.empty(shape, dtype=torch.float32, device=q.device) if most else None
     if hopper is not None:
-        from flexsparse.compile_passes.templates import hopper_backward
-
-        hopper_backward.dkdv(walk, offsets, columns, indices, work, dk, dv, workspace, hopper)
+        _hopper(hopper).dkdv(walk, offsets, columns, indices, work, dk, dv, workspace, size)
     else:
         launch(
             _dkdv,

@@ -57,6 +57,9 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.machine, self.data.permute(order))
 
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.machine, self.data.narrow(dim, start, length))
+
     def overlaps(self, other: Shared) -> bool:
         """Whether both name some of the same memory; views are contiguous up to a transposition."""
         if self.data.untyped_storage().data_ptr() != other.data.untyped_storage().data_ptr():
@@ -143,7 +146,8 @@ class Descriptor:
         demand(max(given.block_shape) <= LARGEST_BOX, f"a box of {given.block_shape}")
         steps = [n * given.base.element_size() for n in given.strides[:-1]]
         demand(all(n > 0 and n % 16 == 0 for n in steps), f"strides of {steps} bytes")
-        self.block_type = types.SimpleNamespace(nbytes=math.prod(given.block_shape) * given.base.element_size())
+        nbytes = math.prod(given.block_shape) * given.base.element_size()
+        self.block_type = types.SimpleNamespace(nbytes=nbytes, shape=given.block_shape)
 
     def box(self, coordinates: list[Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """The part of the array that a box covers, and that part's place in the box."""
@@ -234,7 +238,7 @@ class Machine:
         data = torch.zeros(buffer.shape, dtype=buffer.data.dtype)  # what is out of range arrives as zero
         outside, inside = array.box(coordinates)
         data[inside] = array.array[outside]
-        buffer.data.fill_(math.nan)
+        buffer.data.fill_(math.nan if buffer.data.is_floating_point() else torch.iinfo(buffer.data.dtype).min)
         self.barrier(at).copies.append((buffer, data))
         self.crew.wake()
 

@@ -1,7 +1,6 @@
 """The Hopper kernels of dq, dk and dv, run by the simulator: against float64, and with bugs planted that must be seen."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,28 +8,29 @@ from typing import Any
 
 import pytest
 import torch
-from tolerance import assert_as_good
-from torch import Tensor
 
 from flexsparse.compile_passes.templates import columns as columns_
-from flexsparse.compile_passes.templates import hopper_backward, hopper_backward_columns, hopper_backward_rows, tuned
-from flexsparse.compile_passes.templates.attention_common import Blocks, flags
-from flexsparse.compile_passes.templates.backward import backward, backward_reference
-from flexsparse.compile_passes.templates.forward import forward, forward_reference
-from flexsparse.compile_passes.templates.launch import LOG2E, count_launches
-from flexsparse.compile_passes.templates.lists import ascending_reference, transpose_reference
-from flexsparse.compile_passes.templates.rows import dense_rows
-from flexsparse.compile_passes.templates.walks import Walk, add_pieces_reference
+from flexsparse.compile_passes.templates import (
+    hopper_backward,
+    hopper_backward_columns,
+    hopper_backward_rows,
+    hopper_specialized,
+    tuned,
+)
+from flexsparse.compile_passes.templates.attention_common import Blocks
+from flexsparse.compile_passes.templates.backward import backward
+from flexsparse.compile_passes.templates.forward import forward
+from flexsparse.compile_passes.templates.launch import count_launches
 
-from .attention_cases import MEMORY, Case, Problem, build, in_memory, oracle
+from .attention_cases import MEMORY, Case, Problem, build, in_memory
 from .gluon_simulator import simulate
 from .gluon_values import Hazard
 from .hopper_backward_bugs import COLUMN_BUGS, ROW_BUGS
+from .hopper_backward_runs import NAMES, SMALL, check, far_below_zero, run, saved
 from .hopper_bugs import Bug
 from .planted import mutated
 
 BF16, FP16 = torch.bfloat16, torch.float16
-SMALL = Case(query_rows=64, slots=64, D=64, dtype=BF16)
 ONE, TWO = (Blocks(rows=64, keys=64, num_warps=4, num_stages=stages) for stages in (1, 2))
 LONG = Blocks(rows=128, keys=64, num_warps=8, num_stages=2)
 TALL = Blocks(rows=64, keys=128, num_warps=8, num_stages=2)
@@ -55,7 +55,6 @@ CASES = [
     (replace(SMALL, query_rows=64, slots=128, D=128, **EVERYTHING), TWO, TALL),
     (replace(SMALL, query_rows=256, slots=256, N=2, M=2, partial=True, first=1, density=0.6), LONG, TALL),
 ]
-NAMES = ("dq", "dk", "dv")
 
 
 @pytest.fixture(autouse=True)
@@ -68,57 +67,6 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels that only a GPU runs go to the simulator."""
     monkeypatch.setattr(hopper_backward, "launch", simulate)
     yield
-
-
-def saved(problem: Problem, with_lse_gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Natural log-sum-exp, and what the plain kernel `_delta` makes of it and of the output, which is rounded."""
-    out, lse = forward_reference(*problem.tensors, **problem.keywords)
-    estimate = (problem.grad_out.float() * out.float()).sum(-1)
-    if with_lse_gradient:
-        estimate -= problem.grad_lse
-    return lse, torch.where(lse == -math.inf, math.inf, lse * LOG2E), estimate
-
-
-def run(
-    problem: Problem, rows: Blocks, columns: Blocks, most: int = 0, with_lse_gradient: bool = False
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients by name, and the log-sum-exp; split columns have at most so many pieces together."""
-    case = problem.case
-    lse, lse_log2, estimate = saved(problem, with_lse_gradient)
-    given = problem.keywords
-    arrays = {name: dense_rows(getattr(problem, name)) for name in ("grad_out", "q", "k", "v")}
-    geometry = [given[name] for name in ("query_rows", "kv_video", "slots", "partial")]
-    constants = {"GROUP": case.H // case.G, **flags(problem.q, problem.k, problem.bits, *geometry)}
-    saved_ = {"lse_log2": lse_log2, "counts": problem.counts, "kv_counts": problem.kv_counts}
-    saved_ |= {"delta": torch.empty_like(estimate), "estimate": estimate}
-    grad_lse = problem.grad_lse if with_lse_gradient else None
-    walk = Walk(rows=arrays, **saved_, grad_lse=grad_lse, constants=constants, **given)
-    lists = (problem.bits, problem.counts, case.M, given["capacity"])
-    dq = hopper_backward.dq(walk, ascending_reference(*lists), rows)
-    offsets, lengths, indices = transpose_reference(*lists)
-    B, G, U = problem.k.shape[0], case.G, problem.kv_counts.shape[1]
-    tiles = {"group": case.H // G, "U": U, "query_tiles": case.first + case.N + case.last, "N": case.N}
-    work = columns_.pieces_reference(lengths, kv_first=case.kv_first, most=most, **tiles)
-    dk, dv = torch.empty_like(arrays["k"]), torch.empty_like(arrays["v"])
-    workspace = torch.empty(2, B, G, most, case.slots, case.D) if most else None
-    hopper_backward.dkdv(walk, offsets, lengths, indices, work, dk, dv, workspace, columns)
-    if workspace is not None:
-        assert bool((work[..., 3] > 1).any()), "no column was split"
-        add_pieces_reference(work, workspace, dk, dv, given["scale"])
-    return {"dq": dq, "dk": dk, "dv": dv}, lse
-
-
-def check(problem: Problem, rows: Blocks, columns: Blocks, most: int = 0, with_lse_gradient: bool = False) -> None:
-    found, lse = run(problem, rows, columns, most, with_lse_gradient)
-    q, k, v, *rest = problem.tensors
-    grad_lse = problem.grad_lse if with_lse_gradient else None
-    reference = backward_reference(problem.grad_out, grad_lse, q, k, v, q, lse, *rest, **problem.keywords)
-    expected = oracle(problem, with_lse_gradient).values
-    for name, twin in zip(NAMES, reference):
-        assert twin is not None
-        assert_as_good(found[name], twin, expected[name], name)
-    past = problem.k.isnan()
-    assert bool((found["dk"][past] == 0).all()) and bool((found["dv"][past] == 0).all()), "dk or dv past a count"
 
 
 @pytest.mark.parametrize(
@@ -153,12 +101,6 @@ def test_gradient_of_the_log_sum_exp(magnitude: float) -> None:
 def test_columns_in_pieces(case: Case, columns: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns_, "SHORTEST", 1)
     check(build(case), ONE, columns, most=16)
-
-
-def far_below_zero() -> Problem:
-    """All logits are so low that a weight of a slot past a count, whose logit would be 0, overflows."""
-    problem = build(replace(SMALL, D=128, partial=True, kv_last=1, magnitude=4.0))
-    return replace(problem, q=problem.q.abs(), k=-problem.k.abs())
 
 
 def test_weights_past_a_count_may_be_infinite() -> None:
@@ -225,8 +167,8 @@ def test_batch_of_no_samples() -> None:
         ({}, replace(ONE, num_warps=8), None, "16 to a warp, and 64 slots, not 64 x 64 on 8 warps"),
         ({"query_rows": 128, "slots": 128}, None, LONG, "takes 64 rows and 64 or 128 slots, .*, not 128 x 64"),
         ({"slots": 128}, Blocks(rows=64, keys=128, num_warps=4, num_stages=1), None, "and 64 slots, not 64 x 128"),
-        ({}, replace(ONE, num_stages=3), None, "1 or 2 stages, not 3"),
-        ({}, None, replace(ONE, num_stages=3), "1 or 2 stages, not 3"),
+        ({}, replace(ONE, num_stages=3), None, "1 to 2 stages, not 3"),
+        ({}, None, replace(ONE, num_stages=3), "1 to 2 stages, not 3"),
     ],
 )
 def test_refusals_say_why(changes: dict[str, Any], rows: Blocks | None, columns: Blocks | None, words: str) -> None:
@@ -239,10 +181,12 @@ def test_refusals_say_why(changes: dict[str, Any], rows: Blocks | None, columns:
             run(problem, rows or fit, columns or fit)
 
 
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(("kernel", "split"), [("hopper", False), ("hopper", True), ("hopper_specialized", True)])
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_the_backward_goes_to_the_kernels_that_are_chosen(split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backward_goes_to_the_kernels_that_are_chosen(
+    kernel: str, split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = replace(SMALL, dtype=FP16, H=2, G=1, popular=True, partial=True, kv_last=1, first=1, gated=True)
     problem = build(case)
     out, lse = forward(*problem.tensors, **problem.keywords)
@@ -256,17 +200,19 @@ def test_the_backward_goes_to_the_kernels_that_are_chosen(split: bool, monkeypat
         simulate(kernel, *args, **meta)
 
     monkeypatch.setattr(hopper_backward, "launch", simulated_launch)
+    monkeypatch.setattr(hopper_specialized, "launch", simulated_launch)
     monkeypatch.setattr(tuned, "arch_of", lambda x: "sm_90a")
     if split:
         monkeypatch.setattr(columns_, "SHORTEST", 1)
-    choices = [tuned.candidates("sm_90a", FP16, 64, 64, 64, op)[1] for op in ("dq", "dkdv")]
+    every = [tuned.candidates("sm_90a", FP16, 64, 64, 64, op) for op in ("dq", "dkdv")]
+    choices = [next(choice for choice in found if choice.kernel == kernel) for found in every]
     for used in ([choices[0]], [choices[1]], choices):
         launched.clear()
         with contextlib.ExitStack() as stack, count_launches() as names:
             for choice in used:
                 stack.enter_context(tuned.using(choice))
             found = backward(*arguments, **problem.keywords)
-        assert launched == [f"hopper_{x.op} {x.num_stages} {split if x.op == 'dkdv' else None}" for x in used]
+        assert launched == [f"{kernel}_{x.op} {x.num_stages} {split if x.op == 'dkdv' else None}" for x in used]
         assert ("_dq" in names) == (choices[0] not in used) and ("_dkdv" in names) == (choices[1] not in used)
         assert ("_add_pieces" in names) == split
         for one, other in zip(found, plain):

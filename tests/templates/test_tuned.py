@@ -10,14 +10,21 @@ import torch
 
 import flexsparse as fs
 from flexsparse.compile_passes.templates import forward as template
-from flexsparse.compile_passes.templates import hopper_backward, hopper_forward, hopper_pairs, pair_lists, tuned
+from flexsparse.compile_passes.templates import (
+    hopper_backward,
+    hopper_forward,
+    hopper_pairs,
+    hopper_specialized,
+    pair_lists,
+    tuned,
+)
 from flexsparse.compile_passes.templates.tuned import (
     OPS,
     Choice,
     arch_of,
     candidates,
     chosen,
-    hopper_blocks,
+    hopper_choice,
     using,
     write_table,
 )
@@ -30,6 +37,7 @@ SHAPE: tuple[Any, ...] = ("sm_90a", BF16, 128, 64, 64)
 ROW = {"arch": "sm_90a", "dtype": "bf16", "D": 128, "query_rows": 64, "slots": 64}
 HOPPER = Choice(kernel="hopper", rows=64, keys=64, num_warps=4, num_stages=1)
 PAIRS = Choice(kernel="hopper_pairs", rows=64, keys=64, num_warps=4, num_stages=6)
+SPECIALIZED = Choice(op="dkdv", kernel="hopper_specialized", rows=64, keys=64, num_warps=4, num_stages=2)
 BACKWARD = {op: Choice(op=op, kernel="hopper", rows=64, keys=64, num_warps=4, num_stages=2) for op in ("dq", "dkdv")}
 
 
@@ -77,15 +85,17 @@ def test_candidates_begin_with_the_default_and_divide_their_tiles(
 @pytest.mark.parametrize("D", [32, 64, 128, 256])
 @pytest.mark.parametrize("op", ["dq", "dkdv"])
 def test_candidates_of_the_backward(arch: str | None, dtype: torch.dtype, D: int, op: str, table: Path) -> None:
-    refuses = hopper_backward.dq_refuses if op == "dq" else hopper_backward.dkdv_refuses
+    modules = {"hopper": hopper_backward, "hopper_specialized": hopper_specialized}
+    refuses = {kernel: module.dq_refuses if op == "dq" else module.dkdv_refuses for kernel, module in modules.items()}
     for query_rows in (16, 64, 128, 256):
         for slots in (16, 64, 128, 256):
             plain, *rest = candidates(arch, dtype, D, query_rows, slots, op)
             assert plain == Choice(op=op, kernel="triton") == chosen(arch, dtype, D, query_rows, slots, op)
             wanted = arch == "sm_90a" and dtype != torch.float32 and D in (64, 128) and min(query_rows, slots) >= 64
             assert bool(rest) == wanted and len({plain, *rest}) == 1 + len(rest)
-            assert all((x.op, x.kernel, x.source) == (op, "hopper", None) for x in rest)
-            assert all(refuses(dtype, D, query_rows, slots, x.blocks) is None for x in rest)
+            assert all((x.op, x.source) == (op, None) for x in rest)
+            assert {x.kernel for x in rest} == (set(modules) if wanted else set())
+            assert all(refuses[x.kernel](dtype, D, query_rows, slots, x.blocks) is None for x in rest)
             assert all(Choice(**json.loads(json.dumps(x.config()))) == x for x in (plain, *rest))
 
 
@@ -111,13 +121,16 @@ def test_the_hopper_backward_runs_where_it_is_chosen_and_nowhere_else(
 ) -> None:
     q = torch.zeros(1, 1, 64, 128, dtype=BF16)
     write_table([ROW | BACKWARD["dq"].config()], "h200/tune.json", table)
-    assert hopper_blocks("dq", q, 64, 64) is None, "a CPU is no row of the table"
+    assert hopper_choice("dq", q, 64, 64) is None, "a CPU is no row of the table"
     with using(BACKWARD["dkdv"]), pytest.raises(ValueError, match="kernel of dkdv is forced on a CPU tensor"):
-        hopper_blocks("dkdv", q, 64, 64)
+        hopper_choice("dkdv", q, 64, 64)
     monkeypatch.setattr(tuned, "arch_of", lambda x: "sm_90a")
-    assert hopper_blocks("dq", q, 64, 64) == BACKWARD["dq"].blocks
-    assert hopper_blocks("dkdv", q, 64, 64) is None and hopper_blocks("dq", q.half(), 64, 64) is None
-    assert hopper_blocks("dq", q[..., :64], 64, 64) is None and hopper_blocks("dq", q, 128, 64) is None
+    found = hopper_choice("dq", q, 64, 64)
+    assert found is not None and found.config() == BACKWARD["dq"].config()
+    assert hopper_choice("dkdv", q, 64, 64) is None and hopper_choice("dq", q.half(), 64, 64) is None
+    assert hopper_choice("dq", q[..., :64], 64, 64) is None and hopper_choice("dq", q, 128, 64) is None
+    with using(SPECIALIZED):
+        assert hopper_choice("dkdv", q, 64, 64) is SPECIALIZED
 
 
 def test_what_was_measured_is_chosen_for_its_shape_alone(table: Path) -> None:
@@ -151,6 +164,8 @@ def test_rows_that_cannot_be_written(table: Path) -> None:
         write_table([ROW | HOPPER.config() | {"op": "backward"}], "a", table)
     with pytest.raises(ValueError, match="'hopper_pairs' computes forward, not dq"):
         write_table([ROW | PAIRS.config() | {"op": "dq"}], "a", table)
+    with pytest.raises(ValueError, match="'hopper_specialized' computes dq or dkdv, not forward"):
+        write_table([ROW | SPECIALIZED.config() | {"op": "forward"}], "a", table)
     with pytest.raises(ValueError, match="the plain kernel of dq finds its own blocks"):
         write_table([ROW | HOPPER.config() | {"op": "dq", "kernel": "triton"}], "a", table)
     with pytest.raises(ValueError, match="give positive numbers"):
