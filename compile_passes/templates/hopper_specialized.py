@@ -58,9 +58,10 @@ def dq_sizes(D: int, query_rows: int, slots: int) -> list[Blocks]:
 
 
 def dkdv_sizes(D: int, query_rows: int, slots: int) -> list[Blocks]:
-    """As `dq_sizes`, of `dkdv`."""
-    found = [Blocks(rows=64, keys=n, num_warps=n // 16, num_stages=_stages(D, n)) for n in (64, 128)]
-    return [size for size in found if dkdv_refuses(torch.bfloat16, D, query_rows, slots, size) is None]
+    """As `dq_sizes`, of `dkdv`; tiles of 128 slots are not halved, for which one full tile's configuration spills."""
+    n = 64 if slots % 128 else 128
+    size = Blocks(rows=64, keys=n, num_warps=n // 16, num_stages=_stages(D, n))
+    return [size] if dkdv_refuses(torch.bfloat16, D, query_rows, slots, size) is None else []
 
 
 def _stages(D: int, length: int) -> int:
