@@ -78,7 +78,7 @@ ATTENTION = (
     Mutation(
         "what the way back makes is copied by the model",
         "packing.py",
-        "return x.is_cuda and bool(",
+        "return ops.on_gpu(x) and bool(",
         "return False and bool(",
         ("compile_passes/test_bsa_launches.py",),
     ),
