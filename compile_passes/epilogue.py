@@ -6,7 +6,6 @@ Shape letters: B batch, H query heads, N query tiles, R query rows, S tokens, D 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from flexsparse.compile_passes.gathers import IDENTITIES, restride, same_table, taken
+from flexsparse.compile_passes.gathers import plain, readers, restride, same_table, taken
 from flexsparse.compile_passes.graphs import value_of
 from flexsparse.compile_passes.views import CASTS, COPIES, aten, is_op, shape_of
 
@@ -64,9 +63,9 @@ def find_epilogue(out: Node, rows: int, slots: Node | None = None, first: int = 
         None where anything reads ``out`` but the sum and `tile_attention_backward`; in float32 also where that does: it takes
         the output as it is, and would have to correct delta by a product more where a gate was added.
     """
-    readers = list(_readers(out))
-    backward = [user for user in readers if user.target is BACKWARD and _plain(user.args[5]) is out]
-    others = [user for user in readers if user not in backward]
+    seen = list(readers(out))
+    backward = [user for user in seen if user.target is BACKWARD and plain(user.args[5]) is out]
+    others = [user for user in seen if user not in backward]
     if len(others) != 1 or any(each.args[7] is not None for each in backward):
         return None
     if backward and value_of(out).dtype not in (torch.bfloat16, torch.float16):
@@ -113,7 +112,7 @@ def combine(graph: Graph, out: Node, found: Epilogue | None) -> bool:
     node.args = (*node.args[:3], found.coarse, found.gate, *node.args[5:])
     found.total.replace_all_uses_with(out)
     for each in found.backward:
-        grad = _plain(each.args[0])
+        grad = plain(each.args[0])
         each.args = (*each.args[:7], found.coarse, found.gate, *each.args[9:])
         with value_of(grad).fake_mode:
             each.meta["val"] = each.target(*torch.fx.map_arg(each.args, value_of))
@@ -195,28 +194,12 @@ def _are(sizes: Any, expected: Any) -> bool:
 
 def _product(a: Node, b: Node) -> Node | None:
     """The one product of two nodes."""
-    both = [x for x in _readers(a) if is_op(x, aten.mul.Tensor) and {*map(_plain, x.args)} == {_plain(a), _plain(b)}]
+    both = [x for x in readers(a) if is_op(x, aten.mul.Tensor) and {*map(plain, x.args)} == {plain(a), plain(b)}]
     return both[0] if len(both) == 1 else None
 
 
 def _is_zeros(node: Any) -> bool:
     return is_op(node, *_ZEROS) or (is_op(node, aten.full.default) and node.args[1] == 0)
-
-
-def _plain(node: Any) -> Any:
-    """A node without the identities around it."""
-    while is_op(node, *IDENTITIES):
-        node = node.args[0]
-    return node
-
-
-def _readers(node: Node) -> Iterator[Any]:
-    """Who reads a node, through identities."""
-    for user in node.users:
-        if is_op(user, *IDENTITIES):
-            yield from _readers(user)
-        else:
-            yield user
 
 
 def _coarse_of(node: Any, rows: int, slots: Node | None, first: int) -> Node | None:

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from flexsparse.compile_passes import epilogue, gathers
 from flexsparse.compile_passes.epilogue import combine, find_epilogue
-from flexsparse.compile_passes.gathers import gathered, restride, same_table
+from flexsparse.compile_passes.gathers import gathered, plain, readers, restride, same_table
 from flexsparse.compile_passes.graphs import finish, graph_modules, value_of
 from flexsparse.compile_passes.lower_flex import CALL_NAME
-from flexsparse.compile_passes.views import aten, is_op
+from flexsparse.compile_passes.views import is_op
 
 ops = torch.ops.flexsparse
 FORWARD, BACKWARD, TILE = (
@@ -28,7 +28,6 @@ FORWARD, BACKWARD, TILE = (
     ops.tile_attention_backward.default,
     ops.tile_tokens.default,
 )
-SAME = (aten.detach.default, aten.alias.default)
 
 
 class NotFolded(Exception):
@@ -253,22 +252,6 @@ def _renew(node: Any) -> None:
         if is_op(user, operator.getitem):
             user.meta["val"] = found[user.args[1]]
             user.meta.pop("tensor_meta", None)
-
-
-def plain(node: Any) -> Any:
-    """A node without the identities around it."""
-    while is_op(node, *SAME):
-        node = node.args[0]
-    return node
-
-
-def readers(node: Node) -> Iterator[Any]:
-    """Who reads a node, through identities."""
-    for user in node.users:
-        if is_op(user, *SAME):
-            yield from readers(user)
-        else:
-            yield user
 
 
 def results_of(node: Node, index: int) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,13 +18,23 @@ IDENTITIES = (aten.detach.default, aten.alias.default)
 
 def same_table(a: Any, b: Any) -> bool:
     """Whether two nodes are one table."""
-    return same(_plain(a), _plain(b))
+    return same(plain(a), plain(b))
 
 
-def _plain(node: Any) -> Any:
+def plain(node: Any) -> Any:
+    """A node without the identities around it."""
     while is_op(node, *IDENTITIES):
         node = node.args[0]
     return node
+
+
+def readers(node: Node) -> Iterator[Any]:
+    """Who reads a node, through identities."""
+    for user in node.users:
+        if is_op(user, *IDENTITIES):
+            yield from readers(user)
+        else:
+            yield user
 
 
 def gathered(node: Any, table: Node, padded: bool) -> Node | None:
@@ -31,7 +42,7 @@ def gathered(node: Any, table: Node, padded: bool) -> Node | None:
 
     A table that is padded may be taken as it is where the graph knows that it has no -1.
     """
-    node = _plain(node)
+    node = plain(node)
     if padded:
         inner = _zeroed(node, table)
         if inner is not None:
@@ -99,9 +110,9 @@ def restride(graph: Graph, node: Node, before: Tensor) -> None:
     try:
         renewed = _below(graph, node)
     except (RuntimeError, ValueError):
-        readers = list(node.users)
+        users = list(node.users)
         copy = _copy_lying_as(graph, node, before)
-        for user in readers:
+        for user in users:
             user.replace_input_with(node, copy)
         return
     for each, value in renewed.items():

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from flexsparse.compile_passes import epilogue
+from flexsparse.compile_passes import epilogue, gathers
 from flexsparse.compile_passes.epilogue import combine, find_epilogue
 from flexsparse.compile_passes.graphs import finish, graph_modules, is_attribute
 from flexsparse.ops.tile_attention import result_like, templates_refuse
@@ -71,7 +71,7 @@ class LowerFlex(CustomGraphPass):
 
     def uuid(self) -> str:
         """Hash of this pass's source and parameters, for caches of compiled graphs."""
-        source = "".join(map(inspect.getsource, (sys.modules[__name__], epilogue, tile_mask_mod)))
+        source = "".join(map(inspect.getsource, (sys.modules[__name__], epilogue, gathers, tile_mask_mod)))
         return hashlib.sha256(f"{source}{inspect.getsource(self.supports)}".encode()).hexdigest()
 
     def __call__(self, graph: Graph) -> None:
