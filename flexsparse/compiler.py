@@ -29,7 +29,7 @@ from flexsparse.compile_passes.fusion_guard import InOrder, compile_eagerly, com
 from flexsparse.grids import Geometry
 from flexsparse.layout import TileLayout, axes_of
 from flexsparse.masks.base import MaskBuilder, StaticBuilder
-from flexsparse.reporting import Call, Report
+from flexsparse.reporting import Call, Report, density_of
 from flexsparse.rules import BuilderRules
 
 DENSE = "dense_layers, or the builder's rules, leave it dense"
@@ -145,7 +145,7 @@ class Backend:
         if geometry is not None:
             numbers = tuple(size if isinstance(size, int) else int(size.node.hint) for size in geometry)
             layouts = self.layouts_of(numbers)  # type: ignore[arg-type]
-            density = _with_text(_nominal_density(builder, *layouts), layouts[0])
+            density = density_of(builder, *layouts)
         return Call(name=name, sparse=True, reason=chosen[1], backend=chosen[0], shape=shape, density=density)
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
@@ -295,22 +295,6 @@ def no_match(model: str, layout: TileLayout | None, seen: Report) -> str:
         f"flexsparse found no attention in {model} to make sparse: it looks for scaled_dot_product_attention of the video's "
         f"tokens among themselves{expected} without a mask over them. Check grid=, text_first= and text_last=. Seen:\n{calls}"
     )
-
-
-def _nominal_density(builder: Any, layout: TileLayout, kv_layout: TileLayout) -> float:
-    """What a builder says of its density; NaN for one of a user's own that says nothing."""
-    if not hasattr(builder, "nominal_density"):
-        return math.nan
-    try:
-        return float(builder.nominal_density(layout, kv_layout))
-    except NotImplementedError:  # a MaskBuilder need not have it either
-        return math.nan
-
-
-def _with_text(density: float, layout: TileLayout) -> float:
-    """A density among video tokens, over all tokens: the extra ones attend to everything and are attended to."""
-    video, every = layout.num_tokens, layout.seq_len
-    return (density * video**2 + every**2 - video**2) / every**2
 
 
 def _is_whole_call() -> bool:

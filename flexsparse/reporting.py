@@ -6,6 +6,9 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
+
+from flexsparse.layout import TileLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,3 +135,18 @@ class Report:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def density_of(builder: Any, layout: TileLayout, kv_layout: TileLayout) -> float:
+    """Share of token pairs that a builder says it asks for; NaN for one of a user's own that says nothing.
+
+    Extra tokens are counted: they attend to everything and are attended to.
+    """
+    if not hasattr(builder, "nominal_density"):
+        return math.nan
+    try:
+        density = float(builder.nominal_density(layout, kv_layout))
+    except NotImplementedError:  # a MaskBuilder need not have it either
+        return math.nan
+    video, every = layout.num_tokens, layout.seq_len
+    return (density * video**2 + every**2 - video**2) / every**2
