@@ -126,7 +126,8 @@ def _take_gradients(graph: Graph, node: Any, grad: Node, found: Epilogue) -> Non
     A gradient that looks otherwise, or is read before it could be made, is left as it is.
     """
     for index, old in ((4, _gate_gradient(grad, found)), (3, _coarse_gradient(grad, found))):
-        if old is None or _sizes(old) != (value_of(node)[index].shape, value_of(node)[index].dtype):
+        given = value_of(node)[index]
+        if old is None or value_of(old).dtype != given.dtype or not _are(shape_of(old), given.shape):
             continue
         place = {each: i for i, each in enumerate(graph.nodes)}
         first = min((place[user] for user in old.users), default=len(place))
@@ -140,7 +141,7 @@ def _take_gradients(graph: Graph, node: Any, grad: Node, found: Epilogue) -> Non
         with graph.inserting_after(node):
             new = graph.call_function(operator.getitem, (node, index))
         new.meta = {key: item for key, item in node.meta.items() if key != "tensor_meta"}
-        new.meta["val"] = value_of(node)[index]
+        new.meta["val"] = given
         example = value_of(old)
         old.replace_all_uses_with(new)
         restride(graph, new, example)
