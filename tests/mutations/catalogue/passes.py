@@ -88,6 +88,27 @@ PASSES = (
         ("compile_passes/test_as_on_gpu.py",),
     ),
     Mutation(
+        "coarse gradient of text kept, of video cut",
+        "compile_passes/epilogue.py",
+        "[0, 0, -found.first]",
+        "[0, 0, found.first]",
+        ("compile_passes/test_fold_tiling.py::test_text_has_no_coarse_output",),
+    ),
+    Mutation(
+        "coarse output added by the kernel and after it",
+        "attention.py",
+        "added, gate = (coarse_out, gate), None",
+        "added = (coarse_out, gate)",
+        ("backends/test_raster.py",),
+    ),
+    Mutation(
+        "coarse gradient of the next tile, uncompiled",
+        "gated.py",
+        "return d_gate, layout.video(rows).sum(-2), None, None",
+        "return d_gate, layout.video(rows).roll(1, 2).sum(-2), None, None",
+        ("test_nn.py", "test_attention.py"),
+    ),
+    Mutation(
         "any broadcast passes for the coarse output",
         "compile_passes/epilogue.py",
         "return node if alike else None",
