@@ -224,7 +224,8 @@ def cpu() -> Preset:
 
     The main methods are trained on to 2,880 steps: on the first runs, dense models of different seeds began to use attention at
     very different steps, so that their gaps were wide apart when the shorter runs ended. That is also what tells equal FLOPs
-    there: dense's curve is read at the FLOPs of a sparse run's last step. The larger size trains sparse ones for longer.
+    there: dense's curve is read at the FLOPs of a sparse run's last step. The larger size trains sparse ones for longer, for
+    equal FLOPs, and then dense ones and the floor as long, for equal steps.
     """
     small = Maker(size=SMALL, steps=960, every=120, known=methods(8))
     base = Maker(size=BASE, steps=240, every=80, known=methods(8))
@@ -245,7 +246,9 @@ def cpu() -> Preset:
         *small.runs(PARTS, all_seeds, "parts"),
         *small.runs(RULES, all_seeds, "bsa"),
         *odd.runs(tuple(odd.known), all_seeds, "grid"),
+        *base.runs(("own_tile",), all_seeds, "main"),
         *base.longer(all_seeds),
+        *base.runs((ANCHOR, "own_tile"), all_seeds, "main", 960),
         *base.probes(MAIN, all_seeds),
     ]
     return Preset(name="cpu", items=tuple(items))
