@@ -1,7 +1,7 @@
 """The template kernels as the compiler sees them, without a GPU: `python -m bench.kernels --offline`.
 
-Exit code 1 where a configuration that `backend="auto"` may choose spills registers, has serialised wgmma instructions
-or takes more shared memory than there is, and where any configuration does not compile.
+Exit code 1 where a configuration that `backend="auto"` may choose spills registers or has serialised wgmma instructions,
+and where any configuration does not compile or takes more shared memory than there is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--offline", action="store_true", help="compile without a GPU and report what ptxas says")
     parser.add_argument("--json", action="store_true", help="a JSON list instead of a table")
     parser.add_argument(
-        "--arch", nargs="+", type=arch, default=["sm_90a"], metavar="ARCH", help="sm_80, sm_90a (default), sm_100a"
+        "--arch", nargs="+", type=arch, default=["sm_90a"], metavar="ARCH", help=f"{', '.join(ARCHS)} (default: sm_90a)"
     )
     parser.add_argument("--long-tail", action="store_true", help="also what backend='auto' does not choose")
     parser.add_argument(

@@ -25,12 +25,35 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).resolve().parents[1] / "compile_passes" / "templates"
 PACKAGE = "flexsparse.compile_passes.templates"
 
-# as Triton names them: compute capability, and bytes of shared memory that one program can have
-ARCHS = {"sm_80": (80, 166912), "sm_90a": (90, 232448), "sm_100a": (100, 232448)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arch:
+    """What an SM of one architecture has (CUDA C++ Programming Guide, technical specifications per compute capability).
+
+    Attributes:
+        capability: compute capability, ten times.
+        shared_bytes: shared memory that one program can have.
+        threads: threads that an SM holds at once.
+    """
+
+    capability: int
+    shared_bytes: int
+    threads: int
+
+
+ARCHS = {
+    "sm_80": Arch(capability=80, shared_bytes=166912, threads=2048),
+    "sm_86": Arch(capability=86, shared_bytes=101376, threads=1536),
+    "sm_89": Arch(capability=89, shared_bytes=101376, threads=1536),
+    "sm_90a": Arch(capability=90, shared_bytes=232448, threads=2048),
+    "sm_100a": Arch(capability=100, shared_bytes=232448, threads=2048),
+    "sm_120a": Arch(capability=120, shared_bytes=101376, threads=1536),
+}
+"""As Triton names them: A100, RTX 30, RTX 40 and L40S, H100 and H200, B200, RTX 50."""
 
 # of one SM of each of these; a thread's registers are counted in eights
 SM_REGISTERS = 65536
-SM_THREADS = 2048
 RESERVED_BYTES = 1024  # of shared memory, for every program
 
 ERROR_LENGTH = 400
@@ -116,8 +139,8 @@ def ptxas_facts(log: str) -> dict[str, Any]:
 def programs(registers: int, shared_bytes: int, num_warps: int, arch: str) -> int:
     """How many programs an SM holds at once; 0 where one needs more than there is."""
     by_registers = SM_REGISTERS // (-(-registers // 8) * 8 * 32 * num_warps)
-    by_memory = (ARCHS[arch][1] + RESERVED_BYTES) // (shared_bytes + RESERVED_BYTES)
-    return min(by_registers, by_memory, SM_THREADS // (32 * num_warps))
+    by_memory = (ARCHS[arch].shared_bytes + RESERVED_BYTES) // (shared_bytes + RESERVED_BYTES)
+    return min(by_registers, by_memory, ARCHS[arch].threads // (32 * num_warps))
 
 
 def compiled_kernel(task: Compilation, arch: str) -> tuple[Any, str]:
@@ -150,7 +173,7 @@ def compiled_kernel(task: Compilation, arch: str) -> tuple[Any, str]:
         triton.knobs.compilation.always_compile = True
         compiled = triton.compile(
             source,
-            target=GPUTarget("cuda", ARCHS[arch][0], 32),
+            target=GPUTarget("cuda", ARCHS[arch].capability, 32),
             options={"num_warps": task.num_warps, "num_stages": task.num_stages, **getattr(task, "options", {})},
         )
     return compiled, log.getvalue()
@@ -182,18 +205,16 @@ def compile_row(task: Compilation, arch: str) -> Row:
 
 
 def finding(row: Row) -> list[str]:
-    """What is wrong with a row that `auto` may choose: one line each."""
-    if not row["auto"]:
-        return []
+    """What is wrong with a row, one line each: what cannot be launched, and what `auto` may choose and is slow."""
     name = describe(row["kernel"], row["config"], row["arch"])
-    limit = ARCHS[row["arch"]][1]
+    limit = ARCHS[row["arch"]].shared_bytes
     found = []
-    if row["spill_bytes"]:
-        found.append(f"{name}: spills {row['spill_bytes']} bytes")
-    if row["serialized"]:
-        found.append(f"{name}: its wgmma instructions are serialized")
     if row["shared_bytes"] > limit:
         found.append(f"{name}: needs {row['shared_bytes']} bytes of shared memory, {row['arch']} has {limit}")
+    if row["auto"] and row["spill_bytes"]:
+        found.append(f"{name}: spills {row['spill_bytes']} bytes")
+    if row["auto"] and row["serialized"]:
+        found.append(f"{name}: its wgmma instructions are serialized")
     return found
 
 
