@@ -26,7 +26,6 @@ TEMPLATES = Path(__file__).resolve().parents[1] / "compile_passes" / "templates"
 PACKAGE = "flexsparse.compile_passes.templates"
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Arch:
     """What an SM of one architecture has (CUDA C++ Programming Guide, technical specifications per compute capability).

@@ -192,8 +192,9 @@ def coarse_dkv_kernel(
 def config(D: int) -> tuple[dict[str, int], dict[str, int]]:
     """Block sizes and launch options of the dq kernel, and of the other one."""
     common = {"D_HALF": half_of(D), "num_warps": 4}
-    # 3xTF32 holds its operands twice: larger blocks would spill, and so would prefetching for dk and dv of a wide head
-    dq = {**common, "ROWS": 16, "COLUMNS": 32, "num_stages": 3}
+    # 3xTF32 holds its operands twice: larger blocks would spill, and so would prefetching for dk and dv of a wide head;
+    # dq's would take more than the 99 KiB of some GPUs
+    dq = {**common, "ROWS": 16, "COLUMNS": 32, "num_stages": 3 if D <= 128 else 1}
     return dq, {**common, "ROWS": 32, "COLUMNS": 16, "num_stages": 3 if D <= 64 else 1}
 
 

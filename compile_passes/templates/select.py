@@ -174,7 +174,7 @@ def config(D: int, M: int) -> tuple[dict[str, int], dict[str, int]]:
         "COLUMNS": 32,
         "CHOICE_ROWS": choice_rows,
     }
-    return blocks, {"num_warps": warps, "num_stages": 2}
+    return blocks, {"num_warps": warps, "num_stages": 2 if D <= 128 else 1}  # else more than the 99 KiB of some GPUs
 
 
 def select(

@@ -148,6 +148,13 @@ def test_what_auto_may_choose_compiles_for_other_gpus(tmp_path: Path, arch: str)
     assert {row["arch"] for row in json.loads(done.stdout)} == {arch}
 
 
+@pytest.mark.slow
+def test_the_widest_heads_fit_gpus_of_99_kib(tmp_path: Path) -> None:
+    done = command(tmp_path, "--offline", "--json", "--long-tail", "--arch", "sm_89", "--only", "D=256")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)) > 10
+
+
 def test_spills_and_serialised_wgmma_are_errors_where_auto_may_choose_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
