@@ -16,6 +16,7 @@ from torch import Tensor
 import flexsparse as fs
 from bench.cases import DENSE, Case
 from bench.problem import RUN, Problem, make
+from flexsparse.checking.tolerance import complaint, rms
 
 
 @dataclass
@@ -31,30 +32,6 @@ class Verdict:
     error: dict[str, float] = field(default_factory=dict)
     checked_on: list[str] = field(default_factory=list)
     reason: str | None = None
-
-
-def rms(x: Tensor) -> float:
-    """Root mean square."""
-    return float(x.double().square().mean().sqrt())
-
-
-def complaint(actual: Tensor, reference: Tensor, oracle: Tensor) -> str | None:
-    """Why a result is worse than it should be; None where it is not.
-
-    Allowed is twice the error of a reference in the same precision that accumulates in float32, plus a rounding
-    band, in RMS and in the maximum: a wrong block shows in one of them, whatever its size.
-    """
-    if actual.shape != oracle.shape or actual.dtype != reference.dtype:
-        return f"is {actual.dtype} {tuple(actual.shape)}, not {reference.dtype} {tuple(oracle.shape)}"
-    if not bool(actual.isfinite().all()):
-        return "has values that are not finite"
-    eps = torch.finfo(actual.dtype).eps
-    own, allowed = (actual.double() - oracle), (reference.double() - oracle)
-    bound = 2 * rms(allowed) + eps / 8 * rms(oracle)
-    if not rms(own) <= bound:  # what is no number does not pass
-        return f"has RMS error {rms(own):.2e}, more than {bound:.2e}"
-    worst, bound = float(own.abs().max()), 2 * float(allowed.abs().max()) + eps / 2 * float(oracle.abs().max())
-    return None if worst <= bound else f"has maximal error {worst:.2e}, more than {bound:.2e}"
 
 
 def first_heads(selection: fs.TileSelection, heads: int) -> fs.TileSelection:

@@ -9,7 +9,7 @@ import torch
 from tolerance import complaint
 from torch import Tensor
 
-from bench.check import complaint as bench_complaint
+from flexsparse.checking.tolerance import complaint as own_complaint
 
 SCALES = (1.0, 4.0, 8.0, 16.0)
 B, H, S, D, BLOCK = 1, 2, 512, 32, 64
@@ -73,7 +73,7 @@ def test_what_is_not_finite_is_rejected_even_where_the_oracle_agrees() -> None:
 
 
 @pytest.mark.parametrize("where", ["oracle", "reference"])
-@pytest.mark.parametrize("rule", [complaint, bench_complaint])
+@pytest.mark.parametrize("rule", [complaint, own_complaint])
 def test_an_oracle_that_is_no_number_accepts_nothing(rule: Any, where: str) -> None:
     actual = torch.ones(2, 3)
     given = {"reference": actual.clone(), "oracle": actual.double()}

@@ -63,9 +63,3 @@ def copies(inputs: list[Tensor], l2_bytes: int, most: int = 8) -> list[list[Tens
     size = sum(x.numel() * x.element_size() for x in inputs)
     sets = 1 if size >= 2 * l2_bytes else min(most, math.ceil(2 * l2_bytes / size) + 1)
     return [inputs] + [[x.clone() for x in inputs] for _ in range(sets - 1)]
-
-
-def poison(shape: torch.Size, dtype: torch.dtype, device: torch.device, copies: int = 3) -> None:
-    """Fill freed memory of a size with NaN: an allocator hands it out next, so that what is not written shows."""
-    held = [torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in range(copies)]
-    del held

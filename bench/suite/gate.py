@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from bench.check import complaint, rms
 from bench.suite.contender import Contender
-from bench.suite.data import poison
+from flexsparse.checking.tolerance import complaint, poison, rms
 
 MOST_RELATIVE = 0.02
 """RMS error over RMS that others' kernels and a whole attention may have: half precision makes under 0.01, a lost tile 0.1."""
@@ -14,7 +13,7 @@ MOST_FLOAT32 = 1e-3
 def verdict(contender: Contender) -> tuple[dict[str, float], str | None]:
     """Relative errors by name, and what is wrong, None where nothing is.
 
-    Our own kernels are held to `bench.check.complaint`: twice the error of float32 rounded to the same dtype. Others
+    Our own kernels are held to `complaint`: twice the error of float32 rounded to the same dtype. Others
     (which round more in between) to `MOST_RELATIVE`.
     """
     assert contender.results is not None and contender.expected is not None

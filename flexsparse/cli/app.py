@@ -274,5 +274,6 @@ def info() -> None:
     print_info(make_console())
 
 
+from flexsparse.cli import check as _check  # noqa: E402, F401  # adds its command
 from flexsparse.cli import inspect as _inspect  # noqa: E402, F401  # adds its command
 from flexsparse.cli import plan as _plan  # noqa: E402, F401  # adds its command
