@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from bench.study.presets import PRESETS, Timing
-from bench.study.study import Study
+from bench.study.presets import PRESETS
+from bench.study.study import Study, listed
 from flexsparse.finetune.interrupts import Interrupts
 from flexsparse.training.errors import RunError
 
@@ -76,11 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if options.list:
                 for item in study.items():
-                    print(
-                        item.name
-                        if isinstance(item, Timing) or not hasattr(item, "steps")
-                        else f"{item.name}@{item.steps}"
-                    )
+                    print(listed(item))
                 return 0
             return 0 if study.run() else 3
         except RunError as error:

@@ -25,6 +25,11 @@ from flexsparse.training.environment import check_device
 from flexsparse.training.errors import RunError
 
 
+def listed(item: Item) -> str:
+    """An item's name for --list and --only: of a training, with its steps, as it may stand twice."""
+    return f"{item.name}@{item.steps}" if isinstance(item, Run) else item.name
+
+
 @dataclass(kw_only=True)
 class Study:
     """One call of the command.
@@ -38,7 +43,7 @@ class Study:
         compiled: whether models train through `torch.compile`.
         bf16: whether models run under bfloat16 autocast; probes are float32.
         seconds: when to stop, after the step that is under way; None for never.
-        only: words; an item is done where its name holds one of them, or where there are none.
+        only: words; an item is done where its name, as `listed`, holds one of them, or where there are none.
         say: prints a line.
         interrupted: whether the user wants to stop.
     """
@@ -67,15 +72,16 @@ class Study:
         """What is asked for.
 
         Raises:
-            RunError: ``only`` leaves nothing.
+            RunError: a word of ``only`` that no item's name holds.
         """
-        found = [item for item in self.preset.items if not self.only or any(word in item.name for word in self.only)]
-        if not found:
-            names = ", ".join(dict.fromkeys(item.name for item in self.preset.items))
-            raise RunError(
-                f"--only {' '.join(self.only)!r} matches nothing in preset {self.preset.name}: it has {names}"
-            )
-        return found
+        names = [listed(item) for item in self.preset.items]
+        for word in self.only:
+            if not any(word in name for name in names):
+                raise RunError(
+                    f"--only {word!r} matches nothing in preset {self.preset.name}: it has {', '.join(names)}"
+                )
+        wanted = [not self.only or any(word in name for word in self.only) for name in names]
+        return [item for item, want in zip(self.preset.items, wanted) if want]
 
     def run(self) -> bool:
         """Work through the items.
@@ -99,7 +105,7 @@ class Study:
                 break
             if self._on_file(item):
                 continue
-            self.say(f"[{number}/{len(items)}] {item.name}")
+            self.say(f"[{number}/{len(items)}] {listed(item)}")
             if not self._do(item):
                 break
         else:

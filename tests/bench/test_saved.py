@@ -48,6 +48,9 @@ def test_the_coarse_stage_of_a_gated_call() -> None:
     for mode in MODES:
         assert tensors(gated, mode) == expected
         assert count(gated, mode)["gate_bytes"] == S * H * D * 2
+    # in float32 training no kernel adds it, and it is not saved for each token either
+    rows = [(ROWS[0], "float32")] * 4
+    assert tensors(replace(gated, dtype=torch.float32), "eager") == expected - Counter([ROWS] * 4) + Counter(rows)
 
 
 def test_packed_queries() -> None:

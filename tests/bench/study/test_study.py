@@ -327,7 +327,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out.split() == [
         *("small/vsa/s0@960", "probe/small/vsa/s0@960", "small/vsa/s0@2880"),
     ]
-    assert command.main(["--out", str(tmp_path), "--only", "nothing"]) == 1
+    assert command.main(["--preset", "cpu", "--list", "--only", "base/vsa/s2@1040", "timing/base"]) == 0
+    assert capsys.readouterr().out.split() == ["timing/base", "base/vsa/s2@1040"]  # of what stands twice, one
+    assert command.main(["--out", str(tmp_path), "--only", "smoke/", "nothing"]) == 1
     assert "--only 'nothing' matches nothing in preset smoke: it has smoke/dense/s0" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.main([])
