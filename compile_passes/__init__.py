@@ -13,6 +13,7 @@ On the joint graph of forward and backward:
 
 - `lower_flex`: FlexAttention under a tile list => tile attention.
 - `fold_tiling`: tile attention reads and writes raster order, and nothing is brought to tile order (`gathers`: what it finds).
+- `share_operands`: what ops of ours read is written once.
 
 Besides:
 
@@ -28,6 +29,7 @@ from flexsparse.compile_passes.keep_tiles import KeepTiles
 from flexsparse.compile_passes.lower_flex import LowerFlex
 from flexsparse.compile_passes.pool_tokens import PoolTokens
 from flexsparse.compile_passes.rewrite_sdpa import RewriteError, RewriteSDPA
+from flexsparse.compile_passes.share_operands import ShareOperands
 from flexsparse.compile_passes.unfold import UnfoldAttention
 
 __all__ = [
@@ -38,5 +40,6 @@ __all__ = [
     "PoolTokens",
     "RewriteError",
     "RewriteSDPA",
+    "ShareOperands",
     "UnfoldAttention",
 ]

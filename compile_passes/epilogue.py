@@ -158,9 +158,7 @@ def _coarse_gradient(grad: Node, found: Epilogue) -> Node | None:
     node: Any = _product(grad, found.gate)
     if found.slots is not None:
         node = _reader(node)
-        if not is_op(node, aten.index_add.default) or node.args[1] not in (2, -2):
-            return None
-        if not _is_zeros(node.args[0]) or not same_table(node.args[2], found.slots):
+        if not _is_zeros(_added_to(node, found.slots)):
             return None
     node = _reader(node)
     if not is_op(node, *_RESHAPES) or len(shape_of(node)) != 5 or not _are(shape_of(node)[3:], (found.rows, sizes[3])):
@@ -178,6 +176,17 @@ def _coarse_gradient(grad: Node, found: Epilogue) -> Node | None:
         if not cut or not _are(shape_of(node), sizes):
             return None
     return node
+
+
+def _added_to(node: Any, table: Node) -> Any:
+    """Of a node that adds rows ``[:, :, table]`` to something: to what. Inductor's decompositions put where others add."""
+    if is_op(node, aten.index_add.default):
+        return node.args[0] if node.args[1] in (2, -2) and same_table(node.args[2], table) else None
+    if is_op(node, aten.index_put.default, aten._unsafe_index_put.default):
+        places = list(node.args[1])
+        adds = len(node.args) == 4 and node.args[3] is True and len(places) == 3 and places[:2] == [None, None]
+        return node.args[0] if adds and same_table(places[2], table) else None
+    return None
 
 
 def _reader(node: Any) -> Any:

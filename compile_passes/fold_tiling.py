@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from flexsparse.compile_passes import epilogue, gathers
 from flexsparse.compile_passes.epilogue import combine, find_epilogue
-from flexsparse.compile_passes.gathers import gathered, plain, readers, restride, same_table
+from flexsparse.compile_passes.gathers import gathered, identities, plain, readers, restride, same_table
 from flexsparse.compile_passes.graphs import finish, graph_modules, value_of
 from flexsparse.compile_passes.lower_flex import CALL_NAME
 from flexsparse.compile_passes.views import is_op
@@ -250,8 +250,9 @@ def _renew(node: Any) -> None:
     node.meta.pop("tensor_meta", None)
     for user in node.users:
         if is_op(user, operator.getitem):
-            user.meta["val"] = found[user.args[1]]
-            user.meta.pop("tensor_meta", None)
+            for each in (user, *identities(user)):  # one of those may be what is saved for backward
+                each.meta["val"] = found[user.args[1]]
+                each.meta.pop("tensor_meta", None)
 
 
 def results_of(node: Node, index: int) -> list[Any]:

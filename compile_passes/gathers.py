@@ -37,6 +37,14 @@ def readers(node: Node) -> Iterator[Any]:
             yield user
 
 
+def identities(node: Node) -> Iterator[Node]:
+    """The identities of a node."""
+    for user in node.users:
+        if is_op(user, *IDENTITIES):
+            yield user
+            yield from identities(user)
+
+
 def gathered(node: Any, table: Node, padded: bool) -> Node | None:
     """The tensor ``x [B, H, S, D]`` of which a node is ``x[:, :, table]``; with ``padded``, 0 where the table is below 0.
 

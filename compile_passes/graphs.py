@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
 
@@ -17,9 +17,9 @@ def value_of(argument: Any) -> Any:
 
 
 def as_fake(mode: Any, value: Any) -> Any:
-    """A buffer's value is a real tensor; what traces takes fakes."""
-    real = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
-    return mode.from_tensor(value, static_shapes=True) if real else value
+    """A buffer's value is a real tensor, or a fake one of the mode that a model is in; what traces takes its own fakes."""
+    own = not isinstance(value, torch.Tensor) or getattr(value, "fake_mode", None) is mode
+    return value if own else mode.from_tensor(value, static_shapes=True)
 
 
 def is_attribute(argument: Any) -> bool:

@@ -28,7 +28,10 @@ VIEWS = {
     *(aten.numpy_T.default, aten.expand_as.default),
 }
 COPIES = {aten.clone.default, aten.contiguous.default, aten.detach.default, aten.lift_fresh_copy.default}
-CASTS = {aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default}
+CASTS = {
+    *(aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default),
+    torch.ops.prims.convert_element_type.default,  # what Inductor decomposes them into, before the joint graph is seen
+}
 
 
 def is_op(node: Any, *targets: Any) -> bool:

@@ -23,6 +23,7 @@ from flexsparse.compile_passes import (
     PoolTokens,
     RewriteError,
     RewriteSDPA,
+    ShareOperands,
     UnfoldAttention,
 )
 from flexsparse.compile_passes.fusion_guard import InOrder, compile_eagerly, compile_guarded
@@ -235,7 +236,7 @@ class Backend:
             PoolTokens(parts)(gm)
         lower = LowerFlex() if self.lower_flex else None
         fold = FoldTiling() if self.fold_tiling else None
-        joint = InOrder([lower, fold]) if fold is not None else lower
+        joint = InOrder([each for each in (lower, fold, ShareOperands()) if each is not None])
         if self.inner == "aot_eager":
             compiled = compile_eagerly(gm, list(example_inputs), joint)
         else:

@@ -68,6 +68,10 @@ def check_folded(joint: Joint, training: bool, calls: int = 1) -> None:
         assert not any(user.target in (aten.index_select.default, aten.index.Tensor) for user in out.users)
     for node in nodes_of(gm, ops.coarse_select):
         assert None not in node.args[-4:]
+    for node in gm.graph.nodes:
+        if node.target in (aten.detach.default, aten.alias.default):  # Inductor believes them, and one of them is saved
+            value, source = node.meta["val"], node.args[0].meta["val"]
+            assert (value.shape, value.stride()) == (source.shape, source.stride())
 
 
 FIRST = (
