@@ -85,6 +85,7 @@ NO_SCORES: dict[str, Step] = {
     "a scale that is a tensor": Stage(scores=lambda q, k: (q @ k.mT) * torch.tensor(2.0)),
     "a function of the scores": stage(lambda s, q, k, v: usual(s.tanh())),
     "a bias": stage(lambda s, q, k, v: usual(s + torch.arange(M))),
+    "queries rounded on the way": stage(q_c=lambda q: q.bfloat16().float()),
     "normalised queries": stage(q_c=lambda q: F.normalize(q, dim=-1)),
 }
 
