@@ -45,7 +45,17 @@ def refusal(name: str, case: Case) -> str | None:
     if name == "triton":
         return triton.refusal(case.device, case.dtype, case.head_dim, case.rows)
     if name == "flex":
-        return flex.refusal(case.device, case.dtype, case.gradients, case.lse, case.dynamic)
+        half = case.dtype in (torch.bfloat16, torch.float16)  # seen to fail; float32 was not tried
+        # in a graph the templates may take its place
+        lacking = _no_stock_backward(case) if half and not case.compiled else None
+        return lacking or flex.refusal(case.device, case.dtype, case.gradients, case.lse, case.dynamic)
+    return None
+
+
+def _no_stock_backward(case: Case) -> str | None:
+    """pytorch issue 176025: no block size of FlexAttention's backward fits such tiles."""
+    if case.device == "cuda" and case.gradients and case.rows < 128 and case.capability == (9, 0):
+        return "stock FlexAttention has no backward for tiles below 128 slots on sm90; use 'auto', 'triton' or 'gather'"
     return None
 
 
@@ -75,8 +85,9 @@ def choose(backend: str, case: Case, templates: bool = True, argument: str = "ba
         return "gather", flexible
     if case.device == "cpu" and not case.compiled:
         return "gather", "uncompiled on CPU"
-    if case.device == "cuda" and case.gradients and case.rows < 128 and case.capability == (9, 0):
-        return "gather", "stock FlexAttention has no backward for tiles below 128 slots on sm90"
+    lacking = _no_stock_backward(case)
+    if lacking is not None:
+        return "gather", lacking.partition(";")[0]
     return "flex", "compiled, without gradients" if case.device == "cpu" else "on CUDA"
 
 
