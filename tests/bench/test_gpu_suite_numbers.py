@@ -26,6 +26,7 @@ from bench.suite import (
 )
 from bench.suite.contender import Contender, Expected, training_results
 from bench.suite.device import Host
+from flexsparse.checking.tolerance import poison
 
 
 def test_rounds_are_interleaved_and_begin_with_another_each_time(tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_poison_is_what_an_allocator_hands_out() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "full", spy)
-        data.poison(torch.Size([3, 5]), torch.bfloat16, torch.device("cpu"))
+        poison(torch.Size([3, 5]), torch.bfloat16, torch.device("cpu"))
     assert [(x.shape, x.dtype) for x in kept] == [(torch.Size([3, 5]), torch.bfloat16)] * 3
     assert all(bool(x.isnan().all()) for x in kept)
 

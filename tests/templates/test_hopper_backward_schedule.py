@@ -10,6 +10,8 @@ import pytest
 
 from .test_hopper_schedule import ROOT, places
 
+pytestmark = pytest.mark.slow  # nothing chooses these kernels yet, and ptxas takes its time
+
 SCRIPT = """
 import json
 from bench.offline import compiled_kernel, programs, ptxas_facts
