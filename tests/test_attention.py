@@ -201,7 +201,7 @@ def test_the_templates_say_what_they_cannot_do(
 def test_flex_says_that_it_has_no_backward_for_small_tiles_on_hopper() -> None:
     hopper = {"device": "cuda", "capability": (9, 0), "gradients": True, "dtype": torch.bfloat16}
     with pytest.raises(
-        ValueError, match="backend is 'flex', .* below 128 slots on sm90; use 'auto', 'triton' or 'gather'"
+        ValueError, match=r"backend is 'flex', .* below 128 slots on sm90; use 'auto', 'triton' or 'gather'"
     ):
         choose("flex", case(**hopper, compiled=False))
     for works in ({"rows": 128}, {"gradients": False}, {"capability": (8, 0)}, {"compiled": True}):
