@@ -13,6 +13,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from flexsparse.compile_passes import gathers
 from flexsparse.compile_passes.gathers import IDENTITIES, plain, restride
 from flexsparse.compile_passes.graphs import graph_modules, value_of
 from flexsparse.compile_passes.views import aten, is_op, shape_of
@@ -51,7 +52,8 @@ class ShareOperands(CustomGraphPass):
 
     def uuid(self) -> str:
         """Hash of this pass's source, for caches of compiled graphs."""
-        return hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()
+        source = "".join(map(inspect.getsource, (sys.modules[__name__], gathers)))
+        return hashlib.sha256(source.encode()).hexdigest()
 
     def __call__(self, graph: Graph) -> None:
         """Mark what is read and what results are added to, in place."""
