@@ -28,11 +28,11 @@ def plain(node: Any) -> Any:
     return node
 
 
-def readers(node: Node) -> Iterator[Any]:
-    """Who reads a node, through identities."""
+def readers(node: Node, through: tuple[Any, ...] = IDENTITIES) -> Iterator[Any]:
+    """Who reads a node, through identities, or other ops."""
     for user in node.users:
-        if is_op(user, *IDENTITIES):
-            yield from readers(user)
+        if is_op(user, *through):
+            yield from readers(user, through)
         else:
             yield user
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flexsparse.compile_passes import gathers
-from flexsparse.compile_passes.gathers import IDENTITIES, plain, restride
+from flexsparse.compile_passes.gathers import IDENTITIES, plain, readers, restride
 from flexsparse.compile_passes.graphs import graph_modules, value_of
 from flexsparse.compile_passes.views import aten, is_op, shape_of
 
@@ -23,6 +22,7 @@ REALIZE = "inductor_realize_to_strides"
 
 _MEMORY = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int)
 _SAME = (*_MEMORY, *IDENTITIES, aten.t.default, aten.clone.default)
+"""What computes nothing."""
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
 
@@ -67,8 +67,8 @@ class ShareOperands(CustomGraphPass):
                 for operand in node.all_input_nodes:
                     self._mark(operand)
                 for result in node.users:
-                    for user in list(_readers(result)):
-                        if is_op(user, aten.add.Tensor) and any(is_op(x, *_PRODUCTS) for x in _readers(user)):
+                    for user in list(readers(result, _SAME)):
+                        if is_op(user, aten.add.Tensor) and any(is_op(x, *_PRODUCTS) for x in readers(user, _SAME)):
                             _put_first(gm.graph, user, result)
                             self._mark(user)
 
@@ -105,12 +105,3 @@ def _put_first(graph: Graph, node: Node, term: Node) -> None:
         node.meta["val"] = aten.add.Tensor(*map(value_of, node.args))
     node.meta.pop("tensor_meta", None)
     restride(graph, node, before)
-
-
-def _readers(node: Node) -> Iterator[Node]:
-    """Who reads a node, through what does not compute."""
-    for user in node.users:
-        if is_op(user, *_SAME):
-            yield from _readers(user)
-        else:
-            yield user

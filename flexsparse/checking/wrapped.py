@@ -56,7 +56,9 @@ def wrapped(model: nn.Module, builder: Any, device: str, dtype: torch.dtype, **o
         for name, parameter in copied.named_parameters():
             if "gate" in name:
                 make = torch.Generator().manual_seed(parameter.numel())
-                parameter.copy_(torch.randn(parameter.shape, generator=make) / DIM**0.5)
+                parameter.copy_(
+                    (torch.randn(parameter.shape, generator=make) / DIM**0.5).bfloat16()
+                )  # exact in all dtypes
     return copied
 
 
@@ -79,7 +81,8 @@ def compare(device: str, dtype: torch.dtype, compile: bool | str) -> tuple[dict[
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, x, g = Model(), torch.randn(1, 450, DIM).to(dtype).float(), torch.randn(1, 450, DIM)
+        model = Model()
+        x, g = torch.randn(2, 1, 450, DIM).bfloat16().float()  # exact in all dtypes: only what is computed is rounded
     model = model.to(dtype)
     builder = VSA(top_k=5 if dtype == torch.float32 else TILES)
     definition: dict[str, Any] = {"compile": False, "attention": "reference"}
