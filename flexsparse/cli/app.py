@@ -65,7 +65,7 @@ def demo(
     """Train a small video diffusion transformer with dense, VSA and BSA attention, side by side.
 
     Writes report.html (opens offline), metrics.json and a checkpoint to OUT/NAME. With the default settings
-    that takes under 10 minutes on two CPU cores. A run that was killed continues with --resume, to the same
+    that takes minutes on two CPU cores. A run that was killed continues with --resume, to the same
     curves.
     """
     try:
