@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexsparse.compile_passes.templates.launch import Compilation, launch
+from flexsparse.compile_passes.templates.launch import SIZES, Compilation, launch
 from flexsparse.compile_passes.templates.scoring import (
     coarse_reference,
     dot_rows,
@@ -34,7 +34,7 @@ def weight_block(scores, inside, lse):
     return tl.where(inside, tl.exp(scores - finite), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def coarse_dq_kernel(
     d_coarse,
     q,
@@ -108,7 +108,7 @@ def coarse_dq_kernel(
     store_rows(dq + bh * N * D, dq_low * scale, dq_high * scale, row, N, D, D_HALF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def coarse_dkv_kernel(
     d_coarse,
     q,

@@ -15,6 +15,12 @@ LOG2E = 1.4426950408889634
 MOST_PROGRAMS = 65535
 """Along the second and the third axis of a grid."""
 
+SIZES = (
+    *("blocks", "rows", "heads", "group", "N", "M", "words", "min_tiles", "capacity", "value"),
+    *("allowed_stride_b", "allowed_stride_h", "counts_stride_b", "value_stride_b", "value_stride_h", "value_stride_n"),
+)
+"""Integers of the coarse stage's kernels that follow the grid: Triton would compile anew for a one or a multiple of 16."""
+
 _launched: list[list[str]] = []
 
 

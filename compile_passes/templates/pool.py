@@ -16,6 +16,7 @@ from torch import Tensor
 from flexsparse.compile_passes.templates.launch import Compilation, launch
 
 MAX_PARTS = 3
+FOLLOW_THE_GRID = ("programs", "heads", "tiles", "counts_stride_b")  # integers that recompile nothing
 
 Part = tuple[Tensor, Tensor, bool]
 
@@ -72,7 +73,7 @@ def pool_tiles(
     tl.store(out_at, mean, mask=(tile < tiles)[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[f"{name}{part}" for name in FOLLOW_THE_GRID for part in range(MAX_PARTS)])
 def pool_kernel(
     x0,
     tokens0,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexsparse.compile_passes.templates.choice import LOWEST, choose, load_value, to_key
-from flexsparse.compile_passes.templates.launch import Compilation, launch
+from flexsparse.compile_passes.templates.launch import SIZES, Compilation, launch
 from flexsparse.compile_passes.templates.scoring import (
     coarse_reference,
     half_of,
@@ -39,7 +39,7 @@ from flexsparse.selection import pack_bits, words_of
 PROGRAMS_PER_SM = 2  # what registers allow
 
 
-@triton.jit(do_not_specialize=["value", "min_tiles", "capacity"])
+@triton.jit(do_not_specialize=SIZES)
 def select_kernel(
     q,
     k,

@@ -14,14 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from flexsparse.compile_passes.templates.choice import choose, load_value, to_key
-from flexsparse.compile_passes.templates.launch import Compilation, launch
+from flexsparse.compile_passes.templates.launch import SIZES, Compilation, launch
 from flexsparse.selection import WORD, pack_bits, unpack_bits, words_of
 
 RULES = ("top_k", "normal", "probability", "mass", "all")
 MAX_TILES = 16384  # a row of keys is held in the registers of one program
 
 
-@triton.jit(do_not_specialize=["value", "min_tiles", "capacity"])
+@triton.jit(do_not_specialize=SIZES)
 def select_scores_kernel(
     scores,
     allowed,

@@ -27,6 +27,13 @@ TEMPLATES = (
         ("templates/test_forward.py",),
     ),
     Mutation(
+        "pooling is compiled anew for some numbers of tiles",
+        "compile_passes/templates/pool.py",
+        '("programs", "heads", "tiles", "counts_stride_b")',
+        '("programs", "heads", "counts_stride_b")',
+        ("templates/test_versions.py",),
+    ),
+    Mutation(
         "template's dq without the scale",
         "compile_passes/templates/backward_kernels.py",
         "start, acc * scale,",
