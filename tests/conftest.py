@@ -1,5 +1,6 @@
 """Shared set-up: hypothesis profiles, seeds, threads, memory that is NaN until it is written."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,13 @@ settings.register_profile("mutations", settings.get_profile("ci"), phases=(Phase
 settings.load_profile("ci")  # `--hypothesis-profile` loads another one after this
 
 torch.set_num_threads(1)  # the tensors of tests are tiny: a second thread costs more than it does
+
+
+def pytest_collection_finish() -> None:
+    """Torch's compiler and Triton are a million objects that never go: a collection need not look at them each time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from flexsparse.ops import gathered
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 TEXT = fs.TileLayout(grid=(2, 3, 3), tile=(2, 2, 2), text_first=2, text_last=3)
-SMALL = Case(TEXT, TEXT, B=2, H=2, G=1, D=4, dtype=torch.float64, scale=1.0, seed=3)
+SMALL = Case(TEXT, TEXT, B=2, H=2, G=1, D=2, dtype=torch.float64, scale=1.0, seed=3)
 
 
 def arguments(case: Case, wants_lse: bool = True) -> tuple[object, ...]:

@@ -81,7 +81,7 @@ def wrong_at_one_token(out: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("spoil", (wrong_everywhere, wrong_at_one_token, lambda out: out * 0, lambda out: out / 0))
-@pytest.mark.parametrize("case", (FORWARD, TRAINING))
+@pytest.mark.parametrize("case", (FORWARD, pytest.param(TRAINING, marks=pytest.mark.slow)))
 def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: Case, spoil: Any) -> None:
     right = problem.ATTENTION["flexsparse_gather"]
     monkeypatch.setitem(problem.ATTENTION, "flexsparse_gather", lambda *a: spoil(right(*a)))
@@ -130,6 +130,7 @@ def test_a_wrong_layout_or_selection_is_never_timed(monkeypatch: pytest.MonkeyPa
     assert parts and all(row["checked"] is False and row["ms"] is None for row in parts)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_measured_in_fresh_processes() -> None:
     hog = torch.ones(2**26)  # 256 MiB of this process must not show in the figure
     small, large = (
@@ -140,6 +141,7 @@ def test_peak_memory_is_measured_in_fresh_processes() -> None:
     assert 64 < large < 256  # out and three gradients of 32 MiB, and what the backward needs
 
 
+@pytest.mark.slow
 def test_a_failing_memory_process_says_why_and_stops_nothing_else(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -139,6 +139,7 @@ def test_the_tests_on_a_gpu_begin_with_what_runs_by_default() -> None:
     assert list(dict.fromkeys(files)) == ["test_templates", "test_candidates", "test_models", "test_bsa"]
 
 
+@pytest.mark.slow
 def test_tests_that_cannot_start_or_do_not_end_are_no_pass(tmp_path: Path) -> None:
     broken = tmp_path / "test_broken.py"
     broken.write_text("import no_such_module")

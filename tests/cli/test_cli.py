@@ -123,8 +123,8 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 
 
 def test_missing_package_of_the_extra_is_one_line(tmp_path):
-    code = (  # forks: torch is imported once
-        "import os, sys, torch\n"
+    code = (  # forks: the library is imported once
+        "import os, sys, flexsparse\n"
         "for missing in ('typer', 'rich', 'av', 'safetensors'):\n"
         "    if child := os.fork():\n"
         "        print(missing, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr, flush=True)\n"

@@ -29,7 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "by tables": {"keep_tiles": False},
     "tiled": {"keep_tiles": False, "fold_tiling": False},
 }
-QUICK = (("partial tiles", ""), ("packed queries and text", ""), ("a share", "unfused"))
+QUICK = (("partial tiles", ""), ("packed queries", ""), ("a share", "unfused"))
 
 
 @pytest.mark.parametrize(

@@ -203,10 +203,7 @@ STEPS: dict[str, Step] = {
 WRITTEN = {"half written", "added in place"}
 
 
-QUICK = (
-    "norm", "rotated in place", "half written", "added in place", "dense self-attention", "cumsum", "shifted", "first token",
-    "as a grid", "attention by hand, biased by its keys", "heads apart",
-)  # fmt: skip
+QUICK = ("norm", "rotated in place", "half written", "added in place", "dense self-attention", "cumsum", "as a grid")
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in STEPS])

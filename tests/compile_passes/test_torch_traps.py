@@ -46,6 +46,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
 # a captured scatter
 
 
+@pytest.mark.slow
 def test_flex_attention_reads_a_captured_scatter_from_before_it_was_written() -> None:
     """Inductor inlines the zeros into score_mod or mask_mod: wrong numbers, no word."""
     q, k, v = qkv()

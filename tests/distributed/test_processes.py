@@ -39,7 +39,10 @@ def test_each_rank_answers(two: Processes) -> None:
     assert two.run(_sum, 3) == [7.0, 7.0]
 
 
-@pytest.mark.parametrize("function, args, said", [(_fails, (1,), "does not like it"), (_dies, (), "exit code 7")])
+@pytest.mark.parametrize(
+    "function, args, said",
+    [(_fails, (1,), "does not like it"), pytest.param(_dies, (), "exit code 7", marks=pytest.mark.slow)],
+)
 def test_errors_are_shown(two: Processes, function: Any, args: tuple[int, ...], said: str) -> None:
     with pytest.raises(RankError, match=said) as error:
         two.run(function, *args)

@@ -114,6 +114,7 @@ def _wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_interrupted_and_killed_process_resumes_to_the_same_curve(tmp_path):
     """SIGINT, then SIGKILL, then to the end: the curve of a run that nobody disturbed, bit by bit."""
     whole, run = tmp_path / "whole", tmp_path / "run"

@@ -347,7 +347,9 @@ MEMORY = {
 
 
 @pytest.mark.parametrize(("kv", "gated"), (("contiguous", True), ("fused", False)), ids=("gated", "fused kv"))
-@pytest.mark.parametrize("rows", MEMORY)
+@pytest.mark.parametrize(
+    "rows", [pytest.param(x, marks=pytest.mark.slow if x in ("contiguous", "tokens first") else ()) for x in MEMORY]
+)
 def test_strides_on_cuda_are_those_that_a_compiler_is_told(rows: str, kv: str, gated: bool) -> None:
     """The templates' results in Triton's interpreter against the ops' fake ones for a GPU."""
     case = Case(PLAIN, PLAIN, B=2, H=4, G=2, D=16, dtype=torch.float32, scale=1.0, seed=3)

@@ -126,7 +126,7 @@ def test_gradients_of_split_columns(case: Case) -> None:
 
 def test_split_columns_at_any_strides_and_the_same_bits_again() -> None:
     first, _, _ = gradients(CASES[2])
-    for how in MEMORY[1:3]:
+    for how in MEMORY[1:2]:
         torch.manual_seed(0)
         again, _, _ = gradients(CASES[2], how)
         assert all(torch.equal(first[name], again[name]) for name in NAMES), how

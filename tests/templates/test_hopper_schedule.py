@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # nothing chooses these kernels yet, and ptxas takes its time
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import json

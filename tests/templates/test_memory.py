@@ -26,6 +26,7 @@ pytestmark = [
 ]
 GROUPED = Case(B=2, H=4, G=2, N=2, M=3, kv_first=1, last=1, partial=True, gated=True)
 LIKE = {"out": "q", "dq": "q", "dk": "k", "dv": "v", "dgate": "gate"}
+SLOW = pytest.mark.slow
 READ = ("q", "k", "v", "gate", "grad_out")
 
 
@@ -46,14 +47,17 @@ def check(found: dict[str, Tensor], problem: Problem, expected: dict[str, Tensor
         assert x.stride() == torch.empty_like(same).stride(), name
 
 
-@pytest.mark.parametrize("case", [*CASES, GROUPED], ids=lambda case: case.name)
-def test_any_strides(case: Case) -> None:
-    """The last case in every memory format, the others in one of two in turn."""
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [
+        *(pytest.param(case, MEMORY[i % 2], id=case.name, marks=SLOW if i % 3 else ()) for i, case in enumerate(CASES)),
+        *(pytest.param(GROUPED, how, id=f"grouped, {how}", marks=SLOW if i else ()) for i, how in enumerate(MEMORY)),
+    ],
+)
+def test_any_strides(case: Case, how: str) -> None:
     problem = build(case)
-    expected = run(problem)
-    for how in MEMORY if case is GROUPED else [MEMORY[CASES.index(case) % 2]]:
-        there = moved(problem, how)
-        check(run(there), there, expected)
+    there = moved(problem, how)
+    check(run(there), there, run(problem))
 
 
 @pytest.mark.parametrize("turn", [0, 2])

@@ -36,8 +36,8 @@ def check(keep: Tensor, frame_tiles: int, spare: int) -> None:
     assert torch.equal(sizes[..., :3], lengths[..., :3])
 
 
-@pytest.mark.parametrize("density", [0.0, 0.1, 0.9, 1.0])
-@pytest.mark.parametrize("frame_tiles", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("frame_tiles", [1, 2, 5, 40])
 @pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 3, 5, 33), (1, 2, 12, 31), (2, 1, 7, 64)], ids=str)
 def test_as_the_twin(size: tuple[int, int, int, int], frame_tiles: int, density: float) -> None:
     for spare in (0, 3):

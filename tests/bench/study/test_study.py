@@ -104,7 +104,7 @@ def test_methods_and_seeds_see_the_data_that_they_should(tmp_path: Path, monkeyp
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("method", [pytest.param("dense", marks=SLOW), "vsa", "bsa_annealed"])
+@pytest.mark.parametrize("method", [pytest.param("dense", marks=SLOW), pytest.param("vsa", marks=SLOW), "bsa_annealed"])
 def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, method: str) -> None:
     item = dataclasses.replace(runs("dense", steps=6)[0], method=KNOWN[method])
     assert make(tmp_path / "whole", item).run()
