@@ -138,27 +138,6 @@ def membership(layout: TileLayout) -> Tensor:
     return torch.nn.functional.pad(member, (layout.text_first, layout.text_last))
 
 
-def wrong_selection(problem: Problem, inputs: dict[str, Tensor], selection: TileSelection) -> str | None:
-    """What is wrong with a selection of `VSA`; None where nothing is, and for other builders.
-
-    As many tiles as asked for in every row, and none whose score, in float64, is below the last one that belongs there.
-    """
-    if not isinstance(problem.builder, VSA):
-        return None
-    member = membership(problem.layout).double()
-    means = member / member.sum(1, keepdim=True)
-    q, k = (means @ inputs[name].double() for name in "qk")
-    scores = q @ k.repeat_interleave(problem.H // problem.G, 1).mT * problem.D**-0.5
-    keep = selection.keep()
-    count = problem.builder.tiles_kept(problem.layout.num_tiles)
-    if not bool((keep.sum(-1) == count).all()):
-        return f"keeps {int(keep.sum(-1).min())} to {int(keep.sum(-1).max())} tiles a row, not {count}"
-    last = scores.topk(count, -1).values[..., -1:]
-    short = float((last - scores).masked_fill(~keep, 0).amax())
-    bound = 32 * torch.finfo(torch.float32).eps * float(scores.square().mean().sqrt())
-    return None if short <= bound else f"keeps a tile whose score is {short:.2e} too low, more than {bound:.2e}"
-
-
 def on_cpu(selection: TileSelection) -> TileSelection:
     """The same selection for tensors on the CPU."""
     queries = selection.queries

@@ -12,7 +12,8 @@ from torch import Tensor
 from flexsparse.attention import case_of, sparse_attention
 from flexsparse.backends import choose, refusal
 from flexsparse.checking import wrapped
-from flexsparse.checking.problems import Problem, expected, gradients, on_cpu, problems, wrong_selection
+from flexsparse.checking.problems import Problem, expected, gradients, on_cpu, problems
+from flexsparse.checking.selections import wrong_selection
 from flexsparse.checking.tolerance import complaint, poison, rms
 from flexsparse.selection import TileSelection
 

@@ -122,7 +122,7 @@ def other_tiles(aux: Any) -> Any:
         (lambda out, aux: (out + torch.where(out == out.max(), 4e-6, 0.0), aux), "out has maximal error"),
         (lambda out, aux: (torch.where(out == out.max(), torch.nan, out), aux), "out has values that are not finite"),
         (lambda out, aux: (LosesGradient.apply(out), aux), "dq has RMS error"),
-        (lambda out, aux: (out, other_tiles(aux)), "the selection keeps 1 to 2 tiles a row, not 2"),
+        (lambda out, aux: (out, other_tiles(aux)), "the selection keeps 1 tiles in a row where 2 belong"),
         (lambda out, aux: (out.double(), aux), "out is torch.float64"),
     ],
 )
