@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.layout import TileLayout
+from flexsparse.selection import TileSelection
 from flexsparse.tables import is_tracing
 
 
@@ -27,6 +28,8 @@ def check_inputs(
         if not isinstance(one, TileLayout):
             raise TypeError(f"{name} is {one!r}: give a TileLayout(grid=(T, H, W), ...)")
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is {type(x).__name__}: give a tensor [batch, heads, tokens, head dim]")
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: give [batch, heads, tokens, head dim]")
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -51,25 +54,58 @@ def check_inputs(
                 f"text_last={one.text_last} has {one.seq_len}: give the layout of this sequence"
             )
     for name, gate_ in (("gate", gate), ("fine_gate", fine_gate)):
-        if gate_ is not None and gate_.shape != q.shape:
+        if gate_ is None:
+            continue
+        if not isinstance(gate_, Tensor) or not gate_.is_floating_point():
+            kind = gate_.dtype if isinstance(gate_, Tensor) else repr(gate_)
+            raise TypeError(f"{name} is {kind}: give a floating point tensor of the shape of q, {tuple(q.shape)}, or None")
+        if gate_.shape != q.shape:
             raise ValueError(f"{name} has shape {tuple(gate_.shape)}: give the shape of q, {tuple(q.shape)}")
+        if gate_.device != q.device:
+            raise ValueError(f"{name} is on {gate_.device} and q on {q.device}: move them to one device")
     if tile_counts is not None:
-        total = kv_layout.total_tiles
-        if tile_counts.dtype != torch.int32 or tuple(tile_counts.shape) not in (
-            (total,),
-            (q.shape[0], total),
-        ):
+        check_tile_counts(tile_counts, q.shape[0], kv_layout)
+
+
+def check_tile_counts(tile_counts: Tensor, batch: int, kv_layout: TileLayout) -> None:
+    """Raise where valid tokens of KV tiles are none of the layout's."""
+    if not isinstance(tile_counts, Tensor):
+        raise TypeError(f"tile_counts is {type(tile_counts).__name__}: give an int32 tensor, or None")
+    total = kv_layout.total_tiles
+    if tile_counts.dtype != torch.int32 or tuple(tile_counts.shape) not in ((total,), (batch, total)):
+        raise ValueError(
+            f"tile_counts is {tile_counts.dtype} {tuple(tile_counts.shape)}: give int32 [{total}] or "
+            f"[{batch}, {total}], valid tokens of every KV tile in sequence order"
+        )
+    if not is_tracing():
+        most = kv_layout.index(tile_counts.device)[2]
+        if bool((tile_counts < 0).any()) or bool((tile_counts > most).any()):
             raise ValueError(
-                f"tile_counts is {tile_counts.dtype} {tuple(tile_counts.shape)}: give int32 [{total}] or "
-                f"[{q.shape[0]}, {total}], valid tokens of every KV tile in sequence order"
+                f"tile_counts holds {int(tile_counts.min())} to {int(tile_counts.max())}: each must lie between 0 "
+                "and the tokens that the layout puts into that tile"
             )
-        if not is_tracing():
-            most = kv_layout.index(tile_counts.device)[2]
-            if bool((tile_counts < 0).any()) or bool((tile_counts > most).any()):
-                raise ValueError(
-                    f"tile_counts holds {int(tile_counts.min())} to {int(tile_counts.max())}: each must lie between 0 "
-                    "and the tokens that the layout puts into that tile"
-                )
+
+
+def check_selection(selection: TileSelection, q: Tensor, layout: TileLayout, kv_layout: TileLayout, whose: str) -> None:
+    """Raise a `ValueError` where a selection is not one of these queries and layouts; ``whose``: what made or gave it."""
+    if selection.layout != layout or selection.kv_layout != kv_layout:
+        raise ValueError(
+            f"{whose} is for {_sizes(selection.layout, selection.kv_layout)}, and the call has {_sizes(layout, kv_layout)}: "
+            "give one that was made with the call's layouts"
+        )
+    if tuple(selection.counts.shape) != (*q.shape[:2], layout.num_tiles):
+        raise ValueError(
+            f"{whose} has rows for [B, H, tiles] = {list(selection.counts.shape)}, and the call has "
+            f"{[*q.shape[:2], layout.num_tiles]}: give a row for every sample, query head and query tile"
+        )
+    if selection.bits.device != q.device:
+        raise ValueError(f"{whose} is on {selection.bits.device} and q on {q.device}: move them to one device")
+
+
+def _sizes(layout: TileLayout, kv_layout: TileLayout) -> str:
+    """What an error says of two layouts."""
+    texts = [f"grid {x.grid}, tile {x.tile}, text {x.text_first} + {x.text_last}" for x in (layout, kv_layout)]
+    return texts[0] if texts[0] == texts[1] else f"{texts[0]} and keys of {texts[1]}"
 
 
 def check_cut_tiles(tile_counts: Tensor, layout: TileLayout) -> None:

@@ -14,14 +14,14 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from flexsparse.arguments import check_cut_tiles, check_inputs
+from flexsparse.arguments import check_cut_tiles, check_inputs, check_selection
 from flexsparse.backends import Case, choose, flex, gather, reference, softmax_scale, triton
 from flexsparse.gated import GatedCoarse, gated_coarse
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import CoarseInputs, MaskBuilder
 from flexsparse.ops import tile_tokens
 from flexsparse.selection import TileSelection
-from flexsparse.tables import is_tracing
+from flexsparse.tables import is_tracing, valid_slots
 
 log = logging.getLogger("flexsparse")
 
@@ -76,12 +76,6 @@ def case_of(
         head_dim=head_dim,
         capability=capability,
     )
-
-
-def valid_slots(x: Tensor, counts: Tensor, slots: int) -> Tensor:
-    """Bool ``[1 or B, 1, P, 1]``: slots that hold a token, from counts int32 ``[tiles]`` or ``[B, tiles]``."""
-    valid = torch.arange(slots, device=x.device) < counts[..., None]
-    return valid.flatten(-2).reshape(-1, 1, x.shape[2], 1)
 
 
 def attend(
@@ -190,6 +184,7 @@ def plan(
                 f"{type(builder).__name__}.select returned {type(selection).__name__}: return a TileSelection "
                 "(TileSelection.from_mask, TileSelection.from_lists)"
             )
+        check_selection(selection, q, layout, kv_layout, f"the selection that {type(builder).__name__}.select returned")
         if tile_counts is not None:  # a builder of somebody's own does not know of them
             selection = dataclasses.replace(selection, tile_counts=tile_counts)
         return selection, None
@@ -310,15 +305,7 @@ def sparse_attention(  # type: ignore[misc]
     check_inputs(q, k, v, layout, keys, gate, fine_gate, tile_counts)
     scale = softmax_scale(scale, q.shape[-1])
     if isinstance(builder, TileSelection):
-        if builder.layout != layout or builder.kv_layout != keys:
-            raise ValueError(
-                f"the selection is for grids {builder.layout.grid} and {builder.kv_layout.grid}, tiles "
-                f"{builder.layout.tile} and {builder.kv_layout.tile}; give it with the layouts it was made for"
-            )
-        if builder.counts.shape[:2] != q.shape[:2]:
-            raise ValueError(
-                f"the selection is for [B, H] = {tuple(builder.counts.shape[:2])}, q has {tuple(q.shape[:2])}"
-            )
+        check_selection(builder, q, layout, keys, "the selection")
         if tile_counts is not None:
             builder = dataclasses.replace(builder, tile_counts=tile_counts)
         tile_counts = builder.tile_counts

@@ -54,10 +54,10 @@ def unpack_bits(bits: Tensor, M: int) -> Tensor:
 def ascending_lists(keep: Tensor, capacity: int) -> Tensor:
     """Bool ``[..., M]`` to int32 ``[..., capacity]``: indices of the kept entries, ascending; 0 past their count."""
     M = keep.shape[-1]
-    position = torch.where(keep, keep.cumsum(-1) - 1, capacity)  # column `capacity` takes what is not kept
+    position = keep.cumsum(-1, dtype=torch.int32).sub_(1).masked_fill_(~keep, capacity)  # the last column takes the others
     index = torch.arange(M, dtype=torch.int32, device=keep.device).expand(keep.shape)
     lists = index.new_zeros((*keep.shape[:-1], capacity + 1))
-    return lists.scatter(-1, position, index)[..., :capacity].contiguous()
+    return lists.scatter(-1, position.long(), index)[..., :capacity].contiguous()
 
 
 @torch.library.custom_op("flexsparse::pack_tiles", mutates_args=())
@@ -85,8 +85,12 @@ def pack_lists(indices: Tensor, counts: Tensor, tiles: int) -> tuple[Tensor, Ten
     K = indices.shape[-1]
     on = torch.arange(K, device=indices.device) < counts[..., None]
     listed = indices.long().masked_fill(~on, tiles)
-    if bool((counts > K).any()) or bool(((listed < 0) | (listed > tiles) | (on & (listed == tiles))).any()):
-        raise ValueError(f"kv_indices and kv_counts must hold at most {K} indices in [0, {tiles}) a row")
+    if bool(((counts < 0) | (counts > K)).any()):
+        raise ValueError(f"kv_counts holds {int(counts.min())} to {int(counts.max())}: give 0 to {K}, the lists' length")
+    if bool(((listed < 0) | (listed > tiles) | (on & (listed == tiles))).any()):
+        raise ValueError(
+            f"kv_indices holds {int(indices[on].min())} to {int(indices[on].max())}: give tiles in [0, {tiles})"
+        )
     keep = torch.zeros((*listed.shape[:-1], tiles + 1), dtype=torch.bool, device=listed.device)
     return torch.ops.flexsparse.pack_tiles(keep.scatter_(-1, listed, True)[..., :tiles])
 
@@ -195,10 +199,27 @@ class TileSelection:
     ) -> TileSelection:
         """From index lists ``[B, H, N, K]`` and counts ``[B, H, N]``; entries past a count are ignored.
 
+        A tile that a row names twice is kept once.
+
         Raises:
-            ValueError: an index out of range, or a count larger than the list.
+            TypeError: indices or counts that are no integers.
+            ValueError: shapes that disagree with each other or the layout, an index out of range, a count that is negative
+                or larger than the list.
         """
         kv_layout = layout if kv_layout is None else kv_layout
+        for name, x in (("kv_indices", kv_indices), ("kv_counts", kv_counts)):
+            if x.dtype not in (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8):
+                raise TypeError(f"{name} is {x.dtype}: give int32 or int64")
+        if kv_indices.dim() != 4 or kv_indices.shape[2] != layout.num_tiles:
+            raise ValueError(
+                f"kv_indices has shape {tuple(kv_indices.shape)}: give [B, H, {layout.num_tiles}, K], a list for every video "
+                "tile of the queries"
+            )
+        if kv_counts.shape != kv_indices.shape[:3]:
+            raise ValueError(
+                f"kv_counts has shape {tuple(kv_counts.shape)} and kv_indices {tuple(kv_indices.shape)}: give a count for "
+                f"every list, {tuple(kv_indices.shape[:3])}"
+            )
         bits, counts = torch.ops.flexsparse.pack_lists(kv_indices, kv_counts, kv_layout.num_tiles)
         return cls(bits=bits, counts=counts, layout=layout, kv_layout=kv_layout, capacity=kv_indices.shape[-1])
 
@@ -262,16 +283,30 @@ class TileSelection:
 
     def valid_pairs(self) -> tuple[Tensor, Tensor]:
         """(pairs computed, all valid pairs) of query and KV tokens, float64 0-d; see `density`."""
-        q, _kv = self.layout, self.kv_layout
-        device = self.bits.device
-        q_counts = q.index(device)[2].double()
-        kv_counts = self.kv_tile_counts().double()
-        all_pairs = q_counts.sum() * kv_counts.expand(self.bits.shape[0], -1).sum() * self.bits.shape[1]
-        if self.queries is not None:
-            q_counts = q_counts.clone()
-            q_counts[q.tiles_first : q.tiles_first + q.num_tiles] = self.queries.counts.double()
-        kv_of_row = (self.to_dense().double() * kv_counts.reshape(-1, 1, 1, kv_counts.shape[-1])).sum(-1)
-        return (kv_of_row * q_counts).sum(), all_pairs
+        valid, computed = self.query_tile_counts()
+        kv = self.kv_tile_counts().double().expand(len(valid), -1)
+        all_pairs = (valid.sum(-1) * kv.sum(-1)).sum() * self.bits.shape[1]
+        return (self.kept_tokens(self.to_dense()) * computed[:, None]).sum(), all_pairs
+
+    def query_tile_counts(self) -> tuple[Tensor, Tensor]:
+        """(valid, computed) query tokens of every query tile, extra tiles included, float64 ``[B, tiles]``.
+
+        Where queries and keys are the same tokens, an override of the KV tiles' counts holds for the queries too.
+        """
+        q, B = self.layout, self.bits.shape[0]
+        same = self.tile_counts is not None and self.kv_layout is q
+        valid = (self.kv_tile_counts() if same else q.index(self.bits.device)[2]).double().expand(B, -1)
+        if self.queries is None:
+            return valid, valid
+        computed, video = valid.clone(), slice(q.tiles_first, q.tiles_first + q.num_tiles)
+        computed[:, video] = torch.minimum(valid[:, video], self.queries.counts.double())
+        return valid, computed
+
+    def kept_tokens(self, rows: Tensor) -> Tensor:
+        """Valid KV tokens of the tiles that rows keep: bool ``[B, H, rows, tiles]`` to float64 ``[B, H, rows]``."""
+        counts = self.kv_tile_counts().double().expand(rows.shape[0], -1)
+        per_head = [(rows[:, head].double() @ counts[..., None])[..., 0] for head in range(rows.shape[1])]
+        return torch.stack(per_head, 1)  # one head at a time: a bool mask in float64 is eight times as large
 
     @property
     def density(self) -> float:

@@ -40,6 +40,12 @@ def ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
+def valid_slots(x: Tensor, counts: Tensor, slots: int) -> Tensor:
+    """Bool ``[1 or B, 1, P, 1]``: slots of ``[B, H, P, D]`` that hold a token, from counts int32 ``[tiles]`` or ``[B, tiles]``."""
+    valid = torch.arange(slots, device=x.device) < counts[..., None]
+    return valid.flatten(-2).reshape(-1, 1, x.shape[2], 1)
+
+
 def slots_of(tile: Sequence[int]) -> int:
     """Slots of one tile: ``t*h*w`` rounded up to a power of two, at least 16."""
     return max(MIN_SLOTS, 1 << (math.prod(tile) - 1).bit_length())

@@ -15,13 +15,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from flexsparse.arguments import check_cut_tiles, check_tile_counts
 from flexsparse.layout import TileLayout
 from flexsparse.ops.choice import Rule, masked_softmax
 from flexsparse.ops.coarse_select import pool_tiles
 from flexsparse.ops.select_tiles import allowed_bits, select_tiles
 from flexsparse.schedule import BoundRatio, SparsitySchedule
 from flexsparse.selection import TileSelection
-from flexsparse.tables import is_tracing
+from flexsparse.tables import is_tracing, valid_slots
 
 
 def score_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -200,17 +201,25 @@ class MaskBuilder:
             raise ValueError(f"q has {q.shape[1]} heads and k has {k.shape[1]}: q's must be a multiple of k's (GQA)")
         if scale is not None and not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale is {scale}: give a positive finite number, or None for head_dim ** -0.5")
+        if tile_counts is not None:
+            check_tile_counts(tile_counts, q.shape[0], kv_layout)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # scores are of float32
+            k_tiles = kv_layout.to_tiles(k.detach())
+            if tile_counts is not None:  # as in `attention.tiles_of`: what lies past a count may be anything
+                k_tiles = k_tiles.masked_fill(~valid_slots(k_tiles, tile_counts, kv_layout.slots), 0)
             coarse = CoarseInputs(
                 layout.video(layout.to_tiles(q.detach())),
-                kv_layout.video(kv_layout.to_tiles(k.detach())),
+                kv_layout.video(k_tiles),
                 layout,
                 kv_layout,
                 q.shape[-1] ** -0.5 if scale is None else scale,
                 tile_counts,
                 same,
             )
-            return self.plan(coarse)[0]
+            selection = self.plan(coarse)[0]
+            if selection.queries is not None and tile_counts is not None and same and not is_tracing():
+                check_cut_tiles(tile_counts, layout)
+            return selection
 
     def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:
         """Raise a `ValueError` where the parameters do not fit the layouts."""

@@ -21,6 +21,16 @@ def x(B: int = 2, H: int = 2, tokens: int = S, D: int = 8, **options: Any) -> Te
     return torch.zeros(B, H, tokens, D, **options)
 
 
+class Answers:
+    """A builder that returns what it is given."""
+
+    def __init__(self, selection: Any) -> None:
+        self.selection = selection
+
+    def select(self, *args: Any, **options: Any) -> Any:
+        return self.selection
+
+
 def attend(q: Any = None, k: Any = None, v: Any = None, builder: Any = None, **options: Any) -> Any:
     """A call that is right but for what is given."""
     q = x() if q is None else q
@@ -215,17 +225,49 @@ TENSORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "tiles of another layout": (
         lambda: attend(builder=fs.Dense().select(x(), x(), TileLayout(grid=(2, 8, 4), tile=(2, 2, 2)))),
         ValueError,
-        r"selection is for grids \(2, 8, 4\).*give it with the layouts it was made for",
+        r"selection is for grid \(2, 8, 4\).* the call has grid \(2, 4, 8\).*: give one that was made with the call's layouts",
     ),
     "tiles of another KV layout": (
         lambda: attend(builder=fs.Dense().select(x(), x(), LAYOUT), k=x(tokens=67), kv_layout=TEXT),
         ValueError,
-        "give it with the layouts it was made for",
+        r"the call has grid \(2, 4, 8\).* and keys of .*text 0 \+ 3: give one that was made with the call's layouts",
     ),
     "tiles for other heads": (
         lambda: attend(builder=fs.Dense().select(x(H=4), x(), LAYOUT)),
         ValueError,
-        r"selection is for \[B, H\] = \(2, 4\), q has \(2, 2\)",
+        r"selection has rows for \[B, H, tiles\] = \[2, 4, 8\], and the call has \[2, 2, 8\]: give a row for",
+    ),
+    "a builder that answers for another grid": (
+        lambda: attend(builder=Answers(fs.Dense().select(x(), x(), TileLayout(grid=(2, 8, 4), tile=(2, 2, 2))))),
+        ValueError,
+        r"the selection that Answers\.select returned is for grid \(2, 8, 4\).*: give one that was made with",
+    ),
+    "a builder that forgets the heads": (
+        lambda: attend(builder=Answers(fs.Dense().select(x()[:1, :1], x()[:1, :1], LAYOUT))),
+        ValueError,
+        r"Answers\.select returned has rows for \[B, H, tiles\] = \[1, 1, 8\], and the call has \[2, 2, 8\]",
+    ),
+    "q that is no tensor": (lambda: attend(q=x().numpy()), TypeError, "q is ndarray: give a tensor"),
+    "a gate that is a number": (
+        lambda: attend(gate=0.5),
+        TypeError,
+        r"gate is 0\.5: give a floating point tensor of the shape of q, \(2, 2, 64, 8\), or None",
+    ),
+    "a gate of integers": (lambda: attend(gate=x().int()), TypeError, r"gate is torch\.int32: give a floating point"),
+    "a gate elsewhere": (
+        lambda: attend(gate=x(device="meta")),
+        ValueError,
+        "gate is on meta and q on cpu: move them",
+    ),
+    "tile counts in a list": (
+        lambda: attend(tile_counts=[8] * 8),
+        TypeError,
+        "tile_counts is list: give an int32 tensor, or None",
+    ),
+    "tile counts, selecting": (
+        lambda: fs.VSA(top_k=1).select(x(), x(), LAYOUT, tile_counts=counts([9] + [8] * 7)),
+        ValueError,
+        "holds 8 to 9: each must lie between 0",
     ),
     "too few tile counts": (
         lambda: attend(tile_counts=counts([8] * 7)),
@@ -312,5 +354,7 @@ def test_counts_that_cut_a_tile_of_pruned_queries() -> None:
     counts = torch.tensor([64, 40], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"tile_counts cuts 1 video tiles short.*give keep_queries=1"):
         fs.sparse_attention(x, x, x, layout, fs.BSA(), tile_counts=counts)
+    with pytest.raises(ValueError, match=r"tile_counts cuts 1 video tiles short.*give keep_queries=1"):
+        fs.BSA().select(x, x, layout, tile_counts=counts)
     fs.sparse_attention(x, x, x, layout, fs.BSA(keep_queries=1), tile_counts=counts)
     fs.sparse_attention(x, x, x, layout, fs.BSA(), tile_counts=torch.tensor([64, 0], dtype=torch.int32))

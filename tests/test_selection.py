@@ -200,7 +200,17 @@ def test_a_mask_or_list_that_does_not_fit_is_refused() -> None:
         TileSelection.from_mask(torch.ones(1, 1, 4, 5, dtype=torch.bool), layout)
     indices = torch.zeros(1, 1, 4, 2, dtype=torch.int32)
     for bad in (indices + 4, indices - 1):
-        with pytest.raises(ValueError, match=r"at most 2 indices in \[0, 4\)"):
+        with pytest.raises(ValueError, match=r"kv_indices holds (4 to 4|-1 to -1): give tiles in \[0, 4\)"):
             TileSelection.from_lists(bad, torch.full((1, 1, 4), 2, dtype=torch.int32), layout)
-    with pytest.raises(ValueError, match=r"at most 2 indices in \[0, 4\)"):
-        TileSelection.from_lists(indices, torch.full((1, 1, 4), 3, dtype=torch.int32), layout)
+    for count in (3, -1):
+        with pytest.raises(ValueError, match=rf"kv_counts holds {count} to {count}: give 0 to 2"):
+            TileSelection.from_lists(indices, torch.full((1, 1, 4), count, dtype=torch.int32), layout)
+    for rows in (3, 9):
+        with pytest.raises(ValueError, match=r"kv_indices has shape \(1, 1, \d, 2\): give \[B, H, 4, K\]"):
+            TileSelection.from_lists(indices[:, :, :1].expand(1, 1, rows, 2), torch.ones(1, 1, rows).int(), layout)
+    with pytest.raises(ValueError, match=r"kv_counts has shape \(1, 4\) and kv_indices \(1, 1, 4, 2\): give"):
+        TileSelection.from_lists(indices, torch.ones(1, 4).int(), layout)
+    with pytest.raises(TypeError, match=r"kv_indices is torch\.float32: give int32"):
+        TileSelection.from_lists(indices.float(), torch.ones(1, 1, 4).int(), layout)
+    with pytest.raises(TypeError, match=r"kv_counts is torch\.bool: give int32"):
+        TileSelection.from_lists(indices, torch.ones(1, 1, 4).bool(), layout)

@@ -35,19 +35,12 @@ def _video_rows(selection: TileSelection) -> Tensor:
     return selection.to_dense().narrow(2, q.tiles_first, q.num_tiles)
 
 
-def _kept_tokens(selection: TileSelection, rows: Tensor) -> Tensor:
-    """KV tokens that each row attends to, float64 ``[B, H, rows]``, of bool ``[B, H, rows, L]``."""
-    counts = selection.kv_tile_counts().double().expand(rows.shape[0], -1)
-    per_head = [(rows[:, head].double() @ counts[..., None])[..., 0] for head in range(rows.shape[1])]
-    return torch.stack(per_head, 1)  # one head at a time: a bool mask in float64 is eight times as large
-
-
 def row_density(selection: TileSelection) -> Tensor:
     """Share of a query tile's (query token, KV token) pairs that the fine stage computes, float64 ``[B, H, N]``.
 
     Text counts among the KV tokens. BSA computes only some of a tile's queries, and its density is as much lower.
     """
-    kept = _kept_tokens(selection, _video_rows(selection))
+    kept = selection.kept_tokens(_video_rows(selection))
     share = kept / selection.kv_tile_counts().double().sum(-1).reshape(-1, 1, 1)
     if selection.queries is None:
         return share
@@ -61,14 +54,9 @@ def head_density(selection: TileSelection) -> Tensor:
 
     Its mean over samples with as much text, and over heads, is ``selection.density``.
     """
-    q = selection.layout
-    kept = _kept_tokens(selection, selection.to_dense())
-    counts = q.index(kept.device)[2].double()
-    computed = counts.clone()
-    if selection.queries is not None:
-        computed[q.tiles_first : q.tiles_first + q.num_tiles] = selection.queries.counts.double()
-    pairs = counts.sum() * selection.kv_tile_counts().double().sum(-1).reshape(-1, 1)
-    return (kept * computed).sum(-1) / pairs
+    valid, computed = selection.query_tile_counts()
+    pairs = valid.sum(-1) * selection.kv_tile_counts().double().sum(-1)
+    return (selection.kept_tokens(selection.to_dense()) * computed[:, None]).sum(-1) / pairs[:, None]
 
 
 def _computed_tokens(selection: TileSelection, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -148,6 +136,6 @@ def overlap(selection: TileSelection) -> dict[str, Tensor]:
     for axis, name in enumerate(AXES, start=2):
         extent = keep.shape[axis]
         one, other = keep.narrow(axis, 0, extent - 1), keep.narrow(axis, min(1, extent), extent - 1)
-        both, sizes = ((x.flatten(2).sum(-1).double()) for x in (one & other, one.long() + other))
-        found[name] = 2 * both / sizes
+        both, ones, others = (x.flatten(2).sum(-1).double() for x in (one & other, one, other))
+        found[name] = 2 * both / (ones + others)
     return found
