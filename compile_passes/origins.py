@@ -11,12 +11,24 @@ from torch.fx import Node
 from flexsparse.compile_passes import marks
 from flexsparse.compile_passes.graphs import value_of
 
-LINEAR = {torch._C._nn.linear, operator.matmul, torch.matmul, torch.addmm, torch.bmm, torch.mm}
+LINEAR = {torch._C._nn.linear: (0,), torch.addmm: (1,)}
+PRODUCTS = {operator.matmul, torch.matmul, torch.bmm, torch.mm}
 AND = {operator.and_, torch.logical_and, torch.bitwise_and}
 
 
+def _factors(node: Node) -> list[Node] | None:
+    """What a node multiplies: of a linear map its input, of a matrix product both; None for another node."""
+    if node.target in LINEAR:
+        given = [node.args[i] for i in LINEAR[node.target] if i < len(node.args)] or [node.kwargs.get("input")]
+    elif node.target in PRODUCTS or (node.op == "call_method" and node.target in ("matmul", "bmm", "mm")):
+        given = [*node.args, *node.kwargs.values()]
+    else:
+        return None
+    return [x for x in given if isinstance(x, Node)]
+
+
 def _sources(node: Any, limit: int = 2000) -> set[Node]:
-    """Inputs of the nearest linear maps above a node."""
+    """What the nearest linear maps above a node map; of maps of maps (LoRA), what the first one does."""
     found: set[Node] = set()
     stack: list[Any] = [node]
     visited: set[Node] = set()
@@ -25,13 +37,21 @@ def _sources(node: Any, limit: int = 2000) -> set[Node]:
         if not isinstance(current, Node) or current in visited:
             continue
         visited.add(current)
-        if current.target in LINEAR or (current.op == "call_method" and current.target == "matmul"):
-            first = current.args[0] if current.args else current.kwargs.get("input")
-            if isinstance(first, Node):
-                found.add(_through_views(first))
-        else:
+        factors = _factors(current)
+        if factors is None:
             stack.extend(current.all_input_nodes)
+        for one in map(_through_views, factors or []):
+            if _factors(one) is None:
+                found.add(one)
+            else:
+                stack.append(one)
     return found
+
+
+def _tokens(sources: set[Node]) -> set[Node]:
+    """Those that can be sequences of tokens ``[..., S, C]``; weights, positions and conditions have fewer dimensions."""
+    values = {node: value_of(node) for node in sources}
+    return {node for node, x in values.items() if isinstance(x, torch.Tensor) and x.dim() >= 3} or sources
 
 
 def _through_views(node: Node) -> Node:
@@ -49,18 +69,21 @@ def _through_views(node: Node) -> Node:
         "clone",
     }
     while True:
-        if (node.op == "call_method" and node.target in same and isinstance(node.args[0], Node)) or (
-            node.op == "call_function" and marks.is_mark(node.target, marks.GATE) and isinstance(node.args[0], Node)
-        ):
-            node = node.args[0]
-        else:
+        function = node.target is torch.nn.functional.dropout or marks.is_mark(node.target, marks.GATE)
+        passes = node.target in same if node.op == "call_method" else node.op == "call_function" and function
+        if not (passes and node.args and isinstance(node.args[0], Node)):
             return node
+        node = node.args[0]
 
 
 def from_different_tensors(q: Any, k: Any) -> bool:
-    """Whether queries and keys are linear maps of different tensors: cross-attention, whatever the lengths."""
-    q_sources, k_sources = _sources(q), _sources(k)
-    return bool(q_sources and k_sources) and not (q_sources & k_sources)
+    """Whether queries and keys are maps of different sequences: cross-attention, whatever the lengths.
+
+    Each has one of its own then; both may share others (what their positions or a condition are made of). Where only one has
+    more, as keys that an adapter adds to, they are of the same tokens.
+    """
+    q_sources, k_sources = _tokens(_sources(q)), _tokens(_sources(k))
+    return bool(q_sources - k_sources) and bool(k_sources - q_sources)
 
 
 def key_mask(mask: Any) -> Node | None:

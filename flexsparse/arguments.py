@@ -58,7 +58,9 @@ def check_inputs(
             continue
         if not isinstance(gate_, Tensor) or not gate_.is_floating_point():
             kind = gate_.dtype if isinstance(gate_, Tensor) else repr(gate_)
-            raise TypeError(f"{name} is {kind}: give a floating point tensor of the shape of q, {tuple(q.shape)}, or None")
+            raise TypeError(
+                f"{name} is {kind}: give a floating point tensor of the shape of q, {tuple(q.shape)}, or None"
+            )
         if gate_.shape != q.shape:
             raise ValueError(f"{name} has shape {tuple(gate_.shape)}: give the shape of q, {tuple(q.shape)}")
         if gate_.device != q.device:

@@ -6,8 +6,9 @@ Shape letters: B batch, H query heads, S tokens, D head dim.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,37 @@ from flexsparse.reporting import Call, Report, density_of
 from flexsparse.rules import BuilderRules
 
 DENSE = "dense_layers, or the builder's rules, leave it dense"
+
+
+class Ran(NamedTuple):
+    """Attention that ran: calls and graphs' calls that were sparse; and others: dense calls, regions, modules that had some."""
+
+    sparse: int
+    others: int
+
+
+class Tally(threading.local):
+    """Counts what a thread ran, so that a forward in which nothing was sparse can be told from one that ran no attention."""
+
+    def __init__(self) -> None:
+        self.sparse = self.others = 0
+
+    def snapshot(self) -> Ran:
+        """What was counted so far."""
+        return Ran(self.sparse, self.others)
+
+    def since(self, before: Ran) -> Ran:
+        """What was counted since."""
+        return Ran(self.sparse - before.sparse, self.others - before.others)
+
+    def counting(self, compiled: Callable[..., Any], matches: int) -> Callable[..., Any]:
+        """A compiled graph that adds its sparse calls whenever it runs."""
+
+        def run(*args: Any) -> Any:
+            self.sparse += matches
+            return compiled(*args)
+
+        return run
 
 
 class Backend:
@@ -72,8 +104,11 @@ class Backend:
             raise ValueError(
                 f"inner is {inner!r}: give 'inductor', or 'aot_eager' to leave out Inductor when debugging"
             )
-        if expect is not None and expect < 0:
-            raise ValueError(f"expect is {expect}: give how many sparse calls a graph has, at least 0, or None")
+        if expect is not None and (not isinstance(expect, int) or isinstance(expect, bool) or expect < 0):
+            raise ValueError(
+                f"expect is {expect!r}: give how many sparse calls a graph (uncompiled: a forward) has, an int of at least 0, "
+                "or None"
+            )
         if attention not in NAMES:
             raise ValueError(f"attention is {attention!r}: give one of {', '.join(NAMES)}")
         if not isinstance(min_tokens, int) or min_tokens < 0:
@@ -90,7 +125,7 @@ class Backend:
         self.fuse_selection, self.lower_flex, self.keep_tiles = fuse_selection, lower_flex, keep_tiles
         self.fold_tiling = fold_tiling and lower_flex
         self.inner, self.wrapped = inner, wrapped
-        self.calls = Report()
+        self.calls, self.tally = Report(), Tally()
 
     def layouts_of(self, geometry: Geometry) -> tuple[TileLayout, TileLayout]:
         """The layouts of queries and keys; one object where their tiles are the same."""
@@ -124,7 +159,10 @@ class Backend:
 
     def in_graph(self, chosen: str, q: Tensor) -> str:
         """The backend that a graph shows before `LowerFlex`: FlexAttention stands for what the templates take over."""
-        flexible = q.dtype != torch.float64 and (chosen in ("flex", "triton") or self.attention == "auto")
+        taken_over = self.attention == "auto" and not (
+            q.is_cuda and chosen == "gather"
+        )  # what the templates refuse as well
+        flexible = q.dtype != torch.float64 and (chosen in ("flex", "triton") or taken_over)
         return "flex" if self.lower_flex and flexible else chosen
 
     def describe(
@@ -245,7 +283,7 @@ class Backend:
             self._note_lowering(lower, met)
         met.annotate(notes=_said_of_order(keep, set() if fold is None else fold.folded))
         self.calls.update(met)
-        return compiled
+        return self.tally.counting(compiled, rewrite.matches) if self.wrapped else compiled
 
     def _why_not_fused(self, fuse: FuseSelection, met: Report) -> dict[str, str]:
         if all(isinstance(builder, StaticBuilder) for builder in self.rules.builders):
@@ -279,7 +317,7 @@ class Backend:
                 "not known; they would stay dense. Use wrap(..., compile='regional') or compile=False, or mend the break "
                 f"(fullgraph=True shows it). Seen:\n{met}"
             )
-        if rewrite.matches or self.calls.sparse_calls or is_region:
+        if rewrite.matches or is_region or (self.calls.sparse_calls and not self.wrapped):
             return  # not every region has attention over video; the model's forward sees whether any had
         as_asked = rewrite.calls and all(call.reason == DENSE for call in met.all())
         if not as_asked and (rewrite.calls or _is_whole_call()):

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 NAME = "to_gate_compress"
 FINE = "to_gate_fine"
+ADDED = "_flexsparse_gates"
+"""Where an attention module keeps the names of the gates that `add_gates` gave it: only those are computed, and taken away."""
 Q_NAMES = ("to_q", "q_proj", "query", "wq", "q")
 K_NAMES = ("to_k", "k_proj", "key", "wk", "k")
 FUSED_NAMES = ("to_qkv", "qkv", "qkv_proj", "in_proj", "wqkv", "c_attn")
@@ -73,15 +75,24 @@ def add_gates(model: nn.Module, which: bool | Sequence[str], fine: bool = False)
         fine: whether they get a gate on the fine output too, `to_gate_fine`.
 
     Raises:
-        ValueError: a pattern without a match, a chosen module without projections to read sizes from, no module at all.
+        ValueError: a pattern without a match, a chosen module without projections to read sizes from, no module at all, a
+            module that has one of this name.
     """
     names = gate_names(model, which)
+    for name in names:
+        for kind in (NAME, FINE)[: 2 if fine else 1]:
+            if hasattr(model.get_submodule(name), kind):
+                raise ValueError(
+                    f"gates: {name} has a {kind} of its own, which its own code may use and a new one would replace: leave it "
+                    f"out of gates=, or save its weights, delete it (del model.{name}.{kind}), wrap, and set them again"
+                )
     for name in names:
         module = model.get_submodule(name)
         sizes = gate_sizes(module)
         if sizes is None:
             raise ValueError(f"gates names {name}, which has no q, k or qkv projection to read a gate's sizes from")
         inputs, outputs, like = sizes
+        module.__dict__[ADDED] = (NAME, FINE)[: 2 if fine else 1]
         for kind, start in ((NAME, 0.0), (FINE, 1.0))[: 2 if fine else 1]:
             gate = nn.Linear(inputs, outputs, dtype=like.dtype, device=like.device)
             nn.init.zeros_(gate.weight)

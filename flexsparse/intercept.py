@@ -6,6 +6,7 @@ forward: every module of a wrapped model enters the mode itself then, with the g
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from flexsparse.calls import Gates, sparse_call
@@ -43,6 +44,7 @@ class Interceptor:
         self.backend = backend
         self.local = _Local()
         self.backward_grid: Geometry | None = None
+        self.sparse_names: set[str] = set()
         self.mode = _Mode(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Interceptor:
@@ -124,6 +126,7 @@ class Interceptor:
             local.gate = gate
         local.names.append(name)
         local.crossing.append(crossing)
+        self.backend.tally.others += name in self.sparse_names  # whatever computes its attention this time
         try:
             with self.active():
                 out = run()
@@ -164,6 +167,7 @@ class Interceptor:
         if reason is None and number is None:
             reason = DENSE
         if reason is not None or number is None:
+            backend.tally.others += 1
             backend.calls.record(backend.describe(_numbered(backend, name, False), q, k, grid, reason, ("sdpa", "")))
             return SDPA(*args, **kwargs)
         if _redone_without_us():
@@ -183,6 +187,8 @@ class Interceptor:
         gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         chosen = backend.choose_backend(q, grid, compiled=False, gradients=gradients)
         builder = backend.rules.builders[number]
+        backend.tally.sparse += 1
+        self.sparse_names.add(name)
         backend.calls.record(backend.describe(_numbered(backend, name, True), q, k, grid, None, chosen, builder))
         how = (call.scale, chosen[0], False, name, mask, kv_layout)
         return sparse_call(builder, q, k, v, gate or (None, None), layout, *how)
@@ -242,11 +248,32 @@ def _numbered(backend: Backend, name: str, sparse: bool) -> str:
     return name if known.get(name, sparse) == sparse else f"{name} (2)"
 
 
-def two_sequences(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[int]:
-    """Lengths of which a module was given two different token sequences of one shape, as cross-attention may be."""
-    sequences = {id(x): x.shape for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() == 3}
-    shapes = list(sequences.values())
-    return frozenset(shapes[0][1:2]) if any(shapes[0] == shape for shape in shapes[1:]) else frozenset()
+NO_TOKENS = ("rot", "rope", "freq", "pos", "cos", "sin", "temb", "time", "mod", "mask", "bias")
+"""In names of arguments that have a row for each token and are none."""
+
+
+def two_sequences(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[int]:
+    """Lengths of which a module was given two different token sequences, as cross-attention may be, of any width.
+
+    Of a module that says itself that it is cross-attention, the lengths of all that it was given: it may split one.
+    """
+    found: dict[int, tuple[str | int, torch.Size]] = {}
+    for name, x in (*enumerate(args), *kwargs.items()):
+        if isinstance(x, Tensor) and x.dim() == 3:
+            found.setdefault(id(x), (name, x.shape))
+    if len(found) < 2:
+        return frozenset()
+    (_, first), *others = found.values()
+    if getattr(module, "is_cross_attention", False) is True:
+        return frozenset(shape[1] for _, shape in found.values())
+    alike = [name for name, shape in others if shape[:2] == first[:2]]
+    if not any(isinstance(name, int) for name in alike):
+        names = [str(name) for name in alike]
+    else:
+        given = list(inspect.signature(type(module).forward).parameters)[1:]
+        names = [str(given[name]) if isinstance(name, int) and name < len(given) else str(name) for name in alike]
+    tokens = [name for name in names if not any(part in name for part in NO_TOKENS)]
+    return frozenset(first[1:2]) if tokens else frozenset()
 
 
 class _Mode(TorchFunctionMode):

@@ -38,9 +38,14 @@ class Call:
 
 
 class Report:
-    """Attention calls of one model, by name; prints as a table."""
+    """Attention calls of one model, by name; prints as a table.
+
+    Attributes:
+        dense_now: whether the model runs as it was when the report is asked for (`flexsparse.DenseSteps`).
+    """
 
     def __init__(self) -> None:
+        self.dense_now = False
         self._calls: dict[str, Call] = {}
         self._regions: dict[str, list[str]] = {}
 
@@ -55,8 +60,11 @@ class Report:
         return next(n for i in itertools.count(2) if (n := f"{name} ({i})") not in self._calls)
 
     def update(self, other: Report) -> None:
-        """Take over every call of another report."""
-        self._calls.update(other._calls)
+        """Take over every call of another report; what is dense in one graph and sparse in another has two rows."""
+        for call in other.all():
+            known = self._calls.get(call.name, call)
+            name = call.name if known.sparse == call.sparse else f"{call.name} (other inputs)"
+            self._calls[name] = replace(call, name=name)
 
     def annotate(self, *, fused: Iterable[str] = (), lowered: Iterable[str] = (), notes: Mapping[str, str]) -> None:
         """Say what passes did with calls, and add notes to their reasons."""
@@ -113,8 +121,9 @@ class Report:
         return sum(call.sparse for call in self._calls.values())
 
     def __str__(self) -> str:
+        now = "the model runs dense for now (DenseSteps)"
         if not self._calls:
-            return "no attention call seen yet: run the model once"
+            return now if self.dense_now else "no attention call seen yet: run the model once"
         head = ("call", "state", "backend", "B,H,Sq,Skv,D", "density", "fused", "lowered", "why")
         rows = [
             (
@@ -132,7 +141,7 @@ class Report:
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows]]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join(lines)
+        return "\n".join([f"{now}; sparse, it ran:", *lines] if self.dense_now else lines)
 
     __repr__ = __str__
 

@@ -54,7 +54,9 @@ def unpack_bits(bits: Tensor, M: int) -> Tensor:
 def ascending_lists(keep: Tensor, capacity: int) -> Tensor:
     """Bool ``[..., M]`` to int32 ``[..., capacity]``: indices of the kept entries, ascending; 0 past their count."""
     M = keep.shape[-1]
-    position = keep.cumsum(-1, dtype=torch.int32).sub_(1).masked_fill_(~keep, capacity)  # the last column takes the others
+    position = (
+        keep.cumsum(-1, dtype=torch.int32).sub_(1).masked_fill_(~keep, capacity)
+    )  # the last column takes the others
     index = torch.arange(M, dtype=torch.int32, device=keep.device).expand(keep.shape)
     lists = index.new_zeros((*keep.shape[:-1], capacity + 1))
     return lists.scatter(-1, position.long(), index)[..., :capacity].contiguous()
@@ -86,7 +88,9 @@ def pack_lists(indices: Tensor, counts: Tensor, tiles: int) -> tuple[Tensor, Ten
     on = torch.arange(K, device=indices.device) < counts[..., None]
     listed = indices.long().masked_fill(~on, tiles)
     if bool(((counts < 0) | (counts > K)).any()):
-        raise ValueError(f"kv_counts holds {int(counts.min())} to {int(counts.max())}: give 0 to {K}, the lists' length")
+        raise ValueError(
+            f"kv_counts holds {int(counts.min())} to {int(counts.max())}: give 0 to {K}, the lists' length"
+        )
     if bool(((listed < 0) | (listed > tiles) | (on & (listed == tiles))).any()):
         raise ValueError(
             f"kv_indices holds {int(indices[on].min())} to {int(indices[on].max())}: give tiles in [0, {tiles})"

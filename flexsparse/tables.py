@@ -41,7 +41,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def valid_slots(x: Tensor, counts: Tensor, slots: int) -> Tensor:
-    """Bool ``[1 or B, 1, P, 1]``: slots of ``[B, H, P, D]`` that hold a token, from counts int32 ``[tiles]`` or ``[B, tiles]``."""
+    """Bool ``[1 or B, 1, P, 1]``: which slots of ``[B, H, P, D]`` hold a token; counts are int32 ``[tiles]`` or ``[B, tiles]``."""
     valid = torch.arange(slots, device=x.device) < counts[..., None]
     return valid.flatten(-2).reshape(-1, 1, x.shape[2], 1)
 

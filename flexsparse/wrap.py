@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from flexsparse.compiler import Backend
 from flexsparse.gate_files import warn_of_dropped_gates
-from flexsparse.gates import NAME, add_gates, gate_names
+from flexsparse.gates import ADDED, add_gates, gate_names
 from flexsparse.grids import FixedGrid, GridFunction, geometry_reader
 from flexsparse.models import known
 from flexsparse.reporting import Report
@@ -24,9 +24,11 @@ from flexsparse.wrapped import (
     State,
     compile_module,
     compile_region,
+    hidden_by,
     model_forward,
     module_forward,
     override,
+    remove_hooks,
     restore,
 )
 
@@ -113,7 +115,7 @@ def wrap(
         raise ValueError(f"{_wrapped_part(model)} is wrapped already: call flexsparse.unwrap(model) first")
     if fine_gates and not gates:
         raise ValueError("fine_gates is True, but gates is False: give gates=True as well")
-    if compile not in (True, False, "regional"):
+    if not isinstance(compile, bool) and compile != "regional":  # 1 == True
         raise ValueError(f"compile is {compile!r}: give True, False or 'regional'")
     own = {name: options.pop(name) for name in OWN_OPTIONS if name in options}
     unknown = sorted(options.keys() - COMPILE_OPTIONS)
@@ -161,7 +163,7 @@ def wrap(
         if module is model or isinstance(module, nn.ModuleList | nn.ModuleDict):
             continue
         builtin = type(module).__module__.startswith("torch.nn.modules") and not any(True for _ in module.children())
-        if NAME in module._modules or (compile is not True and not builtin):
+        if ADDED in module.__dict__ or (compile is not True and not builtin):
             override(module, state, name, module_forward)
             if compile is False:
                 module.__dict__["compile"] = types.MethodType(compile_module, module)
@@ -250,22 +252,33 @@ def report(model: nn.Module) -> Report:
     Raises:
         ValueError: the model is not wrapped.
     """
-    return state_of(model).backend.calls
+    state = state_of(model)
+    state.backend.calls.dense_now = state.dense
+    return state.backend.calls
 
 
 def unwrap(model: Model) -> Model:
-    """Restore a wrapped model, in place; its gates are removed (see `save_gates`).
+    """Restore a wrapped model, in place; its gates (see `save_gates`) and the hooks of `distributed.ulysses` are removed.
+
+    Offloading hooks of accelerate's that were added after wrapping stay.
 
     Raises:
-        ValueError: the model is not wrapped, or is part of one that is.
+        ValueError: the model is not wrapped, or is part of one that is; other hooks replaced a forward after wrapping.
     """
     state_of(model)
     if model.__dict__.get("_flexsparse_name"):
         raise ValueError(
             f"{type(model).__name__} is {model.__dict__['_flexsparse_name']} of a wrapped model: unwrap the model itself"
         )
+    for name, module in model.named_modules():
+        by = hidden_by(module) if STATE in module.__dict__ else None
+        if by is not None:
+            raise ValueError(
+                f"{name or 'the model'} got another forward after it was wrapped, by {by}: take that away first (disable the "
+                "cache, remove the hook), then unwrap"
+            )
     for module in model.modules():
-        if STATE not in module.__dict__:
-            continue
-        restore(module)
+        remove_hooks(module)
+        if STATE in module.__dict__:
+            restore(module)
     return model

@@ -10,7 +10,8 @@ import functools
 import inspect
 import operator
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,12 +20,19 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
 from flexsparse.compile_passes import RewriteError, marks
-from flexsparse.compiler import Backend, no_match
-from flexsparse.gates import FINE, NAME
+from flexsparse.compiler import Backend, Ran, no_match
+from flexsparse.gates import ADDED, FINE, NAME
 from flexsparse.grids import Geometry, GeometryReader
 from flexsparse.intercept import Gates, Interceptor, two_sequences
+from flexsparse.reporting import Call
 
 STATE = "_flexsparse"
+OWN = "_flexsparse_own"
+"""Where a module keeps the forward that it was given last: hooks may have put theirs over it."""
+
+
+class Hook:
+    """A hook of ours on a module: `unwrap` removes it. An object, so that a copied model's hooks follow the copy's state."""
 
 
 class State:
@@ -47,7 +55,7 @@ class State:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         new = State(self.backend, self.reader, self.compile, self.options)
-        new.own, new.dense = self.own, self.dense
+        new.own = self.own  # and sparse: `DenseSteps` knows the models that it was given, and no copy
         memo[id(self)] = new
         return new
 
@@ -74,6 +82,27 @@ class State:
             self.backend.check(geometry)
             self.checked[geometry] = len(self.checked)
         return geometry
+
+    def too_short(self, geometry: Geometry) -> bool:
+        """Whether a call has fewer tokens than ``min_tokens``: the whole model runs as it was then."""
+        T, H, W, first, last = geometry
+        return first + T * H * W + last < self.backend.min_tokens
+
+    @contextmanager
+    def as_dense(self) -> Iterator[None]:
+        """Runs, and compiles, the model as it was."""
+        before, self.dense = self.dense, True
+        try:
+            yield
+        finally:
+            self.dense = before
+
+    def runs_dense(self) -> bool:
+        """Whether what runs now is the model as it was: for some denoising steps, or as the video is too short."""
+        if self.dense or not self.backend.min_tokens or torch.compiler.is_compiling():
+            return self.dense
+        grid = self.interceptor.known_grid()
+        return grid is not None and self.too_short(grid)
 
     def variant(self, geometry: Geometry, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Which compiled form serves a geometry, and how it is compiled.
@@ -191,7 +220,7 @@ def _mark(
 def _gates(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Gates | None:
     """The gates of an attention module's input hidden states, ``[B, S, H * D]``: coarse, and fine or None; None without."""
     linear, fine = module._modules.get(NAME), module._modules.get(FINE)
-    if linear is None or module.__dict__[STATE].dense:
+    if linear is None or ADDED not in module.__dict__ or module.__dict__[STATE].runs_dense():
         return None
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -241,16 +270,45 @@ def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if state.dense:
         return (state.whole_dense() if state.compile is True else _original)(module, args, kwargs)
     geometry = state.geometry_of(module, args, kwargs)
+    if state.too_short(geometry) and state.compile is not False:
+        state.backend.calls.record(_whole_row(state, geometry))
+        if state.compile is True:
+            with state.as_dense():
+                return state.whole_dense()(module, args, kwargs)
+    before = state.backend.tally.snapshot()
     if state.compile is True:
         out = _clear_errors(state.whole(geometry), module, args, kwargs)
     else:
         with state.interceptor.forward(geometry):
             out = _original(module, args, kwargs)
         out = state.interceptor.remember(out, geometry)
-    if not state.backend.calls.sparse_calls:
-        layout = state.backend.layout_of(geometry)
-        raise RewriteError(no_match(type(module).__name__, layout, state.backend.calls))
+    if not state.too_short(geometry):
+        _check_sparse(state, module, geometry, state.backend.tally.since(before))
     return out
+
+
+def _whole_row(state: State, geometry: Geometry) -> Call:
+    """The report's row for a compiled model whose video has fewer tokens than ``min_tokens``."""
+    T, H, W, first, last = geometry
+    tokens = first + T * H * W + last
+    reason = f"grid {(T, H, W)}: {tokens} tokens are below min_tokens={state.backend.min_tokens}; all of it runs dense"
+    return Call(name="the model", sparse=False, reason=reason, backend="sdpa", shape=(tokens,), density=1.0)
+
+
+def _check_sparse(state: State, module: nn.Module, geometry: Geometry, ran: Ran) -> None:
+    """Raise where a forward computed attention, and none of it sparse; or not as much as ``expect`` says.
+
+    A forward that ran no attention at all (one whose blocks a cache left out) is none of those, but for the first.
+    """
+    backend = state.backend
+    if backend.expect is not None:
+        if state.compile is False and ran.sparse != backend.expect:
+            raise RewriteError(
+                f"expect is {backend.expect} sparse attention calls, but this forward had {ran.sparse}. Seen:\n{backend.calls}"
+            )
+        return
+    if not ran.sparse and (ran.others or not backend.calls.sparse_calls or state.compile is True):
+        raise RewriteError(no_match(type(module).__name__, backend.layout_of(geometry), backend.calls))
 
 
 def _clear_errors(compiled: Callable[..., Any], *args: Any) -> Any:
@@ -278,7 +336,8 @@ def module_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         return _original(module, args, kwargs)
     gates = _gates(module, args, kwargs)
     run = functools.partial(_original, module, args, kwargs)
-    return state.interceptor.call(module.__dict__["_flexsparse_name"], run, two_sequences(args, kwargs), gates)
+    crossing = two_sequences(module, args, kwargs)
+    return state.interceptor.call(module.__dict__["_flexsparse_name"], run, crossing, gates)
 
 
 def compile_module(module: nn.Module, *args: Any, backend: Any = None, **options: Any) -> None:
@@ -295,16 +354,18 @@ def compile_region(module: nn.Module, options: dict[str, Any]) -> None:
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state: State = getattr(self, STATE)
-        if state.dense:
-            return state.region_dense(self, options)(self, args, kwargs)
+        if state.runs_dense():
+            with state.interceptor.suspended(), state.as_dense():
+                return state.region_dense(self, options)(self, args, kwargs)
         geometry = state.interceptor.current_grid()
+        state.backend.tally.others += 1
         compiled = state.region(self, geometry, options)
         with state.interceptor.suspended():
             return _clear_errors(compiled, self, *geometry, args, kwargs)
 
     # forward, and not _compiled_call_impl, which would skip the module's hooks: FSDP2 gathers parameters in one
     _takes_the_arguments_of(call, module.forward)
-    module.__dict__["forward"] = types.MethodType(call, module)
+    module.__dict__["forward"] = module.__dict__[OWN] = types.MethodType(call, module)
 
 
 def override(module: nn.Module, state: State, name: str, forward: Callable[..., Any]) -> None:
@@ -320,7 +381,7 @@ def override(module: nn.Module, state: State, name: str, forward: Callable[..., 
     module.__dict__["_flexsparse_name"] = name
     module.__dict__["_flexsparse_forward"] = before
     module.__dict__["_flexsparse_restore"] = was_instance
-    module.__dict__["forward"] = types.MethodType(replaced, module)
+    module.__dict__["forward"] = module.__dict__[OWN] = types.MethodType(replaced, module)
 
 
 def _takes_the_arguments_of(function: Any, forward: Callable[..., Any]) -> None:
@@ -332,15 +393,37 @@ def _takes_the_arguments_of(function: Any, forward: Callable[..., Any]) -> None:
     function.__doc__ = forward.__doc__
 
 
+def hidden_by(module: nn.Module) -> str | None:
+    """What replaced a module's forward after `override` and is not taken into account by `restore`; None where nothing did."""
+    forward = module.__dict__.get("forward")
+    if forward == module.__dict__[OWN] or module.__dict__.get("_old_forward") == module.__dict__[OWN]:
+        return None
+    return getattr(forward, "__module__", None) or type(forward).__name__
+
+
 def restore(module: nn.Module) -> None:
-    """Undo `override`."""
-    before = module.__dict__.pop("_flexsparse_forward")
-    if module.__dict__.pop("_flexsparse_restore"):
+    """Undo `override`; a hook of accelerate's that was put over it stays, over the forward that was there before."""
+    before, own = module.__dict__.pop("_flexsparse_forward"), module.__dict__.pop(OWN)
+    was_instance = module.__dict__.pop("_flexsparse_restore")
+    if module.__dict__.get("_old_forward") == own:
+        module.__dict__["_old_forward"] = before
+    elif was_instance:
         module.__dict__["forward"] = before
     else:
         module.__dict__.pop("forward", None)
     for name in (STATE, "_flexsparse_name", "compile"):
         module.__dict__.pop(name, None)
     module._compiled_call_impl = None
-    for name in (NAME, FINE):
+    for name in module.__dict__.pop(ADDED, ()):
         module._modules.pop(name, None)
+
+
+def remove_hooks(module: nn.Module) -> None:
+    """Take every `Hook` off a module."""
+    for hooks, others in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
+            del hooks[key]
+            others.pop(key, None)

@@ -5,6 +5,7 @@ Shape letters: B batch, L tokens of one rank, S tokens of all ranks, C channels.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from flexsparse.distributed.tokens import Segment, Segments, bounds, gather_toke
 from flexsparse.masks.combine import Combination, PerHead
 from flexsparse.models import Joined, Leading, known
 from flexsparse.wrap import state_of
+from flexsparse.wrapped import Hook
 
 Model = TypeVar("Model", bound=nn.Module)
 Plan = Mapping[str, Any]
@@ -47,7 +49,7 @@ class Cut:
 
     def cut(self, x: Any, entry: Any) -> Any:
         """This rank's tokens of a tensor, or of each of several; one with other dimensions than planned is left whole."""
-        if self.state.dense or entry is None:
+        if self.state.runs_dense() or entry is None:
             return x
         if isinstance(entry, Leading):
             return x if x is None else self.leading(x)
@@ -93,7 +95,7 @@ class Cut:
 
     def join(self, x: Any, entry: Any) -> Any:
         """All tokens."""
-        if self.state.dense or entry is None or not isinstance(x, Tensor):
+        if self.state.runs_dense() or entry is None or not isinstance(x, Tensor):
             return x
         return gather_tokens(x, self.segments(self.count()), self.ranks, entry.gather_dim)
 
@@ -109,20 +111,50 @@ class Cut:
                     f"the plan cuts {absent[0]!r} of {type(module).__name__}, whose forward takes {names}: mend plan="
                 )
             places = {names.index(name): one for name, one in inputs.items() if name not in absent}
-
-            def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                new = {name: self.cut(x, inputs[name]) if name in inputs else x for name, x in kwargs.items()}
-                return tuple(self.cut(x, places[i]) if i in places else x for i, x in enumerate(args)), new
-
             if inputs:
-                module.register_forward_pre_hook(before, with_kwargs=True)
+                module.register_forward_pre_hook(_CutInputs(self, inputs, places), with_kwargs=True)
             if outputs:
-                module.register_forward_hook(
-                    lambda module, args, out: _each(out, lambda i, x: self.cut(x, outputs[i]) if i in outputs else x)
-                )
+                module.register_forward_hook(_CutOutputs(self, outputs))
             return
-        joins = list(entry) if isinstance(entry, Sequence) else [entry]
-        module.register_forward_hook(lambda module, args, out: _each(out, lambda i, x: self.join(x, joins[i])))
+        module.register_forward_hook(_Join(self, list(entry) if isinstance(entry, Sequence) else [entry]))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cut:
+        """A copied model's: the same ranks, the copy's state."""
+        new = copy.copy(self)
+        memo[id(self)] = new
+        new.state = copy.deepcopy(self.state, memo)
+        return new
+
+
+class _CutInputs(Hook):
+    """Cuts arguments of a forward: by name, and by place."""
+
+    def __init__(self, cut: Cut, inputs: Mapping[str, Any], places: Mapping[int, Any]) -> None:
+        self.cut, self.inputs, self.places = cut, inputs, places
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        new = {name: self.cut.cut(x, self.inputs[name]) if name in self.inputs else x for name, x in kwargs.items()}
+        return tuple(self.cut.cut(x, self.places[i]) if i in self.places else x for i, x in enumerate(args)), new
+
+
+class _CutOutputs(Hook):
+    """Cuts some of what a forward returns."""
+
+    def __init__(self, cut: Cut, outputs: Mapping[int, Any]) -> None:
+        self.cut, self.outputs = cut, outputs
+
+    def __call__(self, module: nn.Module, args: Any, out: Any) -> Any:
+        return _each(out, lambda i, x: self.cut.cut(x, self.outputs[i]) if i in self.outputs else x)
+
+
+class _Join(Hook):
+    """Puts what a forward returns together again."""
+
+    def __init__(self, cut: Cut, joins: Sequence[Any]) -> None:
+        self.cut, self.joins = cut, joins
+
+    def __call__(self, module: nn.Module, args: Any, out: Any) -> Any:
+        return _each(out, lambda i, x: self.cut.join(x, self.joins[i]))
 
 
 def _each(out: Any, function: Any) -> Any:
@@ -133,6 +165,8 @@ def _each(out: Any, function: Any) -> Any:
 
 def ulysses(model: Model, mesh: DeviceMesh | None = None, plan: Plan | None = None) -> Model:
     """Run a wrapped model sequence parallel, in place: its tokens are spread over the ranks, its attention exchanges heads.
+
+    `flexsparse.unwrap` ends it too (diffusers' own parallelism, where it was taken over, stays off).
 
     >>> # not run: needs 8 GPUs
     >>> model = fs.wrap(WanTransformer3DModel.from_pretrained(...), fs.VSA(sparsity=0.9), compile="regional")

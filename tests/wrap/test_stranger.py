@@ -341,8 +341,8 @@ def test_min_tokens_and_extra_tokens() -> None:
     torch.testing.assert_close(model(x), dense, atol=1e-5, rtol=0)
     fs.unwrap(model)
     fs.wrap(model, fs.VSA(top_k=4), grid=(4, 8, 8), text_last=7, compile=False, min_tokens=1000)
-    with pytest.raises(RewriteError, match="below min_tokens=1000"):
-        model(x)
+    assert torch.equal(model(x), dense)  # too short a video is no mistake
+    assert "below min_tokens=1000" in str(fs.report(model))
 
 
 class Halved(nn.Module):
