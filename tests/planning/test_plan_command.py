@@ -47,6 +47,22 @@ def test_bsa_and_text_that_joins_the_video(folder):
 
 
 @pytest.mark.parametrize(
+    ("options", "name", "expected"),
+    [
+        ("--sparsity 0.75", "VSA", {"sparsity": 0.75}),
+        ("--method bsa", "BSA", {"keep_queries": 0.5, "kv_density": 1 - 0.9}),
+        ("--method bsa --sparsity 0.75 --keep-queries 1", "BSA", {"keep_queries": 1, "kv_density": 0.25}),
+        ("--method bsa --kv-density 0.3", "BSA", {"kv_density": 0.3}),
+    ],
+)
+def test_options_mean_what_they_mean_to_inspect_and_finetune(folder, options, name, expected):
+    result = _invoke(folder("wan"), "--grid", "4,8,8", "--inference", "--json", *options.split())
+    assert result.exit_code == 0, result.output
+    builder = json.loads(result.stdout)["settings"]["builder"]
+    assert builder["name"] == name and {key: builder[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("nothing",), "is no preset"),
@@ -54,7 +70,12 @@ def test_bsa_and_text_that_joins_the_video(folder):
         (("WAN", *WAN, "--tile", "a"), "--tile is 'a'"),
         (("WAN", "--grid", "4,8,8", "--top-k", "99"), "top_k is 99"),
         (("WAN", "--grid", "4,8,8", "--sparsity", "2"), "sparsity"),
+        (("WAN", "--method", "bsa", "--sparsity", "1"), "--sparsity is 1.0: give a share in [0, 1)"),
+        (("WAN", "--method", "bsa", "--kv-density", "2"), "BSA kv_density is 2"),
         (("WAN", *WAN, "--method", "sta"), "--method is 'sta'"),
+        (("WAN", *WAN, "--method", "bsa"), "--top-k is 2, but --method is bsa"),
+        (("WAN", *WAN, "--keep-queries", "0.5"), "--keep-queries is 0.5, but --method is vsa"),
+        (("WAN", *WAN, "--kv-density", "0.1"), "--kv-density is 0.1, but --method is vsa"),
         (("WAN", *WAN, "--ulysses", "4"), "2 heads"),
         (("WAN", *WAN, "--gpus", "3", "--fsdp", "2"), "does not divide"),
         (("WAN", *WAN, "--plot", "x.doc"), "--plot is 'x.doc'"),
