@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -112,11 +113,9 @@ def plan(
             from flexsparse.planning.figure import draw, over_density, over_gpus, to_bytes
 
             plans = (over_density if plot_over == "density" else over_gpus)(settings, counts)
-            plot.write_bytes(to_bytes(draw(plans, plot_over), kind))
+            _write(plot, to_bytes(draw(plans, plot_over), kind))
     except PlanError as error:
         fail(" ".join(str(error).split()))
-    except OSError as error:
-        fail(f"plot {str(plot)!r} cannot be written: {error.strerror}; give another file")
     if json_:
         print(json.dumps(as_json(found), indent=1))
     else:
@@ -165,6 +164,13 @@ def _plot_kind(plot: Path | None, over: str) -> str:
     kind = plot.suffix.lstrip(".").lower()
     if kind not in ("png", "pdf", "svg"):
         fail(f"--plot is {str(plot)!r}: give a name that ends in .png, .pdf or .svg")
-    if not plot.resolve().parent.is_dir():
+    if not os.path.isdir(plot.resolve().parent):
         fail(f"--plot is {str(plot)!r}, in a folder that is not there: make it first")
     return kind
+
+
+def _write(plot: Path, content: bytes) -> None:
+    try:
+        plot.write_bytes(content)
+    except OSError as error:
+        fail(f"--plot is {str(plot)!r}, which cannot be written: {error.strerror}; give another file")

@@ -7,7 +7,7 @@ from typing import Any
 
 from flexsparse.grids import Grid
 from flexsparse.planning.counting import Counts, PlanError, count, fake
-from flexsparse.planning.models import Source, build, example, find, grid_of, parameters
+from flexsparse.planning.models import Source, build, example, find, grid_of, heads_of, parameters
 from flexsparse.planning.settings import Settings
 
 
@@ -38,6 +38,12 @@ class Measured:
     checkpointed: Counts | None
 
 
+def check_heads(settings: Settings, heads: int) -> None:
+    """Raise a `PlanError` where more GPUs share a sequence than there are heads."""
+    if settings.ulysses > heads:
+        raise PlanError(f"ulysses is {settings.ulysses}, but the model has {heads} heads: give at most one GPU a head")
+
+
 def measure(settings: Settings) -> Measured:
     """Run the model on fake tensors.
 
@@ -45,6 +51,9 @@ def measure(settings: Settings) -> Measured:
         PlanError: settings that do not fit the model.
     """
     source = find(settings.model)
+    heads = heads_of(source)
+    if heads is not None:
+        check_heads(settings, heads)
     training, gates = settings.training, settings.gates
     with fake():
         model = build(source, settings.torch_dtype)

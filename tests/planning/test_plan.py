@@ -15,7 +15,7 @@ from flexsparse.planning import PlanError, Settings, evaluate, machines, measure
 from flexsparse.planning.counting import fake
 from flexsparse.planning.figure import over_density, over_gpus
 from flexsparse.planning.machines import MACHINES
-from flexsparse.planning.models import PRESETS, build, find, grid_of, parameters
+from flexsparse.planning.models import PRESETS, build, find, grid_of, heads_of, parameters
 from flexsparse.planning.shares import Shares, shares
 from tests.models.zoo import ZOO
 
@@ -237,6 +237,15 @@ def test_presets_have_the_sizes_of_their_names():
             size, _, block = parameters(build(find(name), torch.bfloat16))
         assert low < size < high and 0 < block < size / 10
     assert set(PRESETS) == {*expected, "cogvideox-5b"}
+
+
+def test_heads_are_known_before_a_model_is_made():
+    assert {name: heads_of(find(name)) for name in PRESETS} == {
+        "wan2.1-1.3b": 12,
+        "wan2.1-14b": 40,
+        "hunyuanvideo": 24,
+        "cogvideox-5b": 48,
+    }
 
 
 def test_pixels_become_tokens():

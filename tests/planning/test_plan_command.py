@@ -83,6 +83,10 @@ def test_options_mean_what_they_mean_to_inspect_and_finetune(folder, options, na
         (("WAN", *WAN, "--plot", "x.png", "--plot-over", "text"), "--plot-over is 'text'"),
         (("WAN", *WAN, "--results", "/nowhere"), "is no folder"),
         (("WAN", "--frames", "80"), "frames is 80"),
+        (("x" * 400,), "is no preset"),
+        (("WAN", *WAN, "--results", "x" * 400), "is no folder"),
+        (("WAN", *WAN, "--plot", "x" * 400 + "/x.png"), "not there"),
+        (("WAN", *WAN, "--plot", "x" * 400 + ".png"), "File name too long"),
     ],
 )
 def test_errors_are_one_line(folder, arguments, message):
@@ -91,6 +95,24 @@ def test_errors_are_one_line(folder, arguments, message):
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--ulysses", "4"), "the model has 2 heads"), (("--results", "/nowhere"), "is no folder")],
+)
+def test_what_is_known_beforehand_is_said_before_counting(folder, monkeypatch, arguments, message):
+    monkeypatch.setattr("flexsparse.planning.measured.build", None)  # called, it would be a TypeError
+    result = _invoke(folder("wan"), *WAN, *arguments)
+    assert result.exit_code == 2 and message in result.stderr, result.exception
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"header": {}}', '{"header": {}, "rows": {}}'])
+def test_a_named_file_that_holds_no_results(folder, tmp_path, text):
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    result = _invoke(folder("wan"), *WAN, "--results", path)
+    assert result.exit_code == 2 and "is no result file" in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"_class_name": "UNet"}'])
