@@ -24,7 +24,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from flexsparse.grids import Grid, VideoInput, geometry_reader
 from flexsparse.models import known
 from flexsparse.planning.counting import PlanError
-from flexsparse.wrap import repeated_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,13 +250,3 @@ def _names(model: nn.Module) -> list[str]:
 
 def _first(config: Any, *names: str) -> int:
     return next(int(config[name]) for name in names if config.get(name))
-
-
-def parameters(model: nn.Module) -> tuple[int, int, int]:
-    """(parameters, those in repeated blocks, the most that one repeated block has)."""
-
-    def size(module: nn.Module) -> int:
-        return sum(x.numel() for x in module.parameters())
-
-    blocks = [size(block) for block in repeated_blocks(model)]
-    return size(model), sum(blocks), max(blocks, default=0)

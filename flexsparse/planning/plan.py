@@ -116,10 +116,10 @@ def evaluate(settings: Settings, measured: Measured) -> Plan:
     calls = [dataclasses.replace(call, builder=settings.builder) for call in measured.sparse.sparse]
     first = max(calls, key=lambda call: call.heads * call.layout.num_tokens)
     check_heads(settings, min(call.heads for call in calls))
-    communication = communication_of(settings, measured, calls)
+    communication = communication_of(settings, measured.sparse, calls)
     flops = _flops(settings, measured, calls)
     found = shares(settings.machine, first.head_dim, settings.dtype, settings.results)
-    dense = communication_of(settings, measured, [dataclasses.replace(call, gates=0) for call in calls])
+    dense = communication_of(settings, measured.dense, [dataclasses.replace(call, gates=0) for call in calls])
     layout = first.layout
     return Plan(
         settings=settings,
