@@ -136,7 +136,10 @@ def _builder(
     """As `inspect` and `finetune` make it; complains about options of the other method."""
     import flexsparse as fs
 
-    others = {"vsa": {"keep-queries": keep_queries, "kv-density": kv_density}, "bsa": {"top-k": top_k}}
+    others: dict[str, dict[str, float | None]] = {
+        "vsa": {"keep-queries": keep_queries, "kv-density": kv_density},
+        "bsa": {"top-k": top_k},
+    }
     if method not in others:
         fail(f"--method is {method!r}: give vsa or bsa")
     for name, value in others[method].items():
