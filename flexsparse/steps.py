@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,18 +24,20 @@ class DenseSteps:
 
     Args:
         models: one or several wrapped models (Wan 2.2 has two).
-        fraction: share of the steps that are dense, in [0, 1]: the first ``round(fraction * steps)``.
+        fraction: share of the steps that are dense, in [0, 1]: the first ``round(fraction * steps)``; without ``steps`` at
+            least one, unless the fraction is 0: the first step runs before the pipeline has said how many there are.
         steps: number of steps of a run; None to ask the pipeline, which the callback is given.
 
     Raises:
-        ValueError: a fraction out of range, or a model that is not wrapped.
+        ValueError: fraction or steps out of range, or a model that is not wrapped.
+        TypeError: models are none.
     """
 
     def __init__(self, models: nn.Module | Sequence[nn.Module], fraction: float, steps: int | None = None) -> None:
         if not isinstance(fraction, float | int) or not 0 <= fraction <= 1:
             raise ValueError(f"fraction is {fraction!r}: give the share of denoising steps to run densely, in [0, 1]")
-        if steps is not None and (not isinstance(steps, int) or steps < 1):
-            raise ValueError(f"steps is {steps!r}: give the number of denoising steps of a run, at least 1, or None")
+        if steps is not None:
+            steps = _whole(steps)
         if not isinstance(models, nn.Module | Sequence):
             raise TypeError(
                 f"models is {type(models).__name__}: give one or several wrapped models (a pipeline's .transformer)"
@@ -71,3 +74,13 @@ class DenseSteps:
         else:
             self._set(step + 1 < self.dense_until(steps))
         return callback_kwargs
+
+
+def _whole(steps: Any) -> int:
+    try:
+        found = 0 if isinstance(steps, bool) else operator.index(steps)
+    except TypeError:
+        found = 0
+    if found < 1:
+        raise ValueError(f"steps is {steps!r}: give the number of denoising steps of a run, at least 1, or None")
+    return found

@@ -28,12 +28,13 @@ def check(
     """Compute small sparse attentions and a wrapped model's training step here, and compare them with float64.
 
     Outputs and all gradients, given the tiles that were selected, and the selection; ends with exit code 1 where one is
-    wrong. Some minutes where kernels have to be compiled. It says nothing about speed.
+    wrong, or where --backend names one that computed no attention. Some minutes where kernels have to be compiled. It says
+    nothing about speed.
     """
     try:
         import torch
 
-        from flexsparse.checking.run import BACKENDS, Outcome, check, usable
+        from flexsparse.checking.run import BACKENDS, Outcome, check, problems, usable
         from flexsparse.training.environment import cpu_name, versions
         from flexsparse.training.progress import make_console
     except ModuleNotFoundError as error:
@@ -55,7 +56,8 @@ def check(
     for name in names:
         if name not in dtypes:
             fail(f"--dtype has {name!r}: give of {', '.join(dtypes)}")
-    for name in _words(backend):
+    backends = _words(backend)
+    for name in backends:
         if name not in BACKENDS:
             fail(f"--backend has {name!r}: give of {', '.join(BACKENDS)}")
     try:
@@ -66,7 +68,7 @@ def check(
     known = versions()
     say(f"{place}, torch {known['torch']}, triton {known.get('triton', 'not installed')}")
     say("relative RMS errors of outputs and gradients against float64:")
-    outcomes = check(at, [dtypes[name] for name in names] or None, _words(backend) or None, compile_, told)
+    outcomes = check(at, [dtypes[name] for name in names] or None, backends or None, compile_, told)
     if out is not None:
         rows = [dataclasses.asdict(outcome) for outcome in outcomes]
         try:
@@ -81,7 +83,12 @@ def check(
     say(", ".join([f"{passed} of {len(outcomes)} right", *others]))
     if not any(outcome.backend == "triton" for outcome in outcomes if outcome.impossible is None):
         say("The Triton templates were not checked: they run on CUDA.")
-    if wrong or not passed:
+    attention = {problem.name for problem in problems()}  # a wrapped model takes the backend that it likes
+    checked = {outcome.backend for outcome in outcomes if outcome.passed and outcome.problem in attention}
+    unchecked = [name for name in dict.fromkeys(backends) if name not in checked]
+    for name in unchecked:
+        say(f"--backend {name} passed no attention here: name one that runs here (`flexsparse info`)", "bold red")
+    if wrong or unchecked or not passed:
         raise typer.Exit(1)
 
 

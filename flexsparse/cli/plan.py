@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,12 +30,16 @@ def plan(
     batch: Annotated[int, typer.Option(help="Samples for the GPUs that share a sequence.")] = 1,
     text: Annotated[int | None, typer.Option(help="Text tokens.", show_default="those of the model's pipeline")] = None,
     method: Annotated[str, typer.Option(help="vsa or bsa.")] = "vsa",
-    sparsity: Annotated[float, typer.Option(help="VSA: share of the tiles that a query tile does not look at.")] = 0.9,
+    sparsity: Annotated[float, typer.Option(help="Share of the tiles that a query tile does not look at.")] = 0.9,
     top_k: Annotated[
         int | None, typer.Option(help="VSA: tiles that a query tile looks at; replaces --sparsity.")
     ] = None,
-    keep_queries: Annotated[float, typer.Option(help="BSA: share of the query tokens to compute.")] = 0.5,
-    kv_density: Annotated[float, typer.Option(help="BSA: share of the tiles that a query tile looks at.")] = 0.1,
+    keep_queries: Annotated[
+        float | None, typer.Option(help="BSA: share of the query tokens to compute.", show_default="0.5")
+    ] = None,
+    kv_density: Annotated[
+        float | None, typer.Option(help="BSA: share of the tiles that a query tile looks at; replaces --sparsity.")
+    ] = None,
     gates: Annotated[bool, typer.Option("--gates/--no-gates", help="VSA: a gate on each sparse attention.")] = False,
     tile: Annotated[str, typer.Option(metavar="t,h,w", help="Tokens of a tile, or auto.")] = "4,4,4",
     inference: Annotated[bool, typer.Option("--inference", help="A forward; without, a training step.")] = False,
@@ -108,11 +113,9 @@ def plan(
             from flexsparse.planning.figure import draw, over_density, over_gpus, to_bytes
 
             plans = (over_density if plot_over == "density" else over_gpus)(settings, counts)
-            plot.write_bytes(to_bytes(draw(plans, plot_over), kind))
+            _write(plot, to_bytes(draw(plans, plot_over), kind))
     except PlanError as error:
         fail(" ".join(str(error).split()))
-    except OSError as error:
-        fail(f"plot {str(plot)!r} cannot be written: {error.strerror}; give another file")
     if json_:
         print(json.dumps(as_json(found), indent=1))
     else:
@@ -127,17 +130,32 @@ def _three(name: str, text: str) -> tuple[int, int, int]:
     return t, h, w
 
 
-def _builder(method: str, sparsity: float, top_k: int | None, keep_queries: float, kv_density: float) -> Any:
+def _builder(
+    method: str, sparsity: float, top_k: int | None, keep_queries: float | None, kv_density: float | None
+) -> Any:
+    """As `inspect` and `finetune` make it; complains about options of the other method."""
     import flexsparse as fs
 
+    others: dict[str, dict[str, float | None]] = {
+        "vsa": {"keep-queries": keep_queries, "kv-density": kv_density},
+        "bsa": {"top-k": top_k},
+    }
+    if method not in others:
+        fail(f"--method is {method!r}: give vsa or bsa")
+    for name, value in others[method].items():
+        if value is not None:
+            fail(f"--{name} is {value}, but --method is {method}, which has no such option: leave one of them out")
+    if not 0 <= sparsity < 1:
+        fail(f"--sparsity is {sparsity}: give a share in [0, 1)")
     try:
         if method == "vsa":
             return fs.VSA(top_k=top_k) if top_k is not None else fs.VSA(sparsity=sparsity)
-        if method == "bsa":
-            return fs.BSA(keep_queries=keep_queries, kv_density=kv_density)
+        return fs.BSA(
+            keep_queries=0.5 if keep_queries is None else keep_queries,
+            kv_density=1 - sparsity if kv_density is None else kv_density,
+        )
     except ValueError as error:
         fail(str(error))
-    fail(f"--method is {method!r}: give vsa or bsa")
 
 
 def _plot_kind(plot: Path | None, over: str) -> str:
@@ -149,6 +167,13 @@ def _plot_kind(plot: Path | None, over: str) -> str:
     kind = plot.suffix.lstrip(".").lower()
     if kind not in ("png", "pdf", "svg"):
         fail(f"--plot is {str(plot)!r}: give a name that ends in .png, .pdf or .svg")
-    if not plot.resolve().parent.is_dir():
+    if not os.path.isdir(plot.resolve().parent):
         fail(f"--plot is {str(plot)!r}, in a folder that is not there: make it first")
     return kind
+
+
+def _write(plot: Path, content: bytes) -> None:
+    try:
+        plot.write_bytes(content)
+    except OSError as error:
+        fail(f"--plot is {str(plot)!r}, which cannot be written: {error.strerror}; give another file")

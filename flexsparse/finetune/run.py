@@ -100,11 +100,11 @@ def finetune(
     if options.resume:
         _check_same(folder, settings, about)
     model, task = _load(settings, clips, family, objective, config)
-    together(accelerator, lambda: _open(folder, options, about), main)
     training = _prepare(settings, options, accelerator, model, task)
     _check_window(training)
     first_step = resume(training) if options.resume else 0
     hold_out(training)
+    together(accelerator, lambda: _open(folder, options, about), main)  # late: bad input leaves no folder behind
     accelerator.init_trackers(LOGS, init_kwargs={"tensorboard": {"purge_step": first_step + 1}})
     if main:
         console.print(_plan(training, len(clips), first_step), markup=False, highlight=False)

@@ -174,7 +174,7 @@ def train(
         Steps done in all; checkpointed.
 
     Raises:
-        RunError: a loss is not finite; a checkpoint cannot be written; no clip can be used.
+        RunError: a loss or gradient is not finite, see `_step`; a checkpoint cannot be written; no clip can be used.
     """
     s, options = training.settings, training.options
     saved = first_step
@@ -184,8 +184,6 @@ def train(
             if step == first_step and options.compile != "off":
                 progress.compiling(s.method)
             loss, norm, stop = _step(training, step, samples, interrupts)
-            if not math.isfinite(loss):
-                raise RunError(f"the loss is {loss} at step {step + 1}: start again with --force and a smaller --lr")
             done = step + 1
             training.curves.loss.append(loss)
             training.curves.sparsity.append(training.sparsity())
@@ -217,7 +215,11 @@ def train(
 def _step(
     training: Training, step: int, samples: Iterator[Sample], interrupts: Interrupts
 ) -> tuple[float, float, bool]:
-    """One optimizer step: the loss over all processes, the gradient's norm, whether any process is to stop."""
+    """One optimizer step: the loss over all processes, the gradient's norm, whether any process is to stop.
+
+    Raises:
+        RunError: loss or norm is not finite, in all processes alike; the weights are those of the step before.
+    """
     s, accelerator, optimizer = training.settings, training.accelerator, training.optimizer
     for group in optimizer.param_groups:
         group["lr"] = warmup_cosine(step, steps=s.steps, warmup=s.warmup, peak=s.learning_rate)
@@ -233,14 +235,21 @@ def _step(
             accelerator.backward(loss)
         total += loss.detach()
     norm = accelerator.clip_grad_norm_([p for p in training.core.parameters() if p.requires_grad], s.max_grad_norm)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    stop = torch.tensor(float(interrupts.signal is not None))
+    said = accelerator.reduce(torch.stack([x.to(total) for x in (total, norm, stop)]), reduction="mean")
+    loss_value, norm_value, stopping = said.tolist()  # the norm is the same everywhere, and so is its mean
+    for name, value in (("loss", loss_value), ("gradient's norm", norm_value)):
+        if not math.isfinite(value):
+            raise RunError(
+                f"the {name} is {value} at step {step + 1}: start again with --force and a smaller --lr; or, where the machine "
+                "is to blame, go on from the last checkpoint with --resume"
+            )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if training.average is not None:
         training.average.update(step)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    said = torch.stack([total, torch.tensor(float(interrupts.signal is not None), device=total.device)])
-    loss_value, stop = accelerator.reduce(said, reduction="mean").tolist()
-    return loss_value, float(norm), stop > 0
+    return loss_value, norm_value, stopping > 0
 
 
 def hold_out(training: Training) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from flexsparse.distributed.traffic import traffic
 from flexsparse.layout import TileLayout
 from flexsparse.planning.attention import Call
+from flexsparse.planning.counting import Counts
 from flexsparse.planning.measured import Measured
 from flexsparse.planning.settings import Settings
 
@@ -89,7 +90,8 @@ def memory_of(settings: Settings, measured: Measured, calls: list[Call]) -> Memo
     stored = MASTER if training else size
     copies = 0.0
     if F > 1:
-        copies = float(2 * measured.largest_block + measured.parameters - measured.in_blocks) * size
+        counts = measured.sparse
+        copies = float(2 * counts.block_parameters + counts.parameters - counts.in_blocks) * size
     elif training and size != MASTER:
         copies = float(P * size)
     share = token_share(calls[0].layout, R)
@@ -116,14 +118,14 @@ def memory_of(settings: Settings, measured: Measured, calls: list[Call]) -> Memo
     )
 
 
-def communication_of(settings: Settings, measured: Measured, calls: list[Call]) -> Communication:
-    """By the formulas of docs/distributed.md, all in the dtype that computes.
+def communication_of(settings: Settings, counts: Counts, calls: list[Call]) -> Communication:
+    """By the formulas of docs/distributed.md, all in the dtype that computes; of the sparse or of the dense step's counts.
 
     FSDP2 gathers the weights of blocks again in backward; what is in no block stays gathered (`fully_shard` of the model).
     """
     F, size, training = settings.fsdp, settings.torch_dtype.itemsize, settings.training
-    weights = measured.parameters * size
-    gathered = weights + training * measured.in_blocks * size
+    weights = counts.parameters * size
+    gathered = weights + training * counts.in_blocks * size
     copies = settings.gpus // F
     return Communication(
         ulysses=float(sum(_ulysses(settings, call) for call in calls)) * (settings.forwards + training),

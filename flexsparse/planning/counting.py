@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -60,6 +60,9 @@ class Counts:
         largest_block: the part of them that one block saves, at most.
         peak: bytes alive at once in the step; without what attention needs in passing, and without parameters and their
             gradients, which are there before.
+        parameters: of the model as it ran, gates included, as the next two.
+        in_blocks: those of them in repeated blocks.
+        block_parameters: the most that one repeated block has.
         gate_parameters: of the gates that wrapping added.
     """
 
@@ -72,6 +75,9 @@ class Counts:
     saved: int = 0
     largest_block: int = 0
     peak: int = 0
+    parameters: int = 0
+    in_blocks: int = 0
+    block_parameters: int = 0
     gate_parameters: int = 0
 
     @property
@@ -210,6 +216,7 @@ def count(
             stack.callback(fs.unwrap, model)
             backend = state_of(model).backend
             backend.calls, backend.parallel = _Decisions(), recorder
+            counts.parameters, counts.in_blocks, counts.block_parameters = parameters(model)
             counts.gate_parameters = sum(x.numel() for x in fs.gate_parameters(model))
             for x in model.parameters() if training else ():
                 x.grad = torch.empty_like(x)
@@ -233,6 +240,16 @@ def count(
     if training:
         counts.saved, counts.largest_block = saved.bytes, saved.largest
     return counts
+
+
+def parameters(model: nn.Module) -> tuple[int, int, int]:
+    """(parameters, those in repeated blocks, the most that one repeated block has)."""
+
+    def size(module: nn.Module) -> int:
+        return sum(x.numel() for x in module.parameters())
+
+    blocks = [size(block) for block in repeated_blocks(model)]
+    return size(model), sum(blocks), max(blocks, default=0)
 
 
 def _checkpoint(model: Any) -> None:

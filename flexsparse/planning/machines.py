@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -106,26 +108,49 @@ class File:
     rows: list[dict[str, Any]]
 
 
-def files(results: Path | None) -> Iterator[File]:
-    """The result files of a folder and its folders, or one file; None for the checkout's folder. Others are left out.
+def check_results(results: Path) -> None:
+    """Complains, before anything is counted, about what `files` will not read.
 
     Raises:
-        PlanError: it is not there.
+        PlanError: it is not there, or a file and no result file.
     """
-    if results is not None and not results.exists():
+    if os.path.isfile(results):  # as pathlib, but no for a name too long
+        _read(results, results.name)
+    elif not os.path.isdir(results):
         raise PlanError(f"results {str(results)!r} is no folder and no file: give the one that holds result files")
+
+
+def files(results: Path | None) -> Iterator[File]:
+    """The result files of a folder and its folders, or one file; None for the checkout's folder.
+
+    A folder's other files are left out.
+
+    Raises:
+        PlanError: it is not there, or a file and no result file.
+    """
+    if results is not None:
+        check_results(results)
     place = RESULTS if results is None else results
-    paths = [place] if place.is_file() else sorted(place.rglob("*.json")) if place.is_dir() else []
-    for path in paths:
-        try:
-            result = json.loads(path.read_text())
-            header, rows = result["header"], result["rows"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if isinstance(header, dict) and isinstance(rows, list):
-            yield File(
-                name=path.name if path is place else path.relative_to(place).as_posix(), header=header, rows=rows
-            )
+    if place.is_file():
+        yield _read(place, place.name)
+        return
+    for path in sorted(place.rglob("*.json")) if place.is_dir() else ():
+        with contextlib.suppress(PlanError):
+            yield _read(path, path.relative_to(place).as_posix())
+
+
+def _read(path: Path, name: str) -> File:
+    try:
+        result = json.loads(path.read_text())
+        header, rows = result["header"], result["rows"]
+        if not isinstance(header, dict) or not isinstance(rows, list):
+            raise TypeError("header or rows of another kind")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PlanError(
+            f"results {str(path)!r} is no result file ({type(error).__name__}: {error}): give one of the GPU suite or of "
+            "bench.machine, or a folder of them"
+        ) from error
+    return File(name=name, header=header, rows=rows)
 
 
 def cpu_file(results: Path | None) -> File:

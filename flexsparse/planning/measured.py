@@ -7,7 +7,7 @@ from typing import Any
 
 from flexsparse.grids import Grid
 from flexsparse.planning.counting import Counts, PlanError, count, fake
-from flexsparse.planning.models import Source, build, example, find, grid_of, parameters
+from flexsparse.planning.models import Source, build, example, find, grid_of, heads_of
 from flexsparse.planning.settings import Settings
 
 
@@ -18,9 +18,6 @@ class Measured:
     Attributes:
         source: the model's configuration.
         grid: tokens.
-        parameters: how many, gates included.
-        in_blocks: those of them in repeated blocks.
-        largest_block: parameters of the largest repeated block.
         sparse: the step as planned.
         dense: the same with dense attention and without gates.
         plain: the sparse step without checkpointing; None for inference.
@@ -29,13 +26,21 @@ class Measured:
 
     source: Source
     grid: Grid
-    parameters: int
-    in_blocks: int
-    largest_block: int
     sparse: Counts
     dense: Counts
     plain: Counts | None
     checkpointed: Counts | None
+
+    @property
+    def parameters(self) -> int:
+        """Of the model as planned, gates included."""
+        return self.sparse.parameters
+
+
+def check_heads(settings: Settings, heads: int) -> None:
+    """Raise a `PlanError` where more GPUs share a sequence than there are heads."""
+    if settings.ulysses > heads:
+        raise PlanError(f"ulysses is {settings.ulysses}, but the model has {heads} heads: give at most one GPU a head")
 
 
 def measure(settings: Settings) -> Measured:
@@ -45,6 +50,9 @@ def measure(settings: Settings) -> Measured:
         PlanError: settings that do not fit the model.
     """
     source = find(settings.model)
+    heads = heads_of(source)
+    if heads is not None:
+        check_heads(settings, heads)
     training, gates = settings.training, settings.gates
     with fake():
         model = build(source, settings.torch_dtype)
@@ -56,16 +64,12 @@ def measure(settings: Settings) -> Measured:
         plain = count(model, inputs, **how) if not own or training else None
         checkpointed = count(model, inputs, **how, checkpointing=True) if training and (own or able) else None
         dense = count(model, inputs, tile=settings.tile, training=training, checkpointing=own)
-        size, in_blocks, block = parameters(model)
     sparse = checkpointed if own else plain
     if sparse is None:
         raise PlanError(f"{source.kind}: nothing was counted")
     return Measured(
         source=source,
         grid=grid,
-        parameters=size + sparse.gate_parameters,
-        in_blocks=in_blocks + sparse.gate_parameters,
-        largest_block=block,
         sparse=sparse,
         dense=dense,
         plain=plain if training else None,

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import json
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from flexsparse.grids import Grid, VideoInput, geometry_reader
 from flexsparse.models import known
 from flexsparse.planning.counting import PlanError
-from flexsparse.wrap import repeated_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ def find(name: str) -> Source:
         return PRESETS[name.lower()]
     path = Path(name)
     places = [path, path / "config.json", path / "transformer" / "config.json"]
-    file = next((place for place in places if place.is_file()), None)
+    file = next((place for place in places if os.path.isfile(place)), None)  # pathlib raises for a name too long
     if file is None:
         raise PlanError(
             f"model {name!r} is no preset and no folder or file with a transformer's config.json: give a path, or one of "
@@ -136,6 +136,15 @@ def find(name: str) -> Source:
         raise PlanError(f"{str(file)!r} is of {kind}, whose inputs are not known: give one of {', '.join(KINDS)}")
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
     return Source(name=name, kind=kind, config=plain, origin=str(file))
+
+
+def heads_of(source: Source) -> int | None:
+    """Heads of its attention, by the configuration or the class's default; None where neither says."""
+    name = "num_attention_heads"
+    kind = getattr(importlib.import_module("diffusers"), source.kind)
+    default = inspect.signature(kind).parameters.get(name)
+    heads = source.config.get(name, None if default is None else default.default)
+    return heads if isinstance(heads, int) else None
 
 
 def build(source: Source, dtype: torch.dtype) -> nn.Module:
@@ -241,13 +250,3 @@ def _names(model: nn.Module) -> list[str]:
 
 def _first(config: Any, *names: str) -> int:
     return next(int(config[name]) for name in names if config.get(name))
-
-
-def parameters(model: nn.Module) -> tuple[int, int, int]:
-    """(parameters, those in repeated blocks, the most that one repeated block has)."""
-
-    def size(module: nn.Module) -> int:
-        return sum(x.numel() for x in module.parameters())
-
-    blocks = [size(block) for block in repeated_blocks(model)]
-    return size(model), sum(blocks), max(blocks, default=0)

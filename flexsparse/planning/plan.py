@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from flexsparse.planning.attention import BACKWARD, Call, dense_flops
 from flexsparse.planning.costs import Communication, Memory, communication_of, memory_of
-from flexsparse.planning.counting import PlanError
-from flexsparse.planning.measured import Measured, measure
+from flexsparse.planning.measured import Measured, check_heads, measure
 from flexsparse.planning.modes import values
 from flexsparse.planning.settings import Settings
 from flexsparse.planning.shares import Shares, assumed, shares
@@ -116,14 +115,11 @@ def evaluate(settings: Settings, measured: Measured) -> Plan:
     """
     calls = [dataclasses.replace(call, builder=settings.builder) for call in measured.sparse.sparse]
     first = max(calls, key=lambda call: call.heads * call.layout.num_tokens)
-    if settings.ulysses > min(call.heads for call in calls):
-        raise PlanError(
-            f"ulysses is {settings.ulysses}, but the model has {first.heads} heads: give at most one GPU a head"
-        )
-    communication = communication_of(settings, measured, calls)
+    check_heads(settings, min(call.heads for call in calls))
+    communication = communication_of(settings, measured.sparse, calls)
     flops = _flops(settings, measured, calls)
     found = shares(settings.machine, first.head_dim, settings.dtype, settings.results)
-    dense = communication_of(settings, measured, [dataclasses.replace(call, gates=0) for call in calls])
+    dense = communication_of(settings, measured.dense, [dataclasses.replace(call, gates=0) for call in calls])
     layout = first.layout
     return Plan(
         settings=settings,

@@ -10,7 +10,7 @@ import torch
 from flexsparse.grids import Grid
 from flexsparse.planning.attention import Builder
 from flexsparse.planning.counting import PlanError
-from flexsparse.planning.machines import CPU, Machine, machine_of
+from flexsparse.planning.machines import CPU, Machine, check_results, machine_of
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -77,6 +77,8 @@ class Settings:
             raise PlanError(f"gates are on, but {type(self.builder).__name__} has no coarse output: leave them out")
         if self.dtype not in DTYPES:
             raise PlanError(f"dtype is {self.dtype!r}: give one of {', '.join(DTYPES)}")
+        if self.results is not None:
+            check_results(self.results)
         if self.gpu == CPU and self.gpus > 1:
             raise PlanError(f"gpus is {self.gpus}, but between CPUs nothing was measured: plan with one, or name a GPU")
         if self.dtype not in self.machine.products:

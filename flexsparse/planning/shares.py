@@ -95,7 +95,7 @@ def shares(machine: Machine, head_dim: int, dtype: str, results: Path | None = N
         results: folder of the files, or one of them; None for the checkout's folder.
 
     Raises:
-        PlanError: a folder or file that is not there.
+        PlanError: a folder or file that is not there, or a file that is no result file.
     """
     found: dict[str, list[tuple[float, str]]] = {}
     if machine.measured:

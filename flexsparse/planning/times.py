@@ -151,7 +151,7 @@ def _common(
         "products": products,
         "elementwise": elementwise,
         "dense_calls": calls,
-        "optimizer": settings.training * OPTIMIZER * measured.parameters / settings.fsdp / rate.memory,
+        "optimizer": settings.training * OPTIMIZER * counts.parameters / settings.fsdp / rate.memory,
         "ulysses": communication.ulysses / rate.sequence,
         "beside": beside,
     }

@@ -84,7 +84,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, arguments,
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert message in result.stderr
-    assert not list(tmp_path.rglob("checkpoints"))
+    assert not (tmp_path / "runs").exists(), "the corrected command would be refused"
 
 
 def test_a_configuration_of_accelerate_that_does_not_fit(tmp_path, monkeypatch):

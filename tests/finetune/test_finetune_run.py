@@ -1,5 +1,6 @@
 """Whole tiny runs: what they write, that they learn, and that an interrupted one continues to the same curve."""
 
+import itertools
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from flexsparse.finetune.run import Result
 from flexsparse.finetune.samples import Samples
 from flexsparse.finetune.state import checkpoints
 from flexsparse.finetune.summary import print_summary
+from flexsparse.training import flow
 from flexsparse.training.errors import RunError
 from flexsparse.wrap import state_of
 
@@ -332,6 +334,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         RunError, match=r"the loss is -?(nan|inf) at step 1: start again with --force and a smaller --lr"
     ):
         tuned(tmp_path / "run")
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path, monkeypatch):
+    """In the last step, where no later loss would show it."""
+    told = {"steps": 2, "sparsity": 0.25, "save_every": 1, "ema_decay": 0.9}
+    calls, real = itertools.count(1), flow.velocity_loss
+
+    def broken(v, clean, noise):
+        if v.requires_grad and next(calls) == 2:
+            v.register_hook(lambda grad: grad * float("nan"))
+        return real(v, clean, noise)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("flexsparse.training.flow.velocity_loss", broken)
+        with pytest.raises(RunError, match=r"the gradient's norm is nan at step 2: .*--force .*smaller --lr.*--resume"):
+            tuned(tmp_path / "run", **told)
+    assert [step for step, _ in checkpoints(tmp_path / "run")] == [1]
+    assert not (tmp_path / "run" / "transformer").exists()
+    assert tuned(tmp_path / "run", resume=True, **told).steps == 2
+    assert all(x.isfinite().all() for kind in ("model", "average") for x in tensors(tmp_path / "run", kind).values())
 
 
 def test_force_replaces_the_run_and_nothing_else(tmp_path):

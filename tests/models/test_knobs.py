@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -151,6 +153,17 @@ def test_no_dense_step_and_all_dense_steps() -> None:
         assert seen == expected, fraction
 
 
+def test_the_first_step_is_dense_where_the_pipeline_is_yet_to_say_how_many_there_are() -> None:
+    model = wrapped(WAN, fs.VSA(top_k=1), False)
+    pipe = SimpleNamespace(num_timesteps=30)
+    for steps, expected in ((None, [True, False, False]), (30, [False] * 3), (np.int64(30), [False] * 3)):
+        dense_steps, seen = fs.DenseSteps(model, fraction=0.01, steps=steps), []
+        for step in range(3):
+            seen.append(model._flexsparse.dense)
+            dense_steps(pipe, step, None, {})
+        assert seen == expected, steps
+
+
 BAD: list[tuple[dict[str, Any], Any, str]] = [
     ({"dense_layers": [7]}, fs.VSA(top_k=2), "dense_layers has 7, but WanTransformer3DModel has 2 blocks"),
     ({"dense_layers": ["block.0"]}, fs.VSA(top_k=2), "the pattern 'block.0' matches no module"),
@@ -174,8 +187,9 @@ def test_bad_dense_steps() -> None:
     model = wrapped(WAN, fs.VSA(top_k=1), False)
     with pytest.raises(ValueError, match=r"fraction is 1.5: give .* in \[0, 1\]"):
         fs.DenseSteps(model, fraction=1.5)
-    with pytest.raises(ValueError, match="steps is 0"):
-        fs.DenseSteps(model, fraction=0.5, steps=0)
+    for steps in (0, True, 2.5, "4"):
+        with pytest.raises(ValueError, match=f"steps is {steps!r}: give the number of denoising steps"):
+            fs.DenseSteps(model, fraction=0.5, steps=steps)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="is not wrapped"):
         fs.DenseSteps(nn.Linear(1, 1), fraction=0.5)
     with pytest.raises(TypeError, match=r"models is object: give one or several wrapped models"):

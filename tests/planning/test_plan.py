@@ -12,10 +12,10 @@ pytest.importorskip("diffusers")
 import flexsparse as fs
 from flexsparse.distributed import traffic
 from flexsparse.planning import PlanError, Settings, evaluate, machines, measure
-from flexsparse.planning.counting import fake
+from flexsparse.planning.counting import fake, parameters
 from flexsparse.planning.figure import over_density, over_gpus
 from flexsparse.planning.machines import MACHINES
-from flexsparse.planning.models import PRESETS, build, find, grid_of, parameters
+from flexsparse.planning.models import PRESETS, build, find, grid_of, heads_of
 from flexsparse.planning.shares import Shares, shares
 from tests.models.zoo import ZOO
 
@@ -68,6 +68,19 @@ def test_training_holds_four_float32_tensors_and_fsdp_cuts_them(planned):
     assert one.compute_weights == bytes_ / 2  # bfloat16
     assert (half.weights, half.gradients, half.optimizer) == (bytes_ / 2, bytes_ / 2, bytes_)
     assert half.compute_weights == bytes_ / 2  # two blocks, all that it has, and what is in none
+
+
+def test_fsdp_gathers_blocks_with_their_gates(planned):
+    model = fs.wrap(ZOO["wan"].model(), fs.VSA(top_k=2), gates=True, compile=False)
+    whole, *blocks = (sum(x.numel() for x in part.parameters()) for part in (model, *model.blocks))
+    found = evaluate(*planned(gates=True, gpus=2, fsdp=2)).memory
+    assert found.compute_weights == 2 * (2 * max(blocks) + whole - sum(blocks))  # bfloat16
+
+
+def test_the_dense_step_has_no_gates(planned):
+    plain, gated = (evaluate(*planned(gates=gates, gpus=4, fsdp=2)) for gates in (False, True))
+    assert gated.dense == plain.dense
+    assert gated.sparse.optimizer > plain.sparse.optimizer and gated.sparse.beside > plain.sparse.beside
 
 
 def test_lists_and_bitmasks_are_those_of_selections(planned):
@@ -123,7 +136,7 @@ def test_fsdp_bytes_are_the_others_shards(planned, gpus, fsdp):
     found = evaluate(settings, counts).communication
     bytes_ = 2 * counts.parameters
     others = sum(bytes_ / fsdp for _ in range(fsdp - 1))  # what a rank lacks of all weights
-    again = others * counts.in_blocks / counts.parameters  # in backward, those of blocks
+    again = others * counts.sparse.in_blocks / counts.parameters  # in backward, those of blocks
     assert found.gather == pytest.approx(others + again) and found.scatter == others
     copies = gpus // fsdp
     assert found.replicas == pytest.approx(2 * sum(bytes_ / fsdp / copies for _ in range(copies - 1)))
@@ -237,6 +250,15 @@ def test_presets_have_the_sizes_of_their_names():
             size, _, block = parameters(build(find(name), torch.bfloat16))
         assert low < size < high and 0 < block < size / 10
     assert set(PRESETS) == {*expected, "cogvideox-5b"}
+
+
+def test_heads_are_known_before_a_model_is_made():
+    assert {name: heads_of(find(name)) for name in PRESETS} == {
+        "wan2.1-1.3b": 12,
+        "wan2.1-14b": 40,
+        "hunyuanvideo": 24,
+        "cogvideox-5b": 48,
+    }
 
 
 def test_pixels_become_tokens():

@@ -47,6 +47,22 @@ def test_bsa_and_text_that_joins_the_video(folder):
 
 
 @pytest.mark.parametrize(
+    ("options", "name", "expected"),
+    [
+        ("--sparsity 0.75", "VSA", {"sparsity": 0.75}),
+        ("--method bsa", "BSA", {"keep_queries": 0.5, "kv_density": 1 - 0.9}),
+        ("--method bsa --sparsity 0.75 --keep-queries 1", "BSA", {"keep_queries": 1, "kv_density": 0.25}),
+        ("--method bsa --kv-density 0.3", "BSA", {"kv_density": 0.3}),
+    ],
+)
+def test_options_mean_what_they_mean_to_inspect_and_finetune(folder, options, name, expected):
+    result = _invoke(folder("wan"), "--grid", "4,8,8", "--inference", "--json", *options.split())
+    assert result.exit_code == 0, result.output
+    builder = json.loads(result.stdout)["settings"]["builder"]
+    assert builder["name"] == name and {key: builder[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("nothing",), "is no preset"),
@@ -54,7 +70,12 @@ def test_bsa_and_text_that_joins_the_video(folder):
         (("WAN", *WAN, "--tile", "a"), "--tile is 'a'"),
         (("WAN", "--grid", "4,8,8", "--top-k", "99"), "top_k is 99"),
         (("WAN", "--grid", "4,8,8", "--sparsity", "2"), "sparsity"),
+        (("WAN", "--method", "bsa", "--sparsity", "1"), "--sparsity is 1.0: give a share in [0, 1)"),
+        (("WAN", "--method", "bsa", "--kv-density", "2"), "BSA kv_density is 2"),
         (("WAN", *WAN, "--method", "sta"), "--method is 'sta'"),
+        (("WAN", *WAN, "--method", "bsa"), "--top-k is 2, but --method is bsa"),
+        (("WAN", *WAN, "--keep-queries", "0.5"), "--keep-queries is 0.5, but --method is vsa"),
+        (("WAN", *WAN, "--kv-density", "0.1"), "--kv-density is 0.1, but --method is vsa"),
         (("WAN", *WAN, "--ulysses", "4"), "2 heads"),
         (("WAN", *WAN, "--gpus", "3", "--fsdp", "2"), "does not divide"),
         (("WAN", *WAN, "--plot", "x.doc"), "--plot is 'x.doc'"),
@@ -62,6 +83,10 @@ def test_bsa_and_text_that_joins_the_video(folder):
         (("WAN", *WAN, "--plot", "x.png", "--plot-over", "text"), "--plot-over is 'text'"),
         (("WAN", *WAN, "--results", "/nowhere"), "is no folder"),
         (("WAN", "--frames", "80"), "frames is 80"),
+        (("x" * 400,), "is no preset"),
+        (("WAN", *WAN, "--results", "x" * 400), "is no folder"),
+        (("WAN", *WAN, "--plot", "x" * 400 + "/x.png"), "not there"),
+        (("WAN", *WAN, "--plot", "x" * 400 + ".png"), "File name too long"),
     ],
 )
 def test_errors_are_one_line(folder, arguments, message):
@@ -70,6 +95,24 @@ def test_errors_are_one_line(folder, arguments, message):
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--ulysses", "4"), "the model has 2 heads"), (("--results", "/nowhere"), "is no folder")],
+)
+def test_what_is_known_beforehand_is_said_before_counting(folder, monkeypatch, arguments, message):
+    monkeypatch.setattr("flexsparse.planning.measured.build", None)  # called, it would be a TypeError
+    result = _invoke(folder("wan"), *WAN, *arguments)
+    assert result.exit_code == 2 and message in result.stderr, result.exception
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"header": {}}', '{"header": {}, "rows": {}}'])
+def test_a_named_file_that_holds_no_results(folder, tmp_path, text):
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    result = _invoke(folder("wan"), *WAN, "--results", path)
+    assert result.exit_code == 2 and "is no result file" in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"_class_name": "UNet"}'])
