@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from flexsparse.given import to_axes
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import (
     CoarseInputs,
@@ -89,10 +89,11 @@ class BSA(MaskBuilder):
     within: StaticBuilder | None = None
 
     def __post_init__(self) -> None:
-        check_ratio("BSA keep_queries", self.keep_queries, zero=False, one=True)
-        check_ratio("BSA kv_density", self.kv_density, zero=False, one=True)
-        check_ratio("BSA mass", self.mass, zero=False, one=True)
-        check_tiles("BSA", self.min_tiles, self.max_tiles)
+        for name in ("keep_queries", "kv_density", "mass"):
+            object.__setattr__(self, name, check_ratio(f"BSA {name}", getattr(self, name), zero=False, one=True))
+        least, most = check_tiles("BSA", self.min_tiles, self.max_tiles)
+        object.__setattr__(self, "min_tiles", least)
+        object.__setattr__(self, "max_tiles", most)
         check_within("BSA", self.within)
         for name, choices in (
             ("threshold", Threshold),
@@ -109,9 +110,9 @@ class BSA(MaskBuilder):
                 "tiles outside of it (the future, for FrameCausal); use statistics='row'"
             )
         if self.window is not None:
-            window = tuple(self.window) if isinstance(self.window, Sequence) else (self.window,)
-            if len(window) != 3 or any(not isinstance(w, int) or w < 1 for w in window):
-                raise ValueError(f"BSA window is {window}: give three ints (t, h, w) of at least 1, or None")
+            window = to_axes(self.window)
+            if window is None:
+                raise ValueError(f"BSA window is {self.window!r}: give three ints (t, h, w) of at least 1, or None")
             object.__setattr__(self, "window", window)
 
     def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
+from flexsparse.given import to_int
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import (
     CoarseInputs,
@@ -55,15 +55,14 @@ class VSA(MaskBuilder):
         if (self.sparsity is None) == (self.top_k is None):
             raise ValueError(f"VSA has sparsity={self.sparsity} and top_k={self.top_k}: give exactly one of them")
         if self.top_k is not None:
-            try:
-                value = operator.index(self.top_k)
-            except TypeError:
-                raise TypeError(f"VSA top_k is {self.top_k!r}: give an int of at least 1") from None
-            if value < 1:
-                raise ValueError(f"VSA top_k is {value}: give an int of at least 1")
-            object.__setattr__(self, "top_k", value)
+            top_k = to_int(self.top_k)
+            if top_k is None:
+                raise TypeError(f"VSA top_k is {self.top_k!r}: give an int of at least 1")
+            if top_k < 1:
+                raise ValueError(f"VSA top_k is {top_k}: give an int of at least 1")
+            object.__setattr__(self, "top_k", top_k)
         else:
-            check_ratio("VSA sparsity", self.sparsity, zero=True, one=True)
+            object.__setattr__(self, "sparsity", check_ratio("VSA sparsity", self.sparsity, zero=True, one=True))
         check_within("VSA", self.within)
 
     def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:

@@ -153,6 +153,8 @@ def test_no_dense_step_and_all_dense_steps() -> None:
 
 BAD: list[tuple[dict[str, Any], Any, str]] = [
     ({"dense_layers": [7]}, fs.VSA(top_k=2), "dense_layers has 7, but WanTransformer3DModel has 2 blocks"),
+    ({"dense_layers": 1.5}, fs.VSA(top_k=2), "dense_layers has 1.5: give numbers of blocks, ints, or name patterns"),
+    ({"dense_layers": [True, False]}, fs.VSA(top_k=2), "dense_layers has True: give numbers of blocks"),
     ({"dense_layers": ["block.0"]}, fs.VSA(top_k=2), "the pattern 'block.0' matches no module"),
     ({}, {"blocks.9": fs.VSA(top_k=2)}, "the pattern 'blocks.9' matches no module"),
     ({}, {"*": None}, "give at least one mask builder"),
