@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -99,7 +100,8 @@ class SparsitySchedule:
         count = to_int(steps)
         if count is None or self.steps_done + count < 0:
             raise ValueError(
-                f"SparsitySchedule steps is {steps!r} at step {self.steps_done}: give training steps, an int that stays at 0 or above"
+                f"SparsitySchedule steps is {steps!r} at step {self.steps_done}: give how many training steps, an int; it "
+                "cannot go below step 0"
             )
         self.seek(self.steps_done + count)
         return self.value
@@ -118,13 +120,28 @@ class SparsitySchedule:
         """Continue from `state_dict`.
 
         Raises:
-            ValueError: the state belongs to a schedule with other settings.
+            TypeError: the state is no dict.
+            ValueError: the state belongs to a schedule with other settings, or is none of a schedule.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"SparsitySchedule state is {type(state).__name__}: give the dict that state_dict() returned"
+            )
         mine = self.state_dict()
+        missing = [name for name in mine if name not in state]
+        if missing:
+            raise ValueError(
+                f"SparsitySchedule state has no {', '.join(missing)}: give the dict that state_dict() returned"
+            )
         for name in ("target", "start", "step", "every"):
             if state[name] != mine[name]:
                 raise ValueError(f"{name} is {mine[name]} here and {state[name]} in the saved schedule: use the same")
-        self.seek(int(state["steps_done"]))
+        done = to_int(state["steps_done"])
+        if done is None or done < 0:
+            raise ValueError(
+                f"SparsitySchedule state has steps_done={state['steps_done']!r}: give an int of at least 0"
+            )
+        self.seek(done)
 
     def __repr__(self) -> str:
         return (

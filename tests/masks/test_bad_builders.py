@@ -141,6 +141,26 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "first_frames is -1: give .* at least 0",
     ),
+    "one builder for all heads": (
+        lambda: fs.PerHead(builders=fs.Dense(), heads=(0,)),
+        TypeError,
+        r"PerHead builders is Dense\(\): give a tuple of mask builders",
+    ),
+    "no index of a builder": (
+        lambda: fs.PerHead(builders=(fs.Dense(),), heads=2),
+        ValueError,
+        "PerHead heads is 2: give for each query head the index of one of the 1 builders",
+    ),
+    "a word for an index": (
+        lambda: fs.PerHead(builders=(fs.Dense(),), heads=("a",)),
+        ValueError,
+        r"PerHead heads is \('a',\): give for each query head",
+    ),
+    "an index of no builder": (
+        lambda: fs.PerHead(builders=(fs.Dense(),), heads=(0, 1)),
+        ValueError,
+        r"PerHead heads is \(0, 1\): give for each query head",
+    ),
     "within a dynamic builder": (
         lambda: fs.TopP(within=fs.VSA(top_k=1)),
         TypeError,
