@@ -5,6 +5,7 @@ Shape letters: B batch, S tokens in raster order, H query heads, G KV heads, D h
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def rope_frequencies(
     layout: TileLayout, head_dim: int, base: float = 10000.0, device: Any = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of a 3D rotary embedding, float32 ``[S, D / 2]`` each, raster order.
+    """Cosines and sines of a 3D rotary embedding, float32 ``[S, D / 2]`` each, in the order of the layout's tokens.
 
     The channel pairs are split among (t, h, w): a third each to h and w, the rest to t. Extra tokens are not rotated.
     """
@@ -30,7 +31,11 @@ def rope_frequencies(
     share = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
     first, total = layout.text_first, layout.num_tokens
     _, H, W = layout.grid
-    index = torch.arange(total, device=device)
+    if layout.order == "tiles":  # tiles are full: each slot holds a token
+        slots = dataclasses.replace(layout, order="raster").index(device)[0]
+        index = slots.narrow(0, first, total).long() - first
+    else:
+        index = torch.arange(total, device=device)
     places = [index // (H * W), index // W % H, index % W]
     angles = []
     for place, count in zip(places, share):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -59,6 +60,21 @@ def test_rope_makes_logits_depend_on_distance_only() -> None:
     torch.testing.assert_close(at(x, 2, 2, 1) @ at(y, 3, 3, 2), step)
     assert (at(x, 0, 1, 2) @ at(y, 1, 2, 4) - step).abs() > 1e-4
     assert torch.equal(cos[:2], torch.ones(2, 12))
+
+
+@pytest.mark.parametrize("text", [{}, {"text_first": 16, "text_last": 32}])
+def test_tile_order_computes_the_numbers_of_raster_order(text: dict[str, int]) -> None:
+    raster = fs.TileLayout(grid=(4, 4, 6), tile=(2, 4, 2), **text)
+    tiles = dataclasses.replace(raster, order="tiles")
+    attention = fs.nn.VideoSelfAttention(48, 2, fs.VSA(top_k=2)).double()
+    x = torch.randn(2, raster.seq_len, 48, dtype=torch.float64)
+    expected = attention(x, raster)
+    torch.testing.assert_close(raster.to_raster(attention(raster.to_tiles(x), tiles)), expected)
+    unrotated = fs.nn.VideoSelfAttention(48, 2, fs.VSA(top_k=2), rope=False).double()
+    unrotated.load_state_dict(attention.state_dict())
+    assert (unrotated(x, raster) - expected).abs().max() > 1e-3
+    for order, other in zip(fs.nn.rope_frequencies(tiles, 24), fs.nn.rope_frequencies(raster, 24)):
+        assert torch.equal(order, raster.to_tiles(other))
 
 
 @pytest.mark.slow
