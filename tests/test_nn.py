@@ -90,6 +90,12 @@ def test_compiled_as_one_graph() -> None:
     [
         ({"dim": 50, "num_heads": 4}, "dim is 50 and num_heads is 4"),
         ({"num_kv_heads": 3}, "num_kv_heads is 3: give a divisor of num_heads=4"),
+        ({"num_heads": 0}, "VideoSelfAttention num_heads is 0: give an int of at least 1"),
+        ({"dim": 0}, "VideoSelfAttention dim is 0: give an int of at least 1"),
+        ({"dim": 48.0}, r"VideoSelfAttention dim is 48\.0: give an int"),
+        ({"num_kv_heads": 0}, "VideoSelfAttention num_kv_heads is 0: give an int of at least 1"),
+        ({"head_dim": 0}, "VideoSelfAttention head_dim is 0: give an int of at least 1"),
+        ({"backend": "foo"}, "backend is 'foo': give one of auto, reference, gather, flex, triton"),
         ({"head_dim": 7}, "head_dim is 7: rope=True needs an even one"),
         ({"builder": fs.BSA(), "gate": True}, "BSA has no coarse output"),
         ({"builder": "vsa"}, "builder is 'vsa': give a mask builder"),
