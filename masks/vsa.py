@@ -33,7 +33,8 @@ class VSA(MaskBuilder):
 
     Args:
         sparsity: share of KV tiles to drop, in [0, 1], or a `SparsitySchedule`: ``top_k`` is
-            ``ceil((1 - sparsity) * M)``, at least 1.
+            ``ceil((1 - sparsity) * M)``, at least 1. The count is computed in float64, as FastVideo does: ``sparsity=0.95`` of
+            1440 tiles keeps 73, since 0.05 is not exact; give ``top_k`` for an exact count.
         top_k: KV tiles to keep, at least 1. Give this or ``sparsity``.
         count_bias: add ``log(valid tokens)`` of a KV tile to its score, so that a partial tile weighs what its
             tokens weigh. Off in the paper, which has no partial tiles.
