@@ -163,13 +163,23 @@ class BSA(MaskBuilder):
         return Rule(name="top_k", now=above.sum(-1, keepdim=True), min_tiles=self.min_tiles)
 
     def nominal_density(self, layout: TileLayout, kv_layout: TileLayout) -> float:
-        """Kept queries times the density aimed at; for ``"mass"`` an upper bound."""
+        """`query_share` times the KV tiles that a row aims at, within its bounds; for ``"mass"`` an upper bound."""
         M = kv_layout.num_tiles
-        kv = self.capacity(M) / M if self.threshold == "mass" else target(self.kv_density)
+        capacity = self.capacity(M)
+        allowed = torch.tensor([M])
+        if self.within is not None:
+            allowed = self.within.mask(layout, kv_layout, torch.device("cpu")).sum(-1)
+        allowed = allowed.double()
+        aim = allowed if self.threshold == "mass" else allowed * target(self.kv_density)
+        kept = torch.minimum(aim.clamp_min(self.min_tiles), allowed).clamp_max(capacity)
+        return self.query_share(layout) * float(kept.mean() / M)
+
+    def query_share(self, layout: TileLayout) -> float:
+        """Share of the video's query tokens that are computed; of a schedule, at its target."""
         slots, _ = windows_of(layout, self.window, torch.device("cpu"))
         valid = (slots >= 0).sum(-1)
         kept = (valid.double() * target(self.keep_queries)).ceil().sum()
-        return float(kept / valid.sum()) * kv
+        return float(kept / valid.sum())
 
 
 def prune_queries(builder: BSA, q: Tensor, layout: TileLayout) -> tuple[KeptQueries, Tensor]:
