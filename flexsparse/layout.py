@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from flexsparse.given import to_int
+from flexsparse.given import keywords_only, to_int
 from flexsparse.tables import (
     AUTO_SLOTS,
     MIN_SLOTS,
@@ -87,6 +87,7 @@ def _gather_rows(x: Tensor, index: Tensor, pad: bool) -> Tensor:
     return x.index_select(-2, index.clamp_min(0)).masked_fill((index < 0)[:, None], 0)
 
 
+@keywords_only()
 @dataclass(frozen=True, kw_only=True)
 class TileLayout:
     """How the tokens of one video are grouped into tiles.

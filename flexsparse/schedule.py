@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.given import to_float, to_int
+from flexsparse.given import keywords_only, to_float, to_int
 from flexsparse.ops.choice import Rule
 
 
+@keywords_only()
 class SparsitySchedule:
     """A ratio (sparsity, or a kept density) that goes from ``start`` to ``target`` in equal steps.
 

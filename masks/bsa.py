@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from flexsparse.given import to_axes
+from flexsparse.given import keywords_only, to_axes
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import (
     CoarseInputs,
@@ -41,6 +41,7 @@ ScoreQueries = Literal["kept", "all"]
 Statistics = Literal["row", "head"]
 
 
+@keywords_only(either="kv_density")
 @dataclass(frozen=True, kw_only=True)
 class BSA(MaskBuilder):
     """Compute the queries that differ most from their window's representative, on the KV tiles above a threshold.

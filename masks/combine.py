@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from flexsparse.given import to_int
+from flexsparse.given import keywords_only, to_int
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import CoarseInputs, MaskBuilder, StaticBuilder, expand_heads
 from flexsparse.selection import KeptQueries, TileSelection
@@ -129,6 +129,7 @@ def _indices(heads: Any, builders: int) -> tuple[int, ...]:
     return cast(tuple[int, ...], tuple(found))
 
 
+@keywords_only()
 @dataclass(frozen=True, kw_only=True)
 class PerHead(MaskBuilder):
     """A builder for each query head.

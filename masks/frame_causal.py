@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexsparse.given import to_int
+from flexsparse.given import keywords_only, to_int
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import StaticBuilder, tile_axes
 
 
+@keywords_only()
 @dataclass(frozen=True, kw_only=True)
 class FrameCausal(StaticBuilder):
     """Keep the KV tiles of the query tile's own chunk of frames and of earlier chunks.

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexsparse.given import to_axes
+from flexsparse.given import keywords_only, to_axes
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import StaticBuilder, tile_axes
 
 
+@keywords_only()
 @dataclass(frozen=True, kw_only=True)
 class SlidingTile(StaticBuilder):
     """Keep the KV tiles of a window around the query tile.

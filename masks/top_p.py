@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flexsparse.given import to_int
+from flexsparse.given import keywords_only, to_int
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import (
     CoarseInputs,
@@ -34,6 +34,7 @@ def check_tiles(method: str, min_tiles: int, max_tiles: int | None) -> tuple[int
     return least, most
 
 
+@keywords_only()
 @dataclass(frozen=True, kw_only=True)
 class TopP(MaskBuilder):
     """Keep the smallest set of KV tiles whose coarse softmax mass reaches ``mass``, in every row.

@@ -9,7 +9,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from flexsparse.given import to_int
+from flexsparse.given import keywords_only, to_int
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import (
     CoarseInputs,
@@ -24,6 +24,7 @@ from flexsparse.schedule import Ratio, check_ratio, lowest, rule_of, target
 from flexsparse.selection import TileSelection
 
 
+@keywords_only(either="top_k")
 @dataclass(frozen=True, kw_only=True)
 class VSA(MaskBuilder):
     """Keep the ``top_k`` KV tiles with the highest pooled score, in every row.

@@ -1,6 +1,11 @@
 """Each wrong parameter of a mask builder or a schedule gets one clear error: what, its value, what to give."""
 
+import copy
+import dataclasses
+import inspect
 import math
+import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -212,6 +217,62 @@ def test_it_is_refused_with_argument_value_and_remedy(name: str) -> None:
         call()
     assert type(caught.value) is kind
     assert caught.value.__cause__ is None and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fs.VSA(0.9), "0.9 was given by position: write VSA(sparsity=0.9) or VSA(top_k=...)"),
+        (lambda: fs.VSA(0.9, 2), "0.9 and 2 were given by position: write VSA(sparsity=0.9) or VSA(top_k=...)"),
+        (lambda: fs.BSA(0.5), "0.5 was given by position: write BSA(keep_queries=0.5) or BSA(kv_density=...)"),
+        (lambda: fs.TopP(0.9), "0.9 was given by position: write TopP(mass=0.9)"),
+        (lambda: fs.FrameCausal(4), "4 was given by position: write FrameCausal(chunk=4)"),
+        (lambda: fs.SlidingTile((3, 3, 3)), "(3, 3, 3) was given by position: write SlidingTile(window=(3, 3, 3))"),
+        (lambda: fs.Radial(1), "1 was given by position: write Radial(first_frames=1)"),
+        (lambda: fs.PerHead((fs.Dense(),), (0,)), "write PerHead(builders=(Dense(),), heads=(0,))"),
+        (lambda: SparsitySchedule(0.9), "0.9 was given by position: write SparsitySchedule(target=0.9)"),
+        (lambda: fs.TileLayout((4, 8, 8)), "(4, 8, 8) was given by position: write TileLayout(grid=(4, 8, 8))"),
+        (
+            lambda: fs.TileLayout((4, 8, 8), (2, 2, 2)),
+            "(4, 8, 8) and (2, 2, 2) were given by position: write TileLayout(grid=(4, 8, 8), tile=(2, 2, 2))",
+        ),
+    ],
+)
+def test_an_argument_by_position_is_told_its_keyword(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)) as caught:
+        call()
+    assert " takes keywords only, and " in str(caught.value)
+
+
+def test_builders_are_values() -> None:
+    for builder in (
+        fs.VSA(top_k=2),
+        fs.BSA(within=fs.Radial()),
+        fs.PerHead(builders=(fs.Dense(),), heads=(0,)),
+        LAYOUT,
+    ):
+        same = (copy.deepcopy(builder), pickle.loads(pickle.dumps(builder)), dataclasses.replace(builder))
+        assert {builder, *same} == {builder}
+    assert [*inspect.signature(fs.VSA).parameters] == ["sparsity", "top_k", "count_bias", "within"]
+    with pytest.raises(TypeError, match=r"VSA\.__init__\(\) got an unexpected keyword argument 'density'"):
+        fs.VSA(density=0.1)  # type: ignore[call-arg]
+
+
+def test_builders_and_layouts_are_made_in_a_graph(fresh_dynamo: None) -> None:
+    builders: list[Callable[[], Any]] = [
+        lambda: fs.VSA(sparsity=0.5, within=fs.SlidingTile(window=(3, 3, 3))),
+        lambda: fs.BSA(kv_density=0.5, within=fs.FrameCausal(chunk=2)),
+        lambda: fs.PerHead(builders=(fs.TopP(max_tiles=3), fs.Radial(first_frames=1)), heads=(0, 1)),
+    ]
+    x = torch.randn(1, 2, 64, 8)
+    for build in builders:
+
+        @torch.compile(backend="eager", fullgraph=True)
+        def call(x: torch.Tensor) -> torch.Tensor:
+            layout = fs.TileLayout(grid=(2, 4, 8), tile=(2, 2, 2))
+            return fs.sparse_attention(x, x, x, layout, build(), backend="gather")  # noqa: B023
+
+        torch.testing.assert_close(call(x), fs.sparse_attention(x, x, x, LAYOUT, build(), backend="gather"))
 
 
 def test_numbers_of_numpy_are_taken_and_stored_as_plain_ones() -> None:
