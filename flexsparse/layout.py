@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from flexsparse.given import keywords_only, to_int
 from flexsparse.tables import (
     AUTO_SLOTS,
     MIN_SLOTS,
@@ -39,11 +40,8 @@ def axes_of(name: str, value: Any) -> tuple[int, int, int]:
     out = []
     for item in value:
         if not is_symbolic(item):
-            try:
-                item = operator.index(item)
-            except TypeError:
-                raise ValueError(f"{name} is {tuple(value)!r}: {remedy}") from None
-            if item < 1:
+            item = _constant(item)
+            if item is None or item < 1:
                 raise ValueError(f"{name} is {tuple(value)!r}: {remedy}")
         out.append(item)
     return cast(tuple[int, int, int], tuple(out))
@@ -52,13 +50,15 @@ def axes_of(name: str, value: Any) -> tuple[int, int, int]:
 def _extra(name: str, value: Any) -> int:
     if is_symbolic(value):
         return value
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} is {value!r}: give the number of extra tokens, an int of at least 0") from None
-    if value < 0:
-        raise ValueError(f"{name} is {value}: give the number of extra tokens, an int of at least 0")
-    return value
+    number = _constant(value)
+    if number is None or number < 0:
+        raise ValueError(f"{name} is {value!r}: give the number of extra tokens, an int of at least 0")
+    return number
+
+
+def _constant(value: Any) -> int | None:
+    number = to_int(value)
+    return None if number is None else operator.index(number)  # Dynamo: a layout made in a graph is of constant sizes
 
 
 class Reorder(torch.autograd.Function):
@@ -87,6 +87,7 @@ def _gather_rows(x: Tensor, index: Tensor, pad: bool) -> Tensor:
     return x.index_select(-2, index.clamp_min(0)).masked_fill((index < 0)[:, None], 0)
 
 
+@keywords_only()
 @dataclass(frozen=True, kw_only=True)
 class TileLayout:
     """How the tokens of one video are grouped into tiles.
@@ -123,9 +124,10 @@ class TileLayout:
     def __post_init__(self) -> None:
         grid = axes_of("grid", self.grid)
         if self.tile == "auto":
-            if not isinstance(self.slots, int) or self.slots < MIN_SLOTS or self.slots & (self.slots - 1):
+            slots = to_int(self.slots)
+            if slots is None or slots < MIN_SLOTS or slots & (slots - 1):
                 raise ValueError(f"slots is {self.slots!r}: give a power of two of at least {MIN_SLOTS}")
-            tile = auto_tile(cast(tuple[int, int, int], tuple(int(x) for x in grid)), self.slots)
+            tile = auto_tile(cast(tuple[int, int, int], tuple(int(x) for x in grid)), slots)
         elif isinstance(self.tile, str):
             raise ValueError(f"tile is {self.tile!r}: give three ints (t, h, w), or 'auto'")
         else:

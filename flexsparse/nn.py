@@ -5,6 +5,7 @@ Shape letters: B batch, S tokens in raster order, H query heads, G KV heads, D h
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flexsparse.attention import sparse_attention
+from flexsparse.backends import NAMES
 from flexsparse.gates import NAME
+from flexsparse.given import to_int
 from flexsparse.layout import TileLayout
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 def rope_frequencies(
     layout: TileLayout, head_dim: int, base: float = 10000.0, device: Any = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of a 3D rotary embedding, float32 ``[S, D / 2]`` each, raster order.
+    """Cosines and sines of a 3D rotary embedding, float32 ``[S, D / 2]`` each, in the order of the layout's tokens.
 
     The channel pairs are split among (t, h, w): a third each to h and w, the rest to t. Extra tokens are not rotated.
     """
@@ -30,7 +33,11 @@ def rope_frequencies(
     share = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
     first, total = layout.text_first, layout.num_tokens
     _, H, W = layout.grid
-    index = torch.arange(total, device=device)
+    if layout.order == "tiles":  # tiles are full: each slot holds a token
+        slots = dataclasses.replace(layout, order="raster").index(device)[0]
+        index = slots.narrow(0, first, total).long() - first
+    else:
+        index = torch.arange(total, device=device)
     places = [index // (H * W), index // W % H, index % W]
     angles = []
     for place, count in zip(places, share):
@@ -38,6 +45,13 @@ def rope_frequencies(
         angles.append(place[:, None].float() * rate)
     angle = nn.functional.pad(torch.cat(angles, dim=-1), (0, 0, first, layout.text_last))
     return angle.cos(), angle.sin()
+
+
+def _size(name: str, value: Any) -> int:
+    size = to_int(value)
+    if size is None or size < 1:
+        raise ValueError(f"VideoSelfAttention {name} is {value!r}: give an int of at least 1")
+    return size
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -69,7 +83,7 @@ class VideoSelfAttention(nn.Module):
         backend: see `sparse_attention`.
 
     Raises:
-        ValueError: sizes that do not divide, or a gate with a builder that has no coarse output.
+        ValueError: sizes below 1 or that do not divide, no such backend, or a gate with a builder that has no coarse output.
         TypeError: what is given is no builder.
     """
 
@@ -88,16 +102,19 @@ class VideoSelfAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        dim, num_heads = _size("dim", dim), _size("num_heads", num_heads)
+        kv_heads = num_heads if num_kv_heads is None else _size("num_kv_heads", num_kv_heads)
         if head_dim is None and dim % num_heads:
             raise ValueError(f"dim is {dim} and num_heads is {num_heads}: give a multiple, or head_dim")
-        if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
+        if num_heads % kv_heads:
             raise ValueError(f"num_kv_heads is {kv_heads}: give a divisor of num_heads={num_heads}")
-        width = dim // num_heads if head_dim is None else head_dim
+        width = dim // num_heads if head_dim is None else _size("head_dim", head_dim)
         if rope and width % 2:
             raise ValueError(f"head_dim is {width}: rope=True needs an even one")
         if isinstance(builder, type) or not callable(getattr(builder, "select", None)):
             raise TypeError(f"builder is {builder!r}: give a mask builder (flexsparse.masks)")
+        if backend not in NAMES:
+            raise ValueError(f"backend is {backend!r}: give one of {', '.join(NAMES)}")
         has_coarse = bool(getattr(builder, "has_coarse", False))
         gate = has_coarse if gate is None else gate
         if gate and not has_coarse:

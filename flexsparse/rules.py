@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from flexsparse.given import to_int
 from flexsparse.schedule import SparsitySchedule
 
 
@@ -106,8 +107,9 @@ def dense_patterns(model: nn.Module, layers: Sequence[int | str]) -> list[str]:
 
     Raises:
         ValueError: no such block.
+        TypeError: neither a number nor a name pattern.
     """
-    if isinstance(layers, str | int):
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
         layers = [layers]
     blocks = [
         f"{name}.{index}"
@@ -119,10 +121,13 @@ def dense_patterns(model: nn.Module, layers: Sequence[int | str]) -> list[str]:
     for layer in layers:
         if isinstance(layer, str):
             found.append(layer)
-        elif not -len(blocks) <= layer < len(blocks):
+            continue
+        number = to_int(layer)
+        if number is None:
+            raise TypeError(f"dense_layers has {layer!r}: give numbers of blocks, ints, or name patterns")
+        if not -len(blocks) <= number < len(blocks):
             raise ValueError(
                 f"dense_layers has {layer}, but {type(model).__name__} has {len(blocks)} blocks in lists of its own"
             )
-        else:
-            found.append(blocks[layer])
+        found.append(blocks[number])
     return found

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexsparse.given import keywords_only, to_float, to_int
 from flexsparse.ops.choice import Rule
 
 
+@keywords_only()
 class SparsitySchedule:
     """A ratio (sparsity, or a kept density) that goes from ``start`` to ``target`` in equal steps.
 
@@ -35,14 +38,22 @@ class SparsitySchedule:
     """
 
     def __init__(self, *, target: float, start: float = 0.0, step: float = 0.03, every: int = 50) -> None:
-        for name, value in (("target", target), ("start", start)):
-            if not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value!r}: give a ratio in [0, 1]")
-        if not step > 0 or not math.isfinite(step):
-            raise ValueError(f"step is {step}: give how much the ratio moves at a time, a finite number above 0")
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every is {every!r}: give the training steps between moves, an int of at least 1")
-        self.target, self.start, self.every, self.step = float(target), float(start), every, float(step)
+        ratios = []
+        for name, given in (("target", target), ("start", start)):
+            ratio = to_float(given)
+            if ratio is None or not 0 <= ratio <= 1:
+                raise ValueError(f"SparsitySchedule {name} is {given!r}: give a ratio in [0, 1]")
+            ratios.append(ratio)
+        move, period = to_float(step), to_int(every)
+        if move is None or not move > 0 or not math.isfinite(move):
+            raise ValueError(
+                f"SparsitySchedule step is {step!r}: give how much the ratio moves at a time, a finite number above 0"
+            )
+        if period is None or period < 1:
+            raise ValueError(
+                f"SparsitySchedule every is {every!r}: give the training steps between moves, an int of at least 1"
+            )
+        (self.target, self.start), self.every, self.step = ratios, period, move
         self.steps_done = 0
         self.tensor: Tensor = torch.tensor(self.start, dtype=torch.float64)
         self.seek(0)
@@ -70,15 +81,30 @@ class SparsitySchedule:
         return self.steps_done // self.every >= self.moves
 
     def seek(self, step: int) -> None:
-        """Go to a training step."""
-        if step < 0:
-            raise ValueError(f"step is {step}: give a training step of at least 0")
-        self.steps_done = int(step)
+        """Go to a training step.
+
+        Raises:
+            ValueError: a step that is no int of at least 0.
+        """
+        place = to_int(step)
+        if place is None or place < 0:
+            raise ValueError(f"SparsitySchedule step is {step!r}: give a training step, an int of at least 0")
+        self.steps_done = place
         self.tensor.fill_(self.value)  # in place: compiled graphs hold this very tensor
 
     def advance(self, steps: int = 1) -> float:
-        """Count training steps; returns the ratio that holds from now on."""
-        self.seek(self.steps_done + steps)
+        """Count training steps; returns the ratio that holds from now on.
+
+        Raises:
+            ValueError: a number of steps that is no int, or goes back beyond step 0.
+        """
+        count = to_int(steps)
+        if count is None or self.steps_done + count < 0:
+            raise ValueError(
+                f"SparsitySchedule steps is {steps!r} at step {self.steps_done}: give how many training steps, an int; it "
+                "cannot go below step 0"
+            )
+        self.seek(self.steps_done + count)
         return self.value
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,13 +121,28 @@ class SparsitySchedule:
         """Continue from `state_dict`.
 
         Raises:
-            ValueError: the state belongs to a schedule with other settings.
+            TypeError: the state is no dict.
+            ValueError: the state belongs to a schedule with other settings, or is none of a schedule.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"SparsitySchedule state is {type(state).__name__}: give the dict that state_dict() returned"
+            )
         mine = self.state_dict()
+        missing = [name for name in mine if name not in state]
+        if missing:
+            raise ValueError(
+                f"SparsitySchedule state has no {', '.join(missing)}: give the dict that state_dict() returned"
+            )
         for name in ("target", "start", "step", "every"):
             if state[name] != mine[name]:
                 raise ValueError(f"{name} is {mine[name]} here and {state[name]} in the saved schedule: use the same")
-        self.seek(int(state["steps_done"]))
+        done = to_int(state["steps_done"])
+        if done is None or done < 0:
+            raise ValueError(
+                f"SparsitySchedule state has steps_done={state['steps_done']!r}: give an int of at least 0"
+            )
+        self.seek(done)
 
     def __repr__(self) -> str:
         return (
@@ -153,13 +194,20 @@ def target(ratio: Ratio) -> float:
     return float(ratio.tensor) if isinstance(ratio, BoundRatio) else ratio
 
 
-def check_ratio(name: str, ratio: Ratio | None, *, zero: bool, one: bool) -> None:
-    """Raise a `ValueError` for a ratio outside of [0, 1], with the ends that are allowed."""
+def check_ratio(name: str, ratio: Ratio | None, *, zero: bool, one: bool) -> Ratio:
+    """A ratio, a number as a plain float.
+
+    Raises:
+        TypeError: neither a number nor a schedule.
+        ValueError: outside of [0, 1], with the ends that are allowed.
+    """
     if isinstance(ratio, BoundRatio):
-        return
+        return ratio
     ends = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
-    for value in (ratio.start, ratio.target) if isinstance(ratio, SparsitySchedule) else (ratio,):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} is {value!r}: give a number in {ends} or a SparsitySchedule")
+    found = ratio if isinstance(ratio, SparsitySchedule) else to_float(ratio)
+    if found is None:
+        raise TypeError(f"{name} is {ratio!r}: give a number in {ends} or a SparsitySchedule")
+    for value in (found.start, found.target) if isinstance(found, SparsitySchedule) else (found,):
         if not 0 <= value <= 1 or (value == 0 and not zero) or (value == 1 and not one):
             raise ValueError(f"{name} is {value}: give a ratio in {ends}")
+    return found

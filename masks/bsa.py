@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from flexsparse.given import keywords_only, to_axes
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import (
     CoarseInputs,
@@ -41,6 +41,7 @@ ScoreQueries = Literal["kept", "all"]
 Statistics = Literal["row", "head"]
 
 
+@keywords_only(either="kv_density")
 @dataclass(frozen=True, kw_only=True)
 class BSA(MaskBuilder):
     """Compute the queries that differ most from their window's representative, on the KV tiles above a threshold.
@@ -89,10 +90,11 @@ class BSA(MaskBuilder):
     within: StaticBuilder | None = None
 
     def __post_init__(self) -> None:
-        check_ratio("BSA keep_queries", self.keep_queries, zero=False, one=True)
-        check_ratio("BSA kv_density", self.kv_density, zero=False, one=True)
-        check_ratio("BSA mass", self.mass, zero=False, one=True)
-        check_tiles("BSA", self.min_tiles, self.max_tiles)
+        for name in ("keep_queries", "kv_density", "mass"):
+            object.__setattr__(self, name, check_ratio(f"BSA {name}", getattr(self, name), zero=False, one=True))
+        least, most = check_tiles("BSA", self.min_tiles, self.max_tiles)
+        object.__setattr__(self, "min_tiles", least)
+        object.__setattr__(self, "max_tiles", most)
         check_within("BSA", self.within)
         for name, choices in (
             ("threshold", Threshold),
@@ -109,9 +111,9 @@ class BSA(MaskBuilder):
                 "tiles outside of it (the future, for FrameCausal); use statistics='row'"
             )
         if self.window is not None:
-            window = tuple(self.window) if isinstance(self.window, Sequence) else (self.window,)
-            if len(window) != 3 or any(not isinstance(w, int) or w < 1 for w in window):
-                raise ValueError(f"BSA window is {window}: give three ints (t, h, w) of at least 1, or None")
+            window = to_axes(self.window)
+            if window is None:
+                raise ValueError(f"BSA window is {self.window!r}: give three ints (t, h, w) of at least 1, or None")
             object.__setattr__(self, "window", window)
 
     def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:
@@ -162,13 +164,23 @@ class BSA(MaskBuilder):
         return Rule(name="top_k", now=above.sum(-1, keepdim=True), min_tiles=self.min_tiles)
 
     def nominal_density(self, layout: TileLayout, kv_layout: TileLayout) -> float:
-        """Kept queries times the density aimed at; for ``"mass"`` an upper bound."""
+        """`query_share` times the KV tiles that a row aims at, within its bounds; for ``"mass"`` an upper bound."""
         M = kv_layout.num_tiles
-        kv = self.capacity(M) / M if self.threshold == "mass" else target(self.kv_density)
+        capacity = self.capacity(M)
+        allowed = torch.tensor([M])
+        if self.within is not None:
+            allowed = self.within.mask(layout, kv_layout, torch.device("cpu")).sum(-1)
+        allowed = allowed.double()
+        aim = allowed if self.threshold == "mass" else allowed * target(self.kv_density)
+        kept = torch.minimum(aim.clamp_min(self.min_tiles), allowed).clamp_max(capacity)
+        return self.query_share(layout) * float(kept.mean() / M)
+
+    def query_share(self, layout: TileLayout) -> float:
+        """Share of the video's query tokens that are computed; of a schedule, at its target."""
         slots, _ = windows_of(layout, self.window, torch.device("cpu"))
         valid = (slots >= 0).sum(-1)
         kept = (valid.double() * target(self.keep_queries)).ceil().sum()
-        return float(kept / valid.sum()) * kv
+        return float(kept / valid.sum())
 
 
 def prune_queries(builder: BSA, q: Tensor, layout: TileLayout) -> tuple[KeptQueries, Tensor]:

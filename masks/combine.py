@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from flexsparse.given import keywords_only, to_int
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import CoarseInputs, MaskBuilder, StaticBuilder, expand_heads
 from flexsparse.selection import KeptQueries, TileSelection
@@ -117,6 +119,17 @@ def _combine(name: str, parts: tuple[MaskBuilder, ...], kind: Kind) -> MaskBuild
     return (StaticCombination if static else Combination)(tuple(parts), kind)
 
 
+def _indices(heads: Any, builders: int) -> tuple[int, ...]:
+    found = [to_int(head) for head in heads] if isinstance(heads, Iterable) else []
+    if not found or any(index is None or not 0 <= index < builders for index in found):
+        raise ValueError(
+            f"PerHead heads is {heads!r}: give for each query head the index of one of the {builders} builders, "
+            "as a tuple of ints"
+        )
+    return cast(tuple[int, ...], tuple(found))
+
+
+@keywords_only()
 @dataclass(frozen=True, kw_only=True)
 class PerHead(MaskBuilder):
     """A builder for each query head.
@@ -126,6 +139,7 @@ class PerHead(MaskBuilder):
         heads: for each query head, the index of its builder.
 
     Raises:
+        TypeError: what is given is no mask builders.
         ValueError: an index that names no builder; a builder that prunes queries (packing is the same for all
             heads); with q, a list that does not have one entry for each head.
     """
@@ -134,14 +148,12 @@ class PerHead(MaskBuilder):
     heads: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "builders", tuple(self.builders))
-        object.__setattr__(self, "heads", tuple(self.heads))
-        _check_parts("PerHead", self.builders)
-        if not self.heads or any(not 0 <= head < len(self.builders) for head in self.heads):
-            raise ValueError(
-                f"PerHead heads is {self.heads}: give for each query head the index of one of the "
-                f"{len(self.builders)} builders"
-            )
+        if not isinstance(self.builders, Iterable):
+            raise TypeError(f"PerHead builders is {self.builders!r}: give a tuple of mask builders")
+        builders = tuple(self.builders)
+        _check_parts("PerHead", builders)
+        object.__setattr__(self, "builders", builders)
+        object.__setattr__(self, "heads", _indices(self.heads, len(builders)))
 
     @property
     def has_coarse(self) -> bool:  # type: ignore[override]

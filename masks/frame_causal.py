@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flexsparse.given import keywords_only, to_int
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import StaticBuilder, tile_axes
 
 
+@keywords_only()
 @dataclass(frozen=True, kw_only=True)
 class FrameCausal(StaticBuilder):
     """Keep the KV tiles of the query tile's own chunk of frames and of earlier chunks.
@@ -25,8 +27,10 @@ class FrameCausal(StaticBuilder):
     chunk: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.chunk, int) or self.chunk < 1:
+        chunk = to_int(self.chunk)
+        if chunk is None or chunk < 1:
             raise ValueError(f"FrameCausal chunk is {self.chunk!r}: give an int of at least 1 frame")
+        object.__setattr__(self, "chunk", chunk)
 
     def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:
         for one in (layout, kv_layout):

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flexsparse.given import keywords_only, to_int
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import StaticBuilder, tile_axes
 
 
+@keywords_only()
 @dataclass(frozen=True, kw_only=True)
 class Radial(StaticBuilder):
     """Keep a spatial band whose width halves each time the temporal distance doubles.
@@ -29,8 +31,10 @@ class Radial(StaticBuilder):
     first_frames: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.first_frames, int) or self.first_frames < 0:
+        first_frames = to_int(self.first_frames)
+        if first_frames is None or first_frames < 0:
             raise ValueError(f"Radial first_frames is {self.first_frames!r}: give a number of tiles of at least 0")
+        object.__setattr__(self, "first_frames", first_frames)
 
     def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:
         if layout.tiles[1:] != kv_layout.tiles[1:]:

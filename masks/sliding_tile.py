@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from flexsparse.given import keywords_only, to_axes
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import StaticBuilder, tile_axes
 
 
+@keywords_only()
 @dataclass(frozen=True, kw_only=True)
 class SlidingTile(StaticBuilder):
     """Keep the KV tiles of a window around the query tile.
@@ -29,9 +30,11 @@ class SlidingTile(StaticBuilder):
     window: tuple[int, int, int] = (3, 3, 3)
 
     def __post_init__(self) -> None:
-        window = tuple(self.window) if isinstance(self.window, Sequence) else (self.window,)
-        if len(window) != 3 or any(not isinstance(w, int) or w < 1 for w in window):
-            raise ValueError(f"SlidingTile window is {window}: give three ints (t, h, w) of at least 1, in tiles")
+        window = to_axes(self.window)
+        if window is None:
+            raise ValueError(
+                f"SlidingTile window is {self.window!r}: give three ints (t, h, w) of at least 1, in tiles"
+            )
         object.__setattr__(self, "window", window)
 
     def tile_mask(self, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:

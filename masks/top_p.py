@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from flexsparse.given import keywords_only, to_int
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import (
     CoarseInputs,
@@ -23,14 +24,17 @@ from flexsparse.schedule import Ratio, check_ratio, rule_of
 from flexsparse.selection import TileSelection
 
 
-def check_tiles(method: str, min_tiles: int, max_tiles: int | None) -> None:
-    """Raise a `ValueError` where the bounds on a row's tiles make no sense."""
-    if not isinstance(min_tiles, int) or min_tiles < 1:
+def check_tiles(method: str, min_tiles: int, max_tiles: int | None) -> tuple[int, int | None]:
+    """The bounds on a row's tiles as plain ints; raises a `ValueError` where they make no sense."""
+    least, most = to_int(min_tiles), to_int(max_tiles)
+    if least is None or least < 1:
         raise ValueError(f"{method} min_tiles is {min_tiles!r}: give an int of at least 1")
-    if max_tiles is not None and not (isinstance(max_tiles, int) and max_tiles >= min_tiles):
-        raise ValueError(f"{method} max_tiles is {max_tiles!r}: give an int of at least min_tiles={min_tiles}, or None")
+    if max_tiles is not None and (most is None or most < least):
+        raise ValueError(f"{method} max_tiles is {max_tiles!r}: give an int of at least min_tiles={least}, or None")
+    return least, most
 
 
+@keywords_only()
 @dataclass(frozen=True, kw_only=True)
 class TopP(MaskBuilder):
     """Keep the smallest set of KV tiles whose coarse softmax mass reaches ``mass``, in every row.
@@ -54,8 +58,10 @@ class TopP(MaskBuilder):
     reads_tiles: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_ratio("TopP mass", self.mass, zero=False, one=True)
-        check_tiles("TopP", self.min_tiles, self.max_tiles)
+        least, most = check_tiles("TopP", self.min_tiles, self.max_tiles)
+        object.__setattr__(self, "mass", check_ratio("TopP mass", self.mass, zero=False, one=True))
+        object.__setattr__(self, "min_tiles", least)
+        object.__setattr__(self, "max_tiles", most)
         check_within("TopP", self.within)
 
     def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:

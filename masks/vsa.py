@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
+from flexsparse.given import keywords_only, to_int
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import (
     CoarseInputs,
@@ -24,6 +24,7 @@ from flexsparse.schedule import Ratio, check_ratio, lowest, rule_of, target
 from flexsparse.selection import TileSelection
 
 
+@keywords_only(either="top_k")
 @dataclass(frozen=True, kw_only=True)
 class VSA(MaskBuilder):
     """Keep the ``top_k`` KV tiles with the highest pooled score, in every row.
@@ -33,7 +34,8 @@ class VSA(MaskBuilder):
 
     Args:
         sparsity: share of KV tiles to drop, in [0, 1], or a `SparsitySchedule`: ``top_k`` is
-            ``ceil((1 - sparsity) * M)``, at least 1.
+            ``ceil((1 - sparsity) * M)``, at least 1. The count is computed in float64, as FastVideo does: ``sparsity=0.95`` of
+            1440 tiles keeps 73, since 0.05 is not exact; give ``top_k`` for an exact count.
         top_k: KV tiles to keep, at least 1. Give this or ``sparsity``.
         count_bias: add ``log(valid tokens)`` of a KV tile to its score, so that a partial tile weighs what its
             tokens weigh. Off in the paper, which has no partial tiles.
@@ -55,15 +57,14 @@ class VSA(MaskBuilder):
         if (self.sparsity is None) == (self.top_k is None):
             raise ValueError(f"VSA has sparsity={self.sparsity} and top_k={self.top_k}: give exactly one of them")
         if self.top_k is not None:
-            try:
-                value = operator.index(self.top_k)
-            except TypeError:
-                raise TypeError(f"VSA top_k is {self.top_k!r}: give an int of at least 1") from None
-            if value < 1:
-                raise ValueError(f"VSA top_k is {value}: give an int of at least 1")
-            object.__setattr__(self, "top_k", value)
+            top_k = to_int(self.top_k)
+            if top_k is None:
+                raise TypeError(f"VSA top_k is {self.top_k!r}: give an int of at least 1")
+            if top_k < 1:
+                raise ValueError(f"VSA top_k is {top_k}: give an int of at least 1")
+            object.__setattr__(self, "top_k", top_k)
         else:
-            check_ratio("VSA sparsity", self.sparsity, zero=True, one=True)
+            object.__setattr__(self, "sparsity", check_ratio("VSA sparsity", self.sparsity, zero=True, one=True))
         check_within("VSA", self.within)
 
     def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -61,6 +62,21 @@ def test_rope_makes_logits_depend_on_distance_only() -> None:
     assert torch.equal(cos[:2], torch.ones(2, 12))
 
 
+@pytest.mark.parametrize("text", [{}, {"text_first": 16, "text_last": 32}])
+def test_tile_order_computes_the_numbers_of_raster_order(text: dict[str, int]) -> None:
+    raster = fs.TileLayout(grid=(4, 4, 6), tile=(2, 4, 2), **text)
+    tiles = dataclasses.replace(raster, order="tiles")
+    attention = fs.nn.VideoSelfAttention(48, 2, fs.VSA(top_k=2)).double()
+    x = torch.randn(2, raster.seq_len, 48, dtype=torch.float64)
+    expected = attention(x, raster)
+    torch.testing.assert_close(raster.to_raster(attention(raster.to_tiles(x), tiles)), expected)
+    unrotated = fs.nn.VideoSelfAttention(48, 2, fs.VSA(top_k=2), rope=False).double()
+    unrotated.load_state_dict(attention.state_dict())
+    assert (unrotated(x, raster) - expected).abs().max() > 1e-3
+    for order, other in zip(fs.nn.rope_frequencies(tiles, 24), fs.nn.rope_frequencies(raster, 24)):
+        assert torch.equal(order, raster.to_tiles(other))
+
+
 @pytest.mark.slow
 def test_compiled_as_one_graph() -> None:
     attention = fs.nn.VideoSelfAttention(32, 2, fs.VSA(sparsity=0.5))
@@ -74,6 +90,12 @@ def test_compiled_as_one_graph() -> None:
     [
         ({"dim": 50, "num_heads": 4}, "dim is 50 and num_heads is 4"),
         ({"num_kv_heads": 3}, "num_kv_heads is 3: give a divisor of num_heads=4"),
+        ({"num_heads": 0}, "VideoSelfAttention num_heads is 0: give an int of at least 1"),
+        ({"dim": 0}, "VideoSelfAttention dim is 0: give an int of at least 1"),
+        ({"dim": 48.0}, r"VideoSelfAttention dim is 48\.0: give an int"),
+        ({"num_kv_heads": 0}, "VideoSelfAttention num_kv_heads is 0: give an int of at least 1"),
+        ({"head_dim": 0}, "VideoSelfAttention head_dim is 0: give an int of at least 1"),
+        ({"backend": "foo"}, "backend is 'foo': give one of auto, reference, gather, flex, triton"),
         ({"head_dim": 7}, "head_dim is 7: rope=True needs an even one"),
         ({"builder": fs.BSA(), "gate": True}, "BSA has no coarse output"),
         ({"builder": "vsa"}, "builder is 'vsa': give a mask builder"),

@@ -1,6 +1,8 @@
 """Annealing: monotone, exact at its target, resumable, and a new step is no new graph."""
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +74,34 @@ def test_a_state_of_other_settings_is_refused() -> None:
     state = SparsitySchedule(target=0.9).state_dict()
     with pytest.raises(ValueError, match=r"target is 0\.8 here and 0\.9 in the saved schedule"):
         SparsitySchedule(target=0.8).load_state_dict(state)
+
+
+STATE = SparsitySchedule(target=0.9).state_dict()
+WRONG: list[tuple[Callable[[SparsitySchedule], Any], str]] = [
+    (
+        lambda s: s.load_state_dict({}),
+        "state has no steps_done, target, start, step, every: give the dict that state_dict",
+    ),
+    (lambda s: s.load_state_dict(None), "state is NoneType: give the dict that state_dict"),  # type: ignore[arg-type]
+    (lambda s: s.load_state_dict({**STATE, "steps_done": 1.5}), r"steps_done=1\.5: give an int of at least 0"),
+    (lambda s: s.load_state_dict({**STATE, "steps_done": -1}), "steps_done=-1: give an int of at least 0"),
+    (lambda s: s.advance(0.5), r"steps is 0\.5 at step 3: give how many training steps, an int"),  # type: ignore[arg-type]
+    (lambda s: s.advance(-4), "steps is -4 at step 3: give .* cannot go below step 0"),
+    (lambda s: s.seek(0.5), r"step is 0\.5: give a training step, an int of at least 0"),  # type: ignore[arg-type]
+    (lambda s: s.seek("a"), "step is 'a': give a training step"),  # type: ignore[arg-type]
+    (lambda s: SparsitySchedule(target=0.5, step="a"), "step is 'a': give how much the ratio moves"),  # type: ignore[arg-type]
+    (lambda s: SparsitySchedule(target="a"), r"target is 'a': give a ratio in \[0, 1\]"),  # type: ignore[arg-type]
+    (lambda s: SparsitySchedule(target=0.5, every="a"), "every is 'a': give the training steps"),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG)
+def test_what_is_no_step_or_no_state_is_refused(call: Callable[[SparsitySchedule], Any], message: str) -> None:
+    schedule = SparsitySchedule(target=0.9)
+    schedule.seek(3)
+    with pytest.raises((TypeError, ValueError), match=f"SparsitySchedule .*{message}"):
+        call(schedule)
+    assert schedule.steps_done == 3
 
 
 def test_vsa_reads_its_schedule() -> None:

@@ -1,9 +1,15 @@
 """Each wrong parameter of a mask builder or a schedule gets one clear error: what, its value, what to give."""
 
+import copy
+import dataclasses
+import inspect
 import math
+import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,7 +115,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"window is \(2, 0, 2\): give three ints",
     ),
-    "a window that is a number": (lambda: fs.BSA(window=2), ValueError, r"window is \(2,\): give three ints"),
+    "a window that is a number": (lambda: fs.BSA(window=2), ValueError, "BSA window is 2: give three ints"),
     "statistics that would leak": (
         lambda: fs.BSA(statistics="head", within=fs.FrameCausal(chunk=2)),
         ValueError,
@@ -139,6 +145,26 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: fs.Radial(first_frames=-1),
         ValueError,
         "first_frames is -1: give .* at least 0",
+    ),
+    "one builder for all heads": (
+        lambda: fs.PerHead(builders=fs.Dense(), heads=(0,)),
+        TypeError,
+        r"PerHead builders is Dense\(\): give a tuple of mask builders",
+    ),
+    "no index of a builder": (
+        lambda: fs.PerHead(builders=(fs.Dense(),), heads=2),
+        ValueError,
+        "PerHead heads is 2: give for each query head the index of one of the 1 builders",
+    ),
+    "a word for an index": (
+        lambda: fs.PerHead(builders=(fs.Dense(),), heads=("a",)),
+        ValueError,
+        r"PerHead heads is \('a',\): give for each query head",
+    ),
+    "an index of no builder": (
+        lambda: fs.PerHead(builders=(fs.Dense(),), heads=(0, 1)),
+        ValueError,
+        r"PerHead heads is \(0, 1\): give for each query head",
     ),
     "within a dynamic builder": (
         lambda: fs.TopP(within=fs.VSA(top_k=1)),
@@ -191,6 +217,114 @@ def test_it_is_refused_with_argument_value_and_remedy(name: str) -> None:
         call()
     assert type(caught.value) is kind
     assert caught.value.__cause__ is None and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fs.VSA(0.9), "0.9 was given by position: write VSA(sparsity=0.9) or VSA(top_k=...)"),
+        (lambda: fs.VSA(0.9, 2), "0.9 and 2 were given by position: write VSA(sparsity=0.9) or VSA(top_k=...)"),
+        (lambda: fs.BSA(0.5), "0.5 was given by position: write BSA(keep_queries=0.5) or BSA(kv_density=...)"),
+        (lambda: fs.TopP(0.9), "0.9 was given by position: write TopP(mass=0.9)"),
+        (lambda: fs.FrameCausal(4), "4 was given by position: write FrameCausal(chunk=4)"),
+        (lambda: fs.SlidingTile((3, 3, 3)), "(3, 3, 3) was given by position: write SlidingTile(window=(3, 3, 3))"),
+        (lambda: fs.Radial(1), "1 was given by position: write Radial(first_frames=1)"),
+        (lambda: fs.PerHead((fs.Dense(),), (0,)), "write PerHead(builders=(Dense(),), heads=(0,))"),
+        (lambda: SparsitySchedule(0.9), "0.9 was given by position: write SparsitySchedule(target=0.9)"),
+        (lambda: fs.TileLayout((4, 8, 8)), "(4, 8, 8) was given by position: write TileLayout(grid=(4, 8, 8))"),
+        (
+            lambda: fs.TileLayout((4, 8, 8), (2, 2, 2)),
+            "(4, 8, 8) and (2, 2, 2) were given by position: write TileLayout(grid=(4, 8, 8), tile=(2, 2, 2))",
+        ),
+    ],
+)
+def test_an_argument_by_position_is_told_its_keyword(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)) as caught:
+        call()
+    assert " takes keywords only, and " in str(caught.value)
+
+
+def test_builders_are_values() -> None:
+    for builder in (
+        fs.VSA(top_k=2),
+        fs.BSA(within=fs.Radial()),
+        fs.PerHead(builders=(fs.Dense(),), heads=(0,)),
+        LAYOUT,
+    ):
+        same = (copy.deepcopy(builder), pickle.loads(pickle.dumps(builder)), dataclasses.replace(builder))
+        assert {builder, *same} == {builder}
+    assert [*inspect.signature(fs.VSA).parameters] == ["sparsity", "top_k", "count_bias", "within"]
+    with pytest.raises(TypeError, match=r"VSA\.__init__\(\) got an unexpected keyword argument 'density'"):
+        fs.VSA(density=0.1)  # type: ignore[call-arg]
+
+
+def test_builders_and_layouts_are_made_in_a_graph(fresh_dynamo: None) -> None:
+    builders: list[Callable[[], Any]] = [
+        lambda: fs.VSA(sparsity=0.5, within=fs.SlidingTile(window=(3, 3, 3))),
+        lambda: fs.BSA(kv_density=0.5, within=fs.FrameCausal(chunk=2)),
+        lambda: fs.PerHead(builders=(fs.TopP(max_tiles=3), fs.Radial(first_frames=1)), heads=(0, 1)),
+    ]
+    x = torch.randn(1, 2, 64, 8)
+    for build in builders:
+
+        @torch.compile(backend="eager", fullgraph=True)
+        def call(x: torch.Tensor) -> torch.Tensor:
+            layout = fs.TileLayout(grid=(2, 4, 8), tile=(2, 2, 2))
+            return fs.sparse_attention(x, x, x, layout, build(), backend="gather")  # noqa: B023
+
+        torch.testing.assert_close(call(x), fs.sparse_attention(x, x, x, LAYOUT, build(), backend="gather"))
+
+
+def test_numbers_of_numpy_are_taken_and_stored_as_plain_ones() -> None:
+    two, half = np.int64(2), np.float32(0.5)
+    builders: tuple[Any, ...] = (
+        fs.VSA(top_k=two),
+        fs.VSA(sparsity=half),
+        fs.VSA(sparsity=np.int32(0)),
+        fs.TopP(mass=half, min_tiles=two, max_tiles=np.int32(4)),
+        fs.BSA(keep_queries=half, kv_density=half, mass=half, window=(two, 2, two), min_tiles=two, max_tiles=two),
+        fs.SlidingTile(window=(two, np.int32(3), 3)),
+        fs.FrameCausal(chunk=two),
+        fs.Radial(first_frames=two),
+        fs.PerHead(builders=(fs.Dense(), fs.VSA(top_k=two)), heads=np.array([0, 1])),
+    )
+    for builder in builders:
+        assert "np." not in repr(builder)
+        assert attend(builder).isfinite().all()
+    assert type(fs.VSA(sparsity=half).sparsity) is type(fs.VSA(sparsity=0).sparsity) is float
+    assert type(fs.VSA(top_k=two).top_k) is type(fs.FrameCausal(chunk=two).chunk) is int
+    layout = fs.TileLayout(grid=(two, 4, 8), tile=(two, two, two), text_last=np.int16(3))
+    assert repr(layout) == repr(fs.TileLayout(grid=(2, 4, 8), tile=(2, 2, 2), text_last=3))
+    assert repr(fs.TileLayout(grid=(4, 8, 8), tile="auto", slots=np.int64(32)).slots) == "32"
+    schedule = SparsitySchedule(target=half, start=np.float64(0), step=np.float32(0.25), every=two)
+    assert "np." not in repr(schedule.state_dict())
+    schedule.advance(two)
+    assert type(schedule.steps_done) is int and schedule.value == 0.25
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fs.VSA(top_k=True), "VSA top_k is True: give an int"),
+        (lambda: fs.VSA(sparsity=True), "VSA sparsity is True: give a number"),
+        (lambda: fs.TopP(mass=True), "TopP mass is True: give a number"),
+        (lambda: fs.TopP(min_tiles=True), "TopP min_tiles is True: give an int"),
+        (lambda: fs.BSA(max_tiles=True), "BSA max_tiles is True: give an int"),
+        (lambda: fs.BSA(window=(True, 2, 2)), r"BSA window is \(True, 2, 2\): give three ints"),
+        (lambda: fs.SlidingTile(window=(1, 1, True)), "SlidingTile window is .*: give three ints"),
+        (lambda: fs.FrameCausal(chunk=True), "FrameCausal chunk is True: give an int"),
+        (lambda: fs.Radial(first_frames=True), "Radial first_frames is True: give a number of tiles"),
+        (lambda: fs.PerHead(builders=(fs.Dense(),) * 2, heads=(0, True)), r"PerHead heads is \(0, True\): give"),
+        (lambda: SparsitySchedule(target=True), "target is True: give a ratio"),
+        (lambda: SparsitySchedule(target=0.5, step=True), "step is True: give how much"),
+        (lambda: SparsitySchedule(target=0.5, every=True), "every is True: give the training steps"),
+        (lambda: fs.TileLayout(grid=(True, 4, 8)), r"grid is \(True, 4, 8\): give three ints"),
+        (lambda: fs.TileLayout(grid=(2, 4, 8), text_first=True), "text_first is True: give the number"),
+    ],
+)
+def test_a_bool_is_no_number(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
 
 
 def test_the_builders_at_the_ends_of_their_ranges_are_right() -> None:

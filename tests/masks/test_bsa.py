@@ -1,6 +1,7 @@
 """BSA: pruned queries, the threshold, and what options change; against loops written from the design."""
 
 import math
+from typing import Any
 
 import oracle
 import pytest
@@ -160,6 +161,54 @@ def test_the_other_fills_give_what_they_promise(fill: str) -> None:
                     else:
                         nearest = max(stay, key=lambda other: slow.cosine(q[0, h, token], q[0, h, other]))
                         torch.testing.assert_close(out[0, h, token], expected[0, h, nearest])
+
+
+NARROW = fs.SlidingTile(window=(1, 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "kv"),
+    [
+        ({"kv_density": 0.1, "min_tiles": 8}, 0.5),
+        ({"kv_density": 0.5, "max_tiles": 2}, 0.125),
+        ({"kv_density": 0.1, "min_tiles": 9, "within": NARROW}, 0.375),  # six tiles are allowed
+        ({"kv_density": 0.9, "max_tiles": 2, "within": fs.FrameCausal(chunk=2)}, 0.125),
+        ({"threshold": "mass", "mass": 1.0, "within": NARROW}, 0.375),
+        ({"threshold": "mass", "mass": 1.0, "max_tiles": 4, "within": NARROW}, 0.25),
+        ({"kv_density": 0.4}, None),
+        ({"kv_density": 0.5, "within": NARROW}, None),
+        ({"kv_density": 0.4, "within": fs.FrameCausal(chunk=2)}, None),
+    ],
+)
+def test_the_nominal_density_is_that_of_selections_of_random_tokens(options: dict[str, Any], kv: float | None) -> None:
+    layout = fs.TileLayout(grid=(4, 16, 16), tile=(2, 4, 8))
+    q, k = torch.randn(2, 2, 8, layout.seq_len, 16).unbind()
+    builder = fs.BSA(keep_queries=0.25, **options)
+    selection = builder.select(q, k, layout)
+    assert builder.query_share(layout) == 0.25
+    nominal = builder.nominal_density(layout, layout)
+    if kv is None:
+        assert nominal == pytest.approx(selection.density, rel=0.05)
+    else:
+        assert nominal == pytest.approx(selection.density) == 0.25 * kv
+
+
+def test_of_two_tiles_one_is_kept_whatever_the_density() -> None:
+    layout = fs.TileLayout(grid=(1, 4, 8), tile=(1, 4, 4))
+    q, k = torch.randn(2, 1, 2, layout.seq_len, 8).unbind()
+    builder = fs.BSA(kv_density=0.1, keep_queries=1, max_tiles=1)
+    assert builder.nominal_density(layout, layout) == builder.select(q, k, layout).density == 0.5
+
+
+@given(cases(dtypes=DOUBLE), SHARES, WINDOWS)
+def test_the_share_of_queries_is_that_of_a_selection(
+    case: Case, share: float, window: tuple[int, int, int] | None
+) -> None:
+    q, k, _ = case.qkv()
+    builder = fs.BSA(keep_queries=share, window=window)
+    queries = builder.select(q, k, case.layout).queries
+    assert queries is not None
+    assert builder.query_share(case.layout) == pytest.approx(int(queries.counts.sum()) / case.layout.num_tokens)
 
 
 def test_queries_that_are_all_equal_or_zero_keep_the_lowest_slots() -> None:

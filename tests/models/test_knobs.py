@@ -166,6 +166,8 @@ def test_the_first_step_is_dense_where_the_pipeline_is_yet_to_say_how_many_there
 
 BAD: list[tuple[dict[str, Any], Any, str]] = [
     ({"dense_layers": [7]}, fs.VSA(top_k=2), "dense_layers has 7, but WanTransformer3DModel has 2 blocks"),
+    ({"dense_layers": 1.5}, fs.VSA(top_k=2), "dense_layers has 1.5: give numbers of blocks, ints, or name patterns"),
+    ({"dense_layers": [True, False]}, fs.VSA(top_k=2), "dense_layers has True: give numbers of blocks"),
     ({"dense_layers": ["block.0"]}, fs.VSA(top_k=2), "the pattern 'block.0' matches no module"),
     ({}, {"blocks.9": fs.VSA(top_k=2)}, "the pattern 'blocks.9' matches no module"),
     ({}, {"*": None}, "give at least one mask builder"),
