@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flexsparse.compile_passes.graphs import value_of
 from flexsparse.compile_passes.views import CASTS, COPIES, aten, is_op, same, shape_of
@@ -48,7 +49,22 @@ class NotFused(Exception):
 
 
 def find_choice(anchor: Node) -> Choice:
-    """What a node that makes a bitmask chooses from, and how."""
+    """What a node that makes a bitmask chooses from, and how.
+
+    Raises:
+        NotFused: it is no choice of the best tiles, or of others than it has scores for (some of the keys only): the fused op's
+            bitmask would be of another length than what reads it believes.
+    """
+    found = _find(anchor)
+    if anchor.target is not ops.select_tiles.default:
+        listed = anchor.target is ops.pack_lists.default
+        tiles = value_of(anchor.args[2]) if listed else shape_of(anchor.args[0])[-1]
+        if not statically_known_true(tiles == shape_of(found.scores)[-1]):
+            raise NotFused("it has no scores for some of the tiles")
+    return found
+
+
+def _find(anchor: Node) -> Choice:
     if anchor.target is ops.select_tiles.default:
         scores, allowed, now, rule, value, min_tiles, capacity = anchor.args
         if isinstance(now, Node) and value_of(now).dim() > 0:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flexsparse.gates import FINE, NAME, gate_modules
+from flexsparse.training.files import write_atomically
 
 FORMAT = "flexsparse-gates"
 
@@ -63,6 +64,7 @@ def save_gates(model: nn.Module, path: str | Path, names: Literal["flexsparse", 
     Raises:
         ValueError: the model has no gates, or two in one block, which FastVideo's names cannot tell apart.
         FileNotFoundError: the folder that the file would be in does not exist.
+        OSError: it cannot be written; what it held before is untouched.
     """
     if names not in ("flexsparse", "fastvideo"):
         raise ValueError(f"names is {names!r}: give 'flexsparse' or 'fastvideo'")
@@ -79,7 +81,7 @@ def save_gates(model: nn.Module, path: str | Path, names: Literal["flexsparse", 
     folder = Path(path).parent
     if not folder.is_dir():
         raise FileNotFoundError(f"path is {path}, but there is no folder {folder}: make it first")
-    _safetensors().torch.save_file(tensors, str(path), metadata=settings_of(model))
+    write_atomically(Path(path), _safetensors().torch.save(tensors, metadata=settings_of(model)))
 
 
 def _files(path: Path) -> list[Path]:
@@ -99,14 +101,25 @@ def _open(path: Path) -> Any:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every gate in a file or folder, and the metadata of the first file that has some."""
+    """Every gate in a file or folder, and the metadata of the first file that has some.
+
+    Raises:
+        ValueError: two files have different values for one gate.
+    """
     found: dict[str, Tensor] = {}
+    origin: dict[str, Path] = {}
     metadata: dict[str, str] = {}
     for file_path in _files(path):
         with _open(file_path) as file:
             for key in file.keys():  # noqa: SIM118
                 if f"{NAME}." in key or f"{FINE}." in key:
-                    found[key] = file.get_tensor(key)
+                    value = file.get_tensor(key)
+                    if key in found and not torch.equal(found[key], value):
+                        raise ValueError(
+                            f"path is {path}, where {origin[key]} and {file_path} have different values for {key}: give one of "
+                            "these files, or the folder of one transformer"
+                        )
+                    found[key], origin[key] = value, file_path
                     metadata = metadata or file.metadata() or {}
     return found, metadata
 
@@ -188,13 +201,16 @@ def warn_of_dropped_gates(model: nn.Module) -> None:
         safetensors = _safetensors()
     except ImportError:
         return  # nothing was read from such files either
+    folders: dict[str, str] = {}
     for file_path in _files(Path(source)):
         with safetensors.safe_open(str(file_path), framework="pt") as file:
             keys = [key for key in file.keys() if f"{NAME}." in key]  # noqa: SIM118
         if keys:
-            warnings.warn(
-                f"{file_path} has {len(keys)} tensors of gates ({keys[0]}, ...), which from_pretrained dropped: wrap with "
-                f"gates=True, then call flexsparse.load_gates(model, {str(source)!r})",
-                stacklevel=3,
-            )
-            return
+            folders.setdefault(str(file_path.parent), f"{file_path} has {len(keys)} tensors of gates ({keys[0]}, ...)")
+    if folders:
+        which = " or ".join(map(repr, folders))
+        warnings.warn(
+            f"{next(iter(folders.values()))}, which from_pretrained dropped: wrap with gates=True, then call "
+            f"flexsparse.load_gates(model, {which})",
+            stacklevel=3,
+        )

@@ -28,6 +28,7 @@ from flexsparse.tables import (
     is_tracing,
     slots_of,
     tables_in_order,
+    this_device,
     token_tables,
 )
 
@@ -233,8 +234,8 @@ class TileLayout:
     def tables(self, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
         """The tensors of `index`, made once for a layout and device; not while tracing, and not to be written to."""
         if self.order == "tiles":
-            return tables_in_order(self.total_tiles, self.slots, torch.device(device))
-        return token_tables(self.grid, self.sides, self.text_first, self.text_last, torch.device(device))
+            return tables_in_order(self.total_tiles, self.slots, this_device(device))
+        return token_tables(self.grid, self.sides, self.text_first, self.text_last, this_device(device))
 
     def with_tables(self, tables: Sequence[Tensor] | None) -> TileLayout:
         """This layout, reading `index` from given tensors (a graph's buffers, so that it makes none); None changes nothing."""

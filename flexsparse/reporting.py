@@ -158,4 +158,6 @@ def density_of(builder: Any, layout: TileLayout, kv_layout: TileLayout) -> float
     except NotImplementedError:  # a MaskBuilder need not have it either
         return math.nan
     video, every = layout.num_tokens, layout.seq_len
-    return (density * video**2 + every**2 - video**2) / every**2
+    share = builder.query_share(layout) if hasattr(builder, "query_share") else 1.0
+    pairs = density * video**2 + share * video * (every - video) + (every - video) * every
+    return pairs / every**2

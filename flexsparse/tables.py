@@ -41,7 +41,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def valid_slots(x: Tensor, counts: Tensor, slots: int) -> Tensor:
-    """Bool ``[1 or B, 1, P, 1]``: which slots of ``[B, H, P, D]`` hold a token; counts are int32 ``[tiles]`` or ``[B, tiles]``."""
+    """Bool ``[1 or B, 1, P, 1]``: which slots of ``[B, H, P, D]`` hold a token; counts int32 ``[tiles]`` or ``[B, tiles]``."""
     valid = torch.arange(slots, device=x.device) < counts[..., None]
     return valid.flatten(-2).reshape(-1, 1, x.shape[2], 1)
 
@@ -80,6 +80,14 @@ def auto_tile(grid: tuple[int, int, int], slots: int = AUTO_SLOTS) -> tuple[int,
     ]
     filling = [tile for tile in candidates if slots_of(tile) == slots]
     return min(filling if filling and math.prod(grid) >= slots else candidates, key=cost)
+
+
+def this_device(device: torch.device | str) -> torch.device:
+    """A device by its number, which a cache may keep: ``"cuda"`` is whatever is current in the calling thread."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def lasting(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:

@@ -232,8 +232,9 @@ def coarse_backward(
     dq, dk, dv = (torch.empty_like(x) for x in (q_c, k_c, v_c))
     delta = torch.empty_like(coarse_lse)
     flags = {"ALLOWED": allowed is not None, "ALIVE": alive, "COUNT_BIAS": count_bias, "D": D}
+    allowed = None if allowed is None else allowed.contiguous()
     strides = allowed_strides(allowed)
-    allowed = coarse_lse if allowed is None else allowed.contiguous()
+    allowed = coarse_lse if allowed is None else allowed
     kv_counts = coarse_lse if kv_counts is None else kv_counts.contiguous()
     strides.append(kv_counts.stride(0) if kv_counts.dim() == 2 else 0)
     shape = (scale, H, H // G, N, M, words_of(M), *strides)

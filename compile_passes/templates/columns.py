@@ -109,6 +109,8 @@ def most_pieces(heads: int, halves: int, U: int, total: int, longest: int) -> in
         total: an upper bound of the sum of a head's column lengths.
         longest: query tiles that can see one KV tile, over a group's heads.
     """
+    if heads == 0:
+        return 0
     room = max(heads * U * halves // 2, 2 * PROGRAMS)
     most = min(min(SHARE * PROGRAMS, room) // (heads * halves), total // SHORTEST)
     if most == 0 or longest < 2 * max(-(-total // most), SHORTEST):

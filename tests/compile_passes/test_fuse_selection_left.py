@@ -128,6 +128,16 @@ OTHER_CHOICES: dict[str, tuple[Step, str]] = {
         "not used whole",
     ),
     "the best of other scores": (lambda s: scattered(s, (-s).topk(K).indices), "no product"),
+    "the best of some tiles": (
+        lambda s: torch.ops.flexsparse.pack_tiles(
+            torch.zeros_like(s, dtype=torch.bool).scatter(-1, s[..., : M - 2].topk(K).indices, True)
+        ),
+        "no scores for some of the tiles",
+    ),
+    "a list of some tiles": (
+        lambda s: torch.ops.flexsparse.pack_lists(s[..., : M - 2].topk(K).indices, torch.full((B, H, N), K), M),
+        "no scores for some of the tiles",
+    ),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -193,3 +194,60 @@ def test_module_paths_are_readable() -> None:
     assert clean_path("L['module']._modules['blocks']._modules['0'].attn1") == "blocks.0.attn1"
     assert clean_path("L['self'].blocks[3].attn1") == "blocks.3.attn1"
     assert clean_path("L['module']._flexsparse_forward.__self__") == "."
+
+
+def rotated(x: Tensor, positions: Tensor) -> Tensor:
+    """Frequencies as a matrix product, as Hugging Face makes them."""
+    angle = positions[:, None] @ (W[0, :1, :4] * 1.0)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
+
+
+def lora(x: Tensor, number: int) -> Tensor:
+    """A linear map and a low-rank one of the dropped-out input."""
+    return F.linear(x, W[number]) + F.linear(F.linear(F.dropout(x, 0.1), W[number, :4]), W[number, :, :4])
+
+
+def conditioned(x: Tensor, condition: Tensor) -> Tensor:
+    return x * (1 + F.linear(condition, W[0, :8]))[:, None, None]
+
+
+def added(x: Tensor, number: int) -> Tensor:
+    return heads(torch.addmm(W[0, 0], x, W[number])[None])
+
+
+def joined(parts: tuple[Tensor, Tensor], number: int) -> Tensor:
+    return heads(torch.cat([part @ W[number] for part in parts], 1))
+
+
+def both(make: Any, q: Any, k: Any) -> tuple[Tensor, Tensor]:
+    return make(q, 0), make(k, 1)
+
+
+ORIGINS: dict[str, tuple[Any, bool]] = {
+    "rotation, cross": (lambda x, y, p, c: (rotated(heads(x @ W[0]), p), rotated(heads(y @ W[1]), p)), True),
+    "rotation": (lambda x, y, p, c: (rotated(heads(x @ W[0]), p), rotated(heads(x @ W[1]), p)), False),
+    "condition, cross": (lambda x, y, p, c: (conditioned(heads(x @ W[0]), c), conditioned(heads(y @ W[1]), c)), True),
+    "condition": (lambda x, y, p, c: (conditioned(heads(x @ W[0]), c), conditioned(heads(x @ W[1]), c)), False),
+    "LoRA, cross": (lambda x, y, p, c: (heads(lora(x, 0)), heads(lora(y, 1))), True),
+    "LoRA": (lambda x, y, p, c: (heads(lora(x, 0)), heads(lora(x, 1))), False),
+    "addmm": (lambda x, y, p, c: both(added, (one := x[0]), one), False),
+    "addmm of one bias, cross": (lambda x, y, p, c: both(added, x[0], y[0]), True),
+    "halves joined": (lambda x, y, p, c: both(joined, (halves := (x[:, :64], y[:, :64])), halves), False),
+    "keys with more": (lambda x, y, p, c: (heads(x @ W[0]), heads(x @ W[1] + y @ W[2])), False),
+}
+
+
+@pytest.mark.parametrize("name", ORIGINS)
+def test_cross_attention_is_known_by_sequences_of_its_own(name: str) -> None:
+    make, crosses = ORIGINS[name]
+
+    def attention(x: Tensor, y: Tensor, positions: Tensor, condition: Tensor) -> Tensor:
+        q, k = make(x, y, positions, condition)
+        return F.scaled_dot_product_attention(q, k, heads(x @ W[2]))
+
+    (gm,) = capture(attention, *torch.randn(2, 1, 128, 16), torch.arange(128.0), torch.randn(1, 16))
+    rewrite, seen = make_pass()
+    rewrite(gm)
+    assert [reason is not None and "cross-attention" in reason for _, reason in seen] == [crosses]
+    assert rewrite.matches == (not crosses)

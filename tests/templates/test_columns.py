@@ -169,6 +169,7 @@ def test_splitting_where_it_pays() -> None:
     assert most(1, 64, 8) >= 64, "fewer columns than programs"
     assert most(1, 1200, 1200) == 0, "columns are alike where all is kept, and fill the machine"
     assert most_pieces(1, 1, 0, 0, 30) == 0 and most_pieces(1, 1, 8, 0, 30) == 0
+    assert most_pieces(0, 1, 10, 100, 100) == 0  # an empty batch
 
 
 def test_the_bound_of_memory() -> None:

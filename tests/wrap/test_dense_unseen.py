@@ -62,7 +62,7 @@ def test_a_later_call_in_which_nothing_is_sparse_is_refused_and_those_after_it_a
     fs.wrap(model, fs.VSA(top_k=2), grid=(4, 8, 8), **way)
     with torch.no_grad():
         first = model(x)
-        with pytest.raises(RewriteError, match="(?s)found no attention in .* to make sparse.*attention mask"):
+        with pytest.raises(RewriteError, match=r"(?s)found no attention in .* to make sparse.*attention mask"):
             model(x, mask)
         assert torch.equal(model(x), first)
     assert any(call.sparse for call in fs.report(model).calls)
@@ -77,7 +77,7 @@ def test_attention_that_leaves_torch_is_refused_at_a_later_call(wan: Callable[[]
     with torch.no_grad():
         first = run(model, video())
         model.set_attention_backend("flex")  # type: ignore[operator]
-        with pytest.raises(RewriteError, match="found no attention in .* to make sparse"):
+        with pytest.raises(RewriteError, match=r"found no attention in .* to make sparse"):
             run(model, video())
         model.set_attention_backend("native")  # type: ignore[operator]
         assert torch.equal(run(model, video()), first)
@@ -146,7 +146,9 @@ def test_a_video_below_min_tokens_runs_as_before_wrapping(
     assert any(call.sparse for call in rows) and any("below min_tokens=100" in call.reason for call in rows)
 
 
-def test_gradients_below_min_tokens_are_those_before_wrapping(wan: Callable[[], nn.Module], way: dict[str, Any]) -> None:
+def test_gradients_below_min_tokens_are_those_before_wrapping(
+    wan: Callable[[], nn.Module], way: dict[str, Any]
+) -> None:
     """Activation checkpointing runs blocks again in backward, where the model's forward is over."""
     plain, model = wan().train(), fs.wrap(wan().train(), fs.VSA(sparsity=0.5), min_tokens=100, gates=True, **way)
     for one in (plain, model):
@@ -203,7 +205,9 @@ def test_another_forward_put_over_ours_is_named_and_nothing_is_undone(wan: Calla
     model = fs.wrap(wan(), fs.VSA(sparsity=0.5), compile=False)
     ours = model.blocks[0].forward  # type: ignore[index,union-attr]
     model.blocks[0].forward = lambda *args, **kwargs: ours(*args, **kwargs)  # type: ignore[index,union-attr]
-    with pytest.raises(ValueError, match=r"blocks\.0 got another forward after it was wrapped, by wrap\.test_dense_unseen"):
+    with pytest.raises(
+        ValueError, match=r"blocks\.0 got another forward after it was wrapped, by wrap\.test_dense_unseen"
+    ):
         fs.unwrap(model)
     with torch.no_grad():
         run(model, video())

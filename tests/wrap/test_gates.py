@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -143,6 +144,54 @@ def test_files_that_are_none(gated: Stranger, tmp_path: Path) -> None:
             fs.load_gates(gated, given)
     with pytest.raises(FileNotFoundError, match=r"no/gates\.safetensors, but there is no folder .*no: make it first"):
         fs.save_gates(gated, tmp_path / "no" / "gates.safetensors")
+
+
+def test_a_pipeline_of_two_transformers_is_not_mixed_up(gated: Stranger, tmp_path: Path) -> None:
+    """Wan 2.2 has two; the gates of the last one read would do for both."""
+    for number, name in ((1.0, "transformer"), (2.0, "transformer_2")):
+        (tmp_path / name).mkdir()
+        for parameter in fs.gate_parameters(gated):
+            torch.nn.init.constant_(parameter, number)
+        fs.save_gates(gated, tmp_path / name / "model.safetensors")
+    said = r"where .*former/model.* and .*transformer_2/model.* have different values for blocks\.0.*give one of these files"
+    with pytest.raises(ValueError, match=said):
+        fs.load_gates(gated, tmp_path)
+    fs.load_gates(gated, tmp_path / "transformer")
+    assert all(bool((parameter == 1).all()) for parameter in fs.gate_parameters(gated))
+    (tmp_path / "transformer_2" / "model.safetensors").unlink()
+    fs.save_gates(gated, tmp_path / "transformer_2" / "model.safetensors")  # the same values twice are no question
+    fs.load_gates(gated, tmp_path)
+
+
+def test_a_file_that_cannot_be_written_keeps_what_it_held(
+    gated: Stranger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "gates.safetensors"
+    fs.save_gates(gated, path)
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    torch.nn.init.ones_(next(iter(fs.gate_parameters(gated))))
+    with pytest.raises(OSError, match="No space left"):
+        fs.save_gates(gated, path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_gate_of_the_models_own_is_neither_used_nor_replaced_nor_taken_away(stranger: Stranger) -> None:
+    own = torch.nn.Linear(32, 32)
+    stranger.blocks[0].to_gate_compress = own  # of a port of another project
+    x = torch.randn(1, 3, 4, 16, 16)
+    plain = copy.deepcopy(stranger)
+    with pytest.raises(ValueError, match=r"blocks\.0 has a to_gate_compress of its own.*delete it"):
+        fs.wrap(stranger, fs.VSA(top_k=2), gates=True, compile=False)
+    fs.wrap(stranger, fs.VSA(top_k=2), compile=False)
+    out = stranger(x)
+    del plain.blocks[0].to_gate_compress
+    assert torch.equal(fs.wrap(plain, fs.VSA(top_k=2), compile=False)(x), out)
+    assert fs.unwrap(stranger).blocks[0].to_gate_compress is own
 
 
 def test_files_that_do_not_fit_change_nothing(gated: Stranger, tmp_path: Path) -> None:
