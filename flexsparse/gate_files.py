@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from flexsparse.gates import FINE, NAME, gate_modules
-from flexsparse.training.files import write_atomically
 
 FORMAT = "flexsparse-gates"
 
@@ -81,6 +80,8 @@ def save_gates(model: nn.Module, path: str | Path, names: Literal["flexsparse", 
     folder = Path(path).parent
     if not folder.is_dir():
         raise FileNotFoundError(f"path is {path}, but there is no folder {folder}: make it first")
+    from flexsparse.training.files import write_atomically  # not with the library: commands share it
+
     write_atomically(Path(path), _safetensors().torch.save(tensors, metadata=settings_of(model)))
 
 

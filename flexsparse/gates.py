@@ -7,7 +7,7 @@ wrapped pretrained model begins as pure fine attention.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -59,7 +59,11 @@ def gate_names(model: nn.Module, which: bool | Sequence[str]) -> list[str]:
                 f"({', '.join(Q_NAMES[:2])}, ... or {', '.join(FUSED_NAMES[:2])}, ...): give gates=[name patterns]"
             )
         return chosen
-    patterns = [which] if isinstance(which, str) else [] if isinstance(which, bool) else list(which)
+    if isinstance(which, str | bool):
+        which = [which] if isinstance(which, str) else []
+    if not isinstance(which, Iterable) or not all(isinstance(pattern, str) for pattern in which):
+        raise TypeError(f"gates is {which!r}: give True, or name patterns of attention modules ('blocks.*.attn1')")
+    patterns = list(which)
     for pattern in patterns:
         if not any(fnmatch.fnmatch(name, pattern) for name, _ in named):
             raise ValueError(f"gates has {pattern!r}, which matches no module of {type(model).__name__}")

@@ -21,8 +21,8 @@ from flexsparse.ops.choice import Rule, masked_softmax
 from flexsparse.ops.coarse_select import pool_tiles
 from flexsparse.ops.select_tiles import allowed_bits, select_tiles
 from flexsparse.schedule import BoundRatio, SparsitySchedule
-from flexsparse.selection import TileSelection
-from flexsparse.tables import is_tracing, valid_slots
+from flexsparse.selection import TileSelection, pack_bits
+from flexsparse.tables import is_tracing, lasting, valid_slots
 
 
 def score_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -272,6 +272,17 @@ def _cached_mask(builder: StaticBuilder, layout: TileLayout, kv_layout: TileLayo
     return builder.tile_mask(layout, kv_layout, device)
 
 
+@functools.lru_cache(64)
+@torch.inference_mode(False)
+def _cached_bits(
+    builder: StaticBuilder, layout: TileLayout, kv_layout: TileLayout, device: torch.device
+) -> tuple[Tensor, Tensor, int]:
+    mask = builder.tile_mask(layout, kv_layout, torch.device("cpu"))
+    counts = mask.sum(-1, dtype=torch.int32)
+    bits, counts = lasting((pack_bits(mask), counts), device)
+    return bits, counts, max(1, int(counts.max()))
+
+
 class StaticBuilder(MaskBuilder):
     """A builder whose tiles depend on the layout alone: built once per layout and cached.
 
@@ -292,14 +303,20 @@ class StaticBuilder(MaskBuilder):
 
     def plan(self, coarse: CoarseInputs, v: Tensor | None = None) -> tuple[TileSelection, Tensor | None]:
         layout, kv_layout = coarse.layout, coarse.kv_layout
-        keep = self.mask(layout, kv_layout, coarse.q.device)
-        alive = coarse.alive()
-        if alive is not None:
-            keep = keep & alive
-        B, H = coarse.q.shape[:2]
-        keep = keep.expand(B, H, layout.num_tiles, kv_layout.num_tiles)
-        fields: dict[str, Any] = {"tile_counts": coarse.tile_counts}
-        return TileSelection.from_mask(keep, layout, kv_layout, **fields), None
+        heads, device, alive = coarse.q.shape[:2], coarse.q.device, coarse.alive()
+        if alive is None and not (is_tracing() or layout.symbolic or kv_layout.symbolic):
+            bits, counts, capacity = _cached_bits(self, layout, kv_layout, device)
+        else:
+            keep = self.mask(layout, kv_layout, device)
+            bits, counts = torch.ops.flexsparse.pack_tiles(keep if alive is None else keep & alive)
+            capacity = self.most(layout, kv_layout)
+        # one mask for all heads, packed before it is repeated
+        bits, counts = bits.expand(*heads, *bits.shape[-2:]), counts.expand(*heads, counts.shape[-1])
+        return coarse.selection(bits.contiguous(), counts.contiguous(), capacity), None
+
+    def most(self, layout: TileLayout, kv_layout: TileLayout) -> int:
+        """An upper bound of the tiles that a row keeps: the static length of its list in a graph."""
+        return kv_layout.num_tiles
 
     def nominal_density(self, layout: TileLayout, kv_layout: TileLayout) -> float:
         return float(self.mask(layout, kv_layout, torch.device("cpu")).double().mean())

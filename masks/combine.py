@@ -43,6 +43,13 @@ class StaticCombination(StaticBuilder):
         for part in self.parts:
             part.check(layout, kv_layout)
 
+    def most(self, layout: TileLayout, kv_layout: TileLayout) -> int:
+        each = [part.most(layout, kv_layout) for part in self.parts if isinstance(part, StaticBuilder)]
+        bound = each[0]
+        for other in each[1:]:
+            bound = bound + other if self.kind == "union" else torch.sym_min(bound, other)
+        return torch.sym_min(bound, kv_layout.num_tiles)
+
     def tile_mask(self, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:
         return _join([p.mask(layout, kv_layout, device) for p in self.parts if isinstance(p, StaticBuilder)], self.kind)
 

@@ -37,6 +37,12 @@ class SlidingTile(StaticBuilder):
             )
         object.__setattr__(self, "window", window)
 
+    def most(self, layout: TileLayout, kv_layout: TileLayout) -> int:
+        count = 1
+        for width, have in zip(self.window, kv_layout.tiles):
+            count = count * torch.sym_min(width, have)
+        return count
+
     def tile_mask(self, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:
         keep = torch.ones(layout.num_tiles, kv_layout.num_tiles, dtype=torch.bool, device=device)
         rows, columns = tile_axes(layout, device), tile_axes(kv_layout, device)

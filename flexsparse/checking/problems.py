@@ -31,6 +31,7 @@ class Problem:
         G: KV heads.
         gated: whether the coarse output is added, by a random gate.
         scale: of queries and keys; the larger, the fewer tokens share a query's attention.
+        text: valid tokens of each sample's text, after the video; None where all are. As many samples, else one.
     """
 
     name: str
@@ -41,12 +42,29 @@ class Problem:
     G: int = 2
     gated: bool = False
     scale: float = 1.0
+    text: tuple[int, ...] | None = None
+
+    @property
+    def samples(self) -> int:
+        """B."""
+        return 1 if self.text is None else len(self.text)
+
+    def tile_counts(self, device: str) -> Tensor | None:
+        """Valid tokens of every tile of each sample; None where they are the layout's."""
+        if self.text is None:
+            return None
+        tiles, slots = self.layout.tiles_last, self.layout.slots
+        counts = self.layout.tile_counts.repeat(self.samples, 1)
+        start = torch.arange(tiles, dtype=torch.int32) * slots
+        counts[:, -tiles:] = (torch.tensor(self.text, dtype=torch.int32)[:, None] - start).clamp(0, slots)
+        return counts.to(device)
 
     def inputs(self, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
         """``q``, ``k``, ``v``, ``g`` (the output's gradient), perhaps ``gate``; heads lie inside of tokens."""
         make = torch.Generator().manual_seed(0)
         sizes = {"q": self.H, "k": self.G, "v": self.G, "g": self.H} | ({"gate": self.H} if self.gated else {})
-        found = {name: torch.randn(1, self.layout.seq_len, n, self.D, generator=make) for name, n in sizes.items()}
+        shape = (self.samples, self.layout.seq_len)
+        found = {name: torch.randn(*shape, n, self.D, generator=make) for name, n in sizes.items()}
         found["q"], found["k"] = self.scale * found["q"], self.scale * found["k"]
         return {name: x.to(device, dtype).transpose(1, 2) for name, x in found.items()}
 
@@ -58,12 +76,13 @@ def problems() -> list[Problem]:
         Problem(name="VSA", layout=whole, builder=VSA(top_k=3), D=128, gated=True),
         Problem(name="VSA, head dim 64", layout=whole, builder=VSA(top_k=3), D=64, gated=True, scale=4.0),
         Problem(
-            name="VSA, partial tiles, text, grouped heads",
+            name="VSA, partial tiles, texts, grouped heads",
             layout=TileLayout(grid=(5, 9, 10), text_last=21),
             builder=VSA(top_k=4),
             D=128,
             H=4,
             gated=True,
+            text=(21, 6),
         ),
         Problem(
             name="VSA, tiles of 128",
@@ -143,4 +162,6 @@ def on_cpu(selection: TileSelection) -> TileSelection:
     queries = selection.queries
     if queries is not None:
         queries = KeptQueries(queries.kept.cpu(), queries.counts.cpu(), queries.source.cpu(), queries.position.cpu())
-    return dataclasses.replace(selection, bits=selection.bits.cpu(), counts=selection.counts.cpu(), queries=queries)
+    valid = None if selection.tile_counts is None else selection.tile_counts.cpu()
+    fields = {"bits": selection.bits.cpu(), "counts": selection.counts.cpu(), "queries": queries, "tile_counts": valid}
+    return dataclasses.replace(selection, **fields)  # type: ignore[arg-type]

@@ -165,9 +165,10 @@ def _compute(
     for x in leaves.values():
         poison(x.shape, x.dtype, x.device)
     q, k, v = (leaves[name] for name in "qkv")
-    how: dict[str, Any] = {"gate": leaves.get("gate"), "backend": backend}
+    counts = problem.tile_counts(str(q.device))
+    how: dict[str, Any] = {"gate": leaves.get("gate"), "backend": backend, "tile_counts": counts}
     if not train:  # FlexAttention on a CPU, which returns no log-sum-exp for `return_aux` either
-        selection = problem.builder.select(q, k, problem.layout)
+        selection = problem.builder.select(q, k, problem.layout, tile_counts=counts)
         return {"out": sparse_attention(q, k, v, problem.layout, problem.builder, **how).cpu()}, on_cpu(selection)
     out, aux = sparse_attention(q, k, v, problem.layout, problem.builder, return_aux=True, **how)
     return {name: x.cpu() for name, x in gradients(out, leaves).items()}, on_cpu(aux.selection)

@@ -82,7 +82,7 @@ def compare(device: str, dtype: torch.dtype, compile: bool | str) -> tuple[dict[
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Model()
-        x, g = torch.randn(2, 1, 450, DIM).bfloat16().float()  # exact in all dtypes: only what is computed is rounded
+        x, g = torch.randn(2, 2, 450, DIM).bfloat16().float()  # exact in all dtypes: only what is computed is rounded
     model = model.to(dtype)
     builder = VSA(top_k=5 if dtype == torch.float32 else TILES)
     definition: dict[str, Any] = {"compile": False, "attention": "reference"}

@@ -77,6 +77,10 @@ def test_dense_steps(two: Processes) -> None:
     two.run(training.same_dense)
 
 
+def test_unwrap_and_copies(two: Processes) -> None:
+    two.run(training.same_unwrapped)
+
+
 @pytest.mark.parametrize("mesh", [(1, 2), (2, 1)])
 def test_modules_for_models_from_scratch(two: Processes, mesh: tuple[int, int]) -> None:
     two.run(training.same_module, mesh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -189,6 +190,25 @@ def same_dense() -> None:
     model(**video(3))
     state_of(model).dense = True
     torch.testing.assert_close(model(**video(3))[0], wanted)
+
+
+def same_unwrapped() -> None:
+    """unwrap ends sequence parallelism too; a copy made before goes on, by its own state."""
+    from flexsparse.wrap import state_of
+
+    wanted = wan()(**video(3))[0]
+    model = wrapped(False, gates=False)
+    sparse = model(**video(3))[0]
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fs.distributed.ulysses(model, mesh)
+    model(**video(3))
+    copied = copy.deepcopy(model)
+    assert torch.equal(fs.unwrap(model)(**video(3))[0], wanted)
+    torch.testing.assert_close(copied(**video(3))[0], sparse)
+    state_of(copied).dense = True
+    torch.testing.assert_close(copied(**video(3))[0], wanted)
+    fs.distributed.ulysses(wrapped(False, gates=False, model=model), mesh)
+    torch.testing.assert_close(model(**video(3))[0], sparse)
 
 
 def same_module(mesh: tuple[int, int]) -> None:

@@ -2,10 +2,11 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import layouts
 from torch import Tensor
@@ -116,3 +117,43 @@ def test_the_nominal_density_of_a_static_builder_is_the_one_it_has(builder: fs.m
     layout = fs.TileLayout(grid=(4, 8, 8), tile=(2, 2, 2))
     selection = builder.select(torch.zeros(1, 1, 256, 4), torch.zeros(1, 1, 256, 4), layout)
     assert selection.density == pytest.approx(builder.nominal_density(layout, layout))
+
+
+@given(layout=layouts(), kv=st.none() | layouts(), window=st.tuples(*[st.integers(1, 4)] * 3), data=st.data())
+@settings(max_examples=40)
+def test_no_row_keeps_more_than_its_list_is_long(
+    layout: fs.TileLayout, kv: fs.TileLayout | None, window: tuple[int, int, int], data: st.DataObject
+) -> None:
+    """``capacity`` is the longest row where that can be known, and `most` a bound of it in graphs."""
+    sliding, other = fs.SlidingTile(window=window), fs.SlidingTile(window=(1, 2, 1))
+    builders = [sliding, fs.Dense(), fs.Union(sliding, other), fs.Intersection(sliding, other)]
+    builders += [] if kv is not None else [fs.Radial(), fs.Union(fs.Radial(first_frames=1), other)]
+    builder = data.draw(st.sampled_from(builders))
+    keys = layout if kv is None else kv
+    q, k = torch.zeros(2, 3, layout.seq_len, 4), torch.zeros(2, 3, keys.seq_len, 4)
+    selection = builder.select(q, k, layout, kv_layout=kv)
+    mask = builder.tile_mask(layout, keys, torch.device("cpu"))
+    assert torch.equal(selection.keep(), mask.expand(2, 3, -1, -1))
+    assert torch.equal(selection.counts, mask.sum(-1).int().expand(2, 3, -1))
+    assert selection.capacity == max(1, int(mask.sum(-1).max())) <= max(1, builder.most(layout, keys))
+    assert selection.bits.is_contiguous() and selection.counts.is_contiguous()
+
+
+def test_a_mask_of_all_heads_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 153,600 tokens and 40 heads, a bool for each pair of tiles of each head would be 230 MB a call."""
+    layout = fs.TileLayout(grid=(8, 16, 16))
+    counts = layout.index("cpu")[2].clone()
+    counts[-1] = 0
+    sizes: list[int] = []
+    own = torch.ops.flexsparse.pack_tiles
+
+    def watched(keep: Tensor) -> Any:
+        sizes.append(keep.numel())
+        return own(keep)
+
+    monkeypatch.setattr(torch.ops.flexsparse, "pack_tiles", watched)
+    x = torch.zeros(2, 5, layout.seq_len, 4)
+    for given_ in (None, counts, counts.repeat(2, 1)):
+        selection = fs.SlidingTile().select(x, x, layout, tile_counts=given_)
+        assert selection.keep()[..., -1].any() == (given_ is None)
+    assert sizes == [32 * 32, 2 * 32 * 32]
