@@ -202,16 +202,16 @@ def warn_of_dropped_gates(model: nn.Module) -> None:
         safetensors = _safetensors()
     except ImportError:
         return  # nothing was read from such files either
-    folders: dict[str, str] = {}
+    folders: dict[str, tuple[Path, list[str]]] = {}
     for file_path in _files(Path(source)):
         with safetensors.safe_open(str(file_path), framework="pt") as file:
             keys = [key for key in file.keys() if f"{NAME}." in key]  # noqa: SIM118
         if keys:
-            folders.setdefault(str(file_path.parent), f"{file_path} has {len(keys)} tensors of gates ({keys[0]}, ...)")
+            folders.setdefault(str(file_path.parent), (file_path, keys))
     if folders:
-        which = " or ".join(map(repr, folders))
+        file_path, keys = next(iter(folders.values()))
         warnings.warn(
-            f"{next(iter(folders.values()))}, which from_pretrained dropped: wrap with gates=True, then call "
-            f"flexsparse.load_gates(model, {which})",
+            f"{file_path} has {len(keys)} tensors of gates ({keys[0]}, ...), which from_pretrained dropped: wrap with "
+            f"gates=True, then call flexsparse.load_gates(model, {' or '.join(map(repr, folders))})",
             stacklevel=3,
         )

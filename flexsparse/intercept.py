@@ -258,7 +258,8 @@ def two_sequences(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     Of a module that says itself that it is cross-attention, the lengths of all that it was given: it may split one.
     """
     found: dict[int, tuple[str | int, torch.Size]] = {}
-    for name, x in (*enumerate(args), *kwargs.items()):
+    given: list[tuple[str | int, Any]] = [*enumerate(args), *kwargs.items()]
+    for name, x in given:
         if isinstance(x, Tensor) and x.dim() == 3:
             found.setdefault(id(x), (name, x.shape))
     if len(found) < 2:
@@ -270,8 +271,8 @@ def two_sequences(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     if not any(isinstance(name, int) for name in alike):
         names = [str(name) for name in alike]
     else:
-        given = list(inspect.signature(type(module).forward).parameters)[1:]
-        names = [str(given[name]) if isinstance(name, int) and name < len(given) else str(name) for name in alike]
+        own = list(inspect.signature(type(module).forward).parameters)[1:]
+        names = [own[name] if isinstance(name, int) and name < len(own) else str(name) for name in alike]
     tokens = [name for name in names if not any(part in name for part in NO_TOKENS)]
     return frozenset(first[1:2]) if tokens else frozenset()
 

@@ -1,8 +1,10 @@
 """Shared set-up: hypothesis profiles, seeds, threads, memory that is NaN until it is written."""
 
+import fnmatch
 import gc
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,29 @@ settings.register_profile("mutations", settings.get_profile("ci"), phases=(Phase
 settings.load_profile("ci")  # `--hypothesis-profile` loads another one after this
 
 torch.set_num_threads(1)  # the tensors of tests are tiny: a second thread costs more than it does
+
+
+SLOW = Path(__file__).with_name("slow.txt")
+
+
+def slow_patterns() -> list[str]:
+    """Names of `slow.txt`, in which brackets are letters."""
+    return [line.replace("[", "[[]") for line in SLOW.read_text().splitlines() if line and not line.startswith("#")]
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks what `slow.txt` names; where everything was collected, a name that is no test's is an error."""
+    names = {item.nodeid.removeprefix("tests/"): item for item in items}
+    stale = []
+    for pattern in slow_patterns():
+        found = fnmatch.filter(names, pattern)
+        for name in found:
+            names[name].add_marker(pytest.mark.slow)
+        if not found:
+            stale.append(pattern.replace("[[]", "["))
+    if stale and config.args == config.getini("testpaths"):
+        raise pytest.UsageError(f"{SLOW.name} names what is no test: {', '.join(stale)}")
 
 
 def pytest_collection_finish() -> None:

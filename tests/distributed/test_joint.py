@@ -131,6 +131,7 @@ def test_masks_keep_all_text(rank: int, held: list[int], first: bool) -> None:
     """Three of text and four of video; no model of the zoo has text first and a mask."""
     mask = torch.arange(7).reshape(1, 1, 1, 7)
     state = SimpleNamespace(dense=False, interceptor=SimpleNamespace(known_grid=lambda: (1, 2, 2, 0, 0)))
+    state.runs_dense = lambda: state.dense
     cut = Cut(SequenceParallel.planned(Ranks("", rank, 2), Ranks()), state, text_first=first)
     own = cut.cut(mask, Joined(3, 4)).flatten().tolist()
     assert own == (held if first else [*range(2 * rank, 2 * rank + 2), 4, 5, 6])

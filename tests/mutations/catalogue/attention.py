@@ -43,8 +43,8 @@ ATTENTION = (
     Mutation(
         "density counts slots",
         "selection.py",
-        "q_counts = q.index(device)[2].double()",
-        "q_counts = q.index(device)[2].double() * 0 + q.slots",
+        "(self.kv_tile_counts() if same else q.index(self.bits.device)[2]).double()",
+        "(self.kv_tile_counts() if same else q.index(self.bits.device)[2] * 0 + q.slots).double()",
         ("test_selection.py", "-k", "density"),
     ),
     Mutation(
@@ -97,10 +97,31 @@ ATTENTION = (
         ("distributed/test_attention.py::test_what_a_graph_does_to_an_index_tensor_changes_no_other",),
     ),
     Mutation(
+        "hidden text counts among the queries of a density",
+        "selection.py",
+        "same = self.tile_counts is not None and self.kv_layout is q",
+        "same = False",
+        ("masks/test_select_counts.py",),
+    ),
+    Mutation(
+        "select reads keys past a count",
+        "masks/base.py",
+        "k_tiles = k_tiles.masked_fill(~valid_slots(k_tiles, tile_counts, kv_layout.slots), 0)",
+        "k_tiles = k_tiles * 1",
+        ("masks/test_select_counts.py",),
+    ),
+    Mutation(
+        "a selection that a builder returns is taken as it is",
+        "attention.py",
+        'check_selection(selection, q, layout, kv_layout, f"the',
+        'str(f"the',
+        ("test_bad_input.py", "-k", "builder"),
+    ),
+    Mutation(
         "a graph writes into the counts of a layout",
         "selection.py",
-        "valid.clone(),",
-        "valid,",
+        "valid.clone(),  # of one",
+        "valid,  # of one",
         ("test_selection.py::test_the_buffers_of_a_block_mask_are_no_table_of_the_layout",),
     ),
     Mutation(

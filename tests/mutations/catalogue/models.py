@@ -4,6 +4,41 @@ from tests.mutations.catalogue.mutation import Mutation
 
 MODELS = (
     Mutation(
+        "a later call may be dense unseen",
+        "wrapped.py",
+        "if not ran.sparse and (ran.others or not backend.calls.sparse_calls or state.compile is True):",
+        "if not backend.calls.sparse_calls:",
+        ("wrap/test_dense_unseen.py",),
+    ),
+    Mutation(
+        "a copy stays dense after dense steps",
+        "wrapped.py",
+        "new.own = self.own",
+        "new.own, new.dense = self.own, self.dense",
+        ("wrap/test_dense_unseen.py::test_a_copy_made_during_dense_steps_is_sparse",),
+    ),
+    Mutation(
+        "unwrap leaves hooks that cut tokens",
+        "wrap.py",
+        "        remove_hooks(module)",
+        "        pass",
+        ("distributed/test_models.py::test_unwrap_and_copies",),
+    ),
+    Mutation(
+        "the last transformer's gates for all",
+        "gate_files.py",
+        "if key in found and not torch.equal(found[key], value):",
+        "if key is None:",
+        ("wrap/test_gates.py",),
+    ),
+    Mutation(
+        "the optimizer steps on a gradient that is none",
+        "finetune/train.py",
+        "        if not math.isfinite(value):",
+        "        if name == 'loss' and not math.isfinite(value):",
+        ("finetune/test_finetune_run.py",),
+    ),
+    Mutation(
         "text at the wrong end",
         "models.py",
         'COGVIDEO = Known(axes="B T C H W", text=TEXT, text_at="first"',
