@@ -391,11 +391,11 @@ def backend(
         builder: a mask builder, or a dict of name patterns to builders (None: dense); the first that matches holds.
         tile: tokens of one tile along (t, h, w), or ``"auto"``.
         grid: the latent token grid (T, H, W). A graph of a wrapped model says its own, any other needs this.
-        expect: how many sparse calls every graph must have; None for at least one.
+        expect: how many sparse calls every graph (uncompiled: every forward) must have; None for at least one.
         options: ``text_first``, ``text_last`` (extra tokens in every call), ``query_tile`` (queries in other tiles than keys:
             BSA's (4, 4, 8), of which half are kept, fill 64 rows), ``min_tokens`` (shorter calls stay dense; all of a wrapped
-            model then), ``attention`` (``"auto"`` or a backend's name), ``inner`` (``"inductor"``, or ``"aot_eager"`` to leave out
-            code generation when debugging), ``fuse_selection``, ``lower_flex``, ``keep_tiles`` and ``fold_tiling`` (off, the
+            model then), ``attention`` (``"auto"`` or a backend's name), ``inner`` (``"inductor"``, or ``"aot_eager"`` to leave
+            out code generation when debugging), ``fuse_selection``, ``lower_flex``, ``keep_tiles`` and ``fold_tiling`` (off, the
             graph keeps the coarse stage's own nodes, stock FlexAttention, tokens in raster order between calls, or calls that
             bring them to tile order; for comparison).
 
