@@ -395,9 +395,9 @@ def backend(
         options: ``text_first``, ``text_last`` (extra tokens in every call), ``query_tile`` (queries in other tiles than keys:
             BSA's (4, 4, 8), of which half are kept, fill 64 rows), ``min_tokens`` (shorter calls stay dense; all of a wrapped
             model then), ``attention`` (``"auto"`` or a backend's name), ``inner`` (``"inductor"``, or ``"aot_eager"`` to leave
-            out code generation when debugging), ``fuse_selection``, ``lower_flex``, ``keep_tiles`` and ``fold_tiling`` (off, the
-            graph keeps the coarse stage's own nodes, stock FlexAttention, tokens in raster order between calls, or calls that
-            bring them to tile order; for comparison).
+            out code generation when debugging), ``fuse_selection``, ``lower_flex``, ``keep_tiles`` and ``fold_tiling`` (off,
+            the graph keeps the coarse stage's own nodes, stock FlexAttention, tokens in raster order between calls, or calls
+            that bring them to tile order; for comparison).
 
     Returns:
         The backend; its ``report()`` says what became of every attention call.
