@@ -76,14 +76,15 @@ def _through_views(node: Node) -> Node:
         node = node.args[0]
 
 
-def from_different_tensors(q: Any, k: Any) -> bool:
+def from_different_tensors(q: Any, k: Any, v: Any) -> bool:
     """Whether queries and keys are maps of different sequences: cross-attention, whatever the lengths.
 
-    Each has one of its own then; both may share others (what their positions or a condition are made of). Where only one has
-    more, as keys that an adapter adds to, they are of the same tokens.
+    The keys' sequence is what keys and values are both maps of: what rotates or scales keys, values have not. Queries of that
+    sequence may have more sources, as may keys that an adapter adds to.
     """
-    q_sources, k_sources = _tokens(_sources(q)), _tokens(_sources(k))
-    return bool(q_sources - k_sources) and bool(k_sources - q_sources)
+    q_sources, k_sources, v_sources = (_tokens(_sources(x)) for x in (q, k, v))
+    sequence = k_sources & v_sources or k_sources
+    return bool(q_sources and sequence) and not (q_sources & sequence)
 
 
 def key_mask(mask: Any) -> Node | None:

@@ -177,7 +177,7 @@ class RewriteSDPA:
         reason = call.stays_dense(
             q, k, v, first + T * H * W + last, self.min_tokens, None if mask is None else value_of(mask), first + last
         )
-        if reason is None and from_different_tensors(call.query, call.key):
+        if reason is None and from_different_tensors(call.query, call.key, call.value):
             reason = "queries and keys come from different tensors (cross-attention)"
         if reason is not None:
             self._leave(node, q, k, reason)

@@ -201,7 +201,7 @@ class Around:
                 "that it cannot be spread over ranks in a compiled model: give wrap(..., compile=False)"
             )
         layout = layout_of(tuple(value_of(size) for size in grid))
-        if not self.is_local(q, k, layout) or origins.from_different_tensors(call.query, call.key):
+        if not self.is_local(q, k, layout) or origins.from_different_tensors(call.query, call.key, call.value):
             return False
         mask = origins.key_mask(call.attn_mask)
         self.check(call, value_of(mask), layout, node.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -203,6 +204,13 @@ def rotated(x: Tensor, positions: Tensor) -> Tensor:
     return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
 
 
+def rotated_in_batches(x: Tensor, positions: Tensor) -> Tensor:
+    """As `rotated`, of factors with as many dimensions as tokens have."""
+    angle = (W[0, :4, :1][None] @ positions).mT
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
+
+
 def lora(x: Tensor, number: int) -> Tensor:
     """A linear map and a low-rank one of the dropped-out input."""
     return F.linear(x, W[number]) + F.linear(F.linear(F.dropout(x, 0.1), W[number, :4]), W[number, :, :4])
@@ -220,34 +228,76 @@ def joined(parts: tuple[Tensor, Tensor], number: int) -> Tensor:
     return heads(torch.cat([part @ W[number] for part in parts], 1))
 
 
-def both(make: Any, q: Any, k: Any) -> tuple[Tensor, Tensor]:
-    return make(q, 0), make(k, 1)
+def plain(x: Tensor, number: int) -> Tensor:
+    return heads(x @ W[number])
 
 
-ORIGINS: dict[str, tuple[Any, bool]] = {
-    "rotation, cross": (lambda x, y, p, c: (rotated(heads(x @ W[0]), p), rotated(heads(y @ W[1]), p)), True),
-    "rotation": (lambda x, y, p, c: (rotated(heads(x @ W[0]), p), rotated(heads(x @ W[1]), p)), False),
-    "condition, cross": (lambda x, y, p, c: (conditioned(heads(x @ W[0]), c), conditioned(heads(y @ W[1]), c)), True),
-    "condition": (lambda x, y, p, c: (conditioned(heads(x @ W[0]), c), conditioned(heads(x @ W[1]), c)), False),
-    "LoRA, cross": (lambda x, y, p, c: (heads(lora(x, 0)), heads(lora(y, 1))), True),
-    "LoRA": (lambda x, y, p, c: (heads(lora(x, 0)), heads(lora(x, 1))), False),
-    "addmm": (lambda x, y, p, c: both(added, (one := x[0]), one), False),
-    "addmm of one bias, cross": (lambda x, y, p, c: both(added, x[0], y[0]), True),
-    "halves joined": (lambda x, y, p, c: both(joined, (halves := (x[:, :64], y[:, :64])), halves), False),
-    "keys with more": (lambda x, y, p, c: (heads(x @ W[0]), heads(x @ W[1] + y @ W[2])), False),
+Make = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def turned(rotate: Any) -> Callable[[bool], Make]:
+    """q and k of a sequence each, or of one, with something multiplied into both, and values without."""
+
+    def of(crosses: bool) -> Make:
+        def make(x: Tensor, y: Tensor, how: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            other = y if crosses else x
+            return rotate(plain(x, 0), how), rotate(plain(other, 1), how), plain(other, 2)
+
+        return make
+
+    return of
+
+
+def mapped(linear: Any, pick: Any = lambda x: x) -> Callable[[bool], Make]:
+    """q, k and v by one kind of map."""
+
+    def of(crosses: bool) -> Make:
+        def make(x: Tensor, y: Tensor, how: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            one = pick(x)
+            other = pick(y) if crosses else one
+            return linear(one, 0), linear(other, 1), linear(other, 2)
+
+        return make
+
+    return of
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[:, :64], x[:, 64:]
+
+
+POSITIONS, CONDITION = torch.arange(128.0), torch.randn(1, 16)
+ORIGINS: dict[str, tuple[Callable[[bool], Make], Tensor]] = {
+    "rotation": (turned(rotated), POSITIONS),
+    "batched rotation": (turned(rotated_in_batches), POSITIONS[None, None]),
+    "condition": (turned(conditioned), CONDITION),
+    "LoRA": (mapped(lambda x, number: heads(lora(x, number))), POSITIONS),
+    "addmm of one bias": (mapped(added, lambda x: x[0]), POSITIONS),
+    "halves joined": (mapped(joined, halves), POSITIONS),
 }
 
 
-@pytest.mark.parametrize("name", ORIGINS)
-def test_cross_attention_is_known_by_sequences_of_its_own(name: str) -> None:
-    make, crosses = ORIGINS[name]
+def found_crossing(make: Make, how: Tensor) -> bool:
+    def attention(x: Tensor, y: Tensor, how: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*make(x, y, how))
 
-    def attention(x: Tensor, y: Tensor, positions: Tensor, condition: Tensor) -> Tensor:
-        q, k = make(x, y, positions, condition)
-        return F.scaled_dot_product_attention(q, k, heads(x @ W[2]))
-
-    (gm,) = capture(attention, *torch.randn(2, 1, 128, 16), torch.arange(128.0), torch.randn(1, 16))
+    (gm,) = capture(attention, *torch.randn(2, 1, 128, 16), how)
     rewrite, seen = make_pass()
     rewrite(gm)
-    assert [reason is not None and "cross-attention" in reason for _, reason in seen] == [crosses]
-    assert rewrite.matches == (not crosses)
+    ((_, reason),) = seen
+    assert rewrite.matches == (reason is None)
+    return reason is not None and "cross-attention" in reason
+
+
+@pytest.mark.parametrize("crosses", [False, True])
+@pytest.mark.parametrize("name", ORIGINS)
+def test_cross_attention_is_known_by_the_sequence_of_keys_and_values(name: str, crosses: bool) -> None:
+    kind, how = ORIGINS[name]
+    assert found_crossing(kind(crosses), how) == crosses
+
+
+def test_keys_that_an_adapter_adds_to_are_of_the_same_tokens() -> None:
+    more = found_crossing(
+        lambda x, y, _: (plain(x, 0), plain(x, 1) + plain(y, 2), plain(x, 2) + plain(y, 0)), POSITIONS
+    )
+    assert not more and not found_crossing(lambda x, y, _: (plain(x, 0), plain(x, 1), heads(x)), POSITIONS)

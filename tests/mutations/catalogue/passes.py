@@ -275,15 +275,15 @@ PASSES = (
     Mutation(
         "one shared factor makes cross-attention self-attention",
         "compile_passes/origins.py",
-        "bool(q_sources - k_sources) and bool(k_sources - q_sources)",
-        "not (q_sources & k_sources)",
+        "sequence = k_sources & v_sources or k_sources",
+        "sequence = k_sources",
         ("compile_passes/test_rewrite_sdpa.py",),
     ),
     Mutation(
         "the strides of a mask's view for its copy",
         "compile_passes/templates/coarse_backward.py",
-        "allowed = None if allowed is None else allowed.contiguous()",
-        "pass",
+        "allowed = None if allowed is None else allowed.contiguous()\n    strides = allowed_strides(allowed)",
+        "strides = allowed_strides(allowed)\n    allowed = None if allowed is None else allowed.contiguous()",
         ("templates/test_coarse_backward.py::test_allowed",),
     ),
     Mutation(
