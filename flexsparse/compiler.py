@@ -50,6 +50,9 @@ class Tally(threading.local):
     def __init__(self) -> None:
         self.sparse = self.others = 0
 
+    def __reduce__(self) -> Any:
+        return Tally, ()  # a copied or pickled backend counts anew
+
     def snapshot(self) -> Ran:
         """What was counted so far."""
         return Ran(self.sparse, self.others)

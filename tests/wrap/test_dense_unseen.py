@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -172,6 +173,15 @@ def test_a_copy_made_during_dense_steps_is_sparse(wan: Callable[[], nn.Module]) 
     assert str(fs.report(model)).startswith("the model runs dense for now (DenseSteps); sparse, it ran:")
     steps._set(False)
     assert "dense for now" not in str(fs.report(model))
+
+
+def test_a_backend_and_what_it_compiles_can_be_copied() -> None:
+    backend = fs.backend(fs.VSA(top_k=2), grid=(4, 8, 8), inner="aot_eager")
+    model, x, _ = masked()
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(compiled)(x), compiled(x))
+    assert pickle.loads(pickle.dumps(backend)).report().sparse_calls == 2
 
 
 @pytest.mark.parametrize("value", [1, 0, "yes", None])
