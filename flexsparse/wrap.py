@@ -275,7 +275,7 @@ def unwrap(model: Model) -> Model:
         if by is not None:
             raise ValueError(
                 f"{name or 'the model'} got another forward after it was wrapped, by {by}: take that away first (disable the "
-                "cache, remove the hook), then unwrap"
+                "cache, remove the hook, accelerator.unwrap_model(model, keep_fp32_wrapper=False)), then unwrap"
             )
     for module in model.modules():
         remove_hooks(module)

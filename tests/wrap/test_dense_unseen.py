@@ -226,6 +226,22 @@ def test_another_forward_put_over_ours_is_named_and_nothing_is_undone(wan: Calla
         assert torch.equal(run(fs.unwrap(model), video()), run(wan(), video()))
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_accelerates_autocast_is_taken_away_by_accelerate(compile: bool) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model, x, _ = masked()
+    dense = model(x)
+    fs.wrap(model, fs.VSA(top_k=2), grid=(4, 8, 8), compile=compile, **({"inner": "aot_eager"} if compile else {}))
+    prepared = accelerator.prepare(model)
+    prepared(x)
+    with pytest.raises(ValueError, match=r"by accelerate.*keep_fp32_wrapper=False"):
+        fs.unwrap(accelerator.unwrap_model(prepared))
+    unwrapped = fs.unwrap(accelerator.unwrap_model(prepared, keep_fp32_wrapper=False))
+    assert torch.equal(unwrapped(x), dense)
+
+
 class Crossing(nn.Module):
     """Attention to itself, and to another sequence of as many tokens and another width; positions come along as a tensor."""
 
