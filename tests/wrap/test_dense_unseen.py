@@ -229,6 +229,7 @@ def test_another_forward_put_over_ours_is_named_and_nothing_is_undone(wan: Calla
 @pytest.mark.parametrize("compile", [False, True])
 def test_accelerates_autocast_is_taken_away_by_accelerate(compile: bool) -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model, x, _ = masked()
@@ -240,6 +241,7 @@ def test_accelerates_autocast_is_taken_away_by_accelerate(compile: bool) -> None
         fs.unwrap(accelerator.unwrap_model(prepared))
     unwrapped = fs.unwrap(accelerator.unwrap_model(prepared, keep_fp32_wrapper=False))
     assert torch.equal(unwrapped(x), dense)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process: another test may want another precision
 
 
 class Crossing(nn.Module):
