@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import oracle
@@ -217,3 +218,14 @@ def test_a_call_that_stays_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         mine, call = run(CASES["VSA"], x := torch.randn(1, TOKENS, C))
         assert not call.lowered and "not lowered: not today" in call.reason
         assert_same(mine, definition(CASES["VSA"], x))
+
+
+@pytest.mark.parametrize("attention", ["auto", "gather", "flex"])
+@pytest.mark.parametrize("cuda", [False, True])
+def test_what_a_graph_shows_for_what_was_chosen(attention: str, cuda: bool) -> None:
+    """On CUDA gather is chosen where the templates and FlexAttention's backward both refuse (D=20 in training, on sm90)."""
+    backend = fs.backend(fs.VSA(top_k=1), grid=(4, 8, 8), attention=attention)
+    q = SimpleNamespace(is_cuda=cuda, dtype=torch.float32)
+    shown = backend.in_graph("gather", q)  # type: ignore[arg-type]
+    assert shown == ("flex" if attention == "auto" and not cuda else "gather")
+    assert backend.in_graph("triton", q) == backend.in_graph("flex", q) == "flex"  # type: ignore[arg-type]
