@@ -6,9 +6,8 @@ Shape letters: B batch, H query heads, S tokens, D head dim.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,42 +32,9 @@ from flexsparse.layout import TileLayout, axes_of
 from flexsparse.masks.base import MaskBuilder, StaticBuilder
 from flexsparse.reporting import Call, Report, density_of
 from flexsparse.rules import BuilderRules
+from flexsparse.tally import Tally
 
 DENSE = "dense_layers, or the builder's rules, leave it dense"
-
-
-class Ran(NamedTuple):
-    """Attention that ran: calls and graphs' calls that were sparse; and others: dense calls, regions, modules that had some."""
-
-    sparse: int
-    others: int
-
-
-class Tally(threading.local):
-    """Counts what a thread ran, so that a forward in which nothing was sparse can be told from one that ran no attention."""
-
-    def __init__(self) -> None:
-        self.sparse = self.others = 0
-
-    def __reduce__(self) -> Any:
-        return Tally, ()  # a copied or pickled backend counts anew
-
-    def snapshot(self) -> Ran:
-        """What was counted so far."""
-        return Ran(self.sparse, self.others)
-
-    def since(self, before: Ran) -> Ran:
-        """What was counted since."""
-        return Ran(self.sparse - before.sparse, self.others - before.others)
-
-    def counting(self, compiled: Callable[..., Any], matches: int) -> Callable[..., Any]:
-        """A compiled graph that adds its sparse calls whenever it runs."""
-
-        def run(*args: Any) -> Any:
-            self.sparse += matches
-            return compiled(*args)
-
-        return run
 
 
 class Backend:

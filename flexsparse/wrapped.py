@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
 from flexsparse.compile_passes import RewriteError, marks
-from flexsparse.compiler import Backend, Ran, no_match
+from flexsparse.compiler import Backend, no_match
 from flexsparse.gates import ADDED, FINE, NAME
 from flexsparse.grids import Geometry, GeometryReader
 from flexsparse.intercept import Gates, Interceptor, two_sequences
 from flexsparse.reporting import Call
+from flexsparse.tally import Ran
 
 STATE = "_flexsparse"
 OWN = "_flexsparse_own"
