@@ -248,7 +248,7 @@ def _numbered(backend: Backend, name: str, sparse: bool) -> str:
     return name if known.get(name, sparse) == sparse else f"{name} (2)"
 
 
-NO_TOKENS = ("rot", "rope", "freq", "pos", "cos", "sin", "temb", "time", "mod", "mask", "bias")
+NO_TOKENS = ("rot", "rope", "freq", "pos", "cos", "sin", "temb", "timestep", "modulation", "mask", "bias")
 """In names of arguments that have a row for each token and are none."""
 
 
