@@ -195,9 +195,9 @@ class Maker:
                     learning_rate=self.size.learning_rate / 5,
                 )
 
-    def probes(self, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Probe]:
-        """Probes of trained models."""
-        for run in self.runs(names, seeds, "main"):
+    def probes(self, names: Sequence[str], seeds: Sequence[int], steps: int = 0) -> Iterator[Probe]:
+        """Probes of trained models; of one that was probed after fewer steps, the rows are replaced."""
+        for run in self.runs(names, seeds, "main", steps):
             yield Probe(run=run)
 
     def timing(self, names: Sequence[str], repeats: int = 7) -> Timing:
@@ -250,6 +250,7 @@ def cpu() -> Preset:
         *base.longer(all_seeds),
         *base.runs((ANCHOR, "own_tile"), all_seeds, "main", 960),
         *base.probes(MAIN, all_seeds),
+        *base.probes((ANCHOR,), all_seeds, 960),
     ]
     return Preset(name="cpu", items=tuple(items))
 

@@ -233,7 +233,7 @@ class Study:
         model.load_state_dict(load_checkpoint(weights).tensors)
         model.requires_grad_(False)
         try:
-            rows = list(self._probed(model, item.run))
+            rows = [row | {"steps": run.steps} for row in self._probed(model, run)]
         except _Stopped:
             return False
         self.results.header["probed"] = [*self.results.header.get("probed", []), item.name]

@@ -50,6 +50,13 @@ def models(rows: Sequence[Row]) -> int:
     return len({row["model"] for row in rows})
 
 
+def of_models(rows: Sequence[Row]) -> str:
+    """``3 models, 960 steps``: how many trained models rows are of, and how long they were trained, where all rows say it."""
+    steps = {row.get("steps") for row in rows}
+    trained = "" if None in steps else f", {' or '.join(str(n) for n in sorted(steps))} steps"
+    return many(models(rows), "model") + trained
+
+
 def ratio_over_models(name: str, own: Sequence[Row], anchor: Sequence[Row], what: str) -> Comparison:
     """Mean of a field over a model's rows against the anchor's, once a model."""
     left, right = grouped(own, "model"), grouped(anchor, "model")
@@ -88,7 +95,7 @@ def rules(study: Study) -> Section:
             if best is not None:
                 error = ratio_over_models("", found[best], default, "error")
                 answers.append(
-                    f"BSA's rules at size {size}, {many(models(found[best]), 'model')}: of single changes, `{best[0]}` "
+                    f"BSA's rules at size {size}, {of_models(found[best])}: of single changes, `{best[0]}` "
                     f"has the least output error, {gap_text(error)} against the default ({verdict(error)}); "
                     f"densities differ, see the table."
                 )
@@ -158,10 +165,19 @@ def training_free(study: Study) -> Section:
             if key[0] in ("vsa", "bsa", "bsa_kv") and key[1] == 0.125 and rows:
                 answers.append(
                     f"Without training, {key[0]} at density {fmean(kept):.3f} on models trained dense at size {size} "
-                    f"({many(models(rows), 'model')}): output error {fmean(values(rows, 'error')):.3f}, attention mass kept "
+                    f"({of_models(rows)}): output error {fmean(values(rows, 'error')):.3f}, attention mass kept "
                     f"{number(fmean(values(rows, 'recall')), 3) if values(rows, 'recall') else 'not known'}, "
                     f"held-out loss {gap_text(change)}{' against dense' if change.gap else ''}."
                 )
+        blind, chosen = probes.get(("random", 0.125), []), probes.get(("vsa", 0.125), [])
+        if blind and chosen:
+            luck = ratio_over_models(f"{size}, random against vsa without training", blind, chosen, "error")
+            comparisons.append(luck)
+            why = "" if luck.gap is None or luck.gap.mean >= 0 else "; so it is where attention is spread evenly"
+            answers.append(
+                f"Without training at size {size}, an eighth of the tiles drawn at random: output error {gap_text(luck)} "
+                f"against vsa's: {verdict(luck)}{why}."
+            )
         heading = [
             "method",
             "option",
@@ -176,8 +192,8 @@ def training_free(study: Study) -> Section:
         parts.append(
             "Error and mass: mean and range over layers, noise levels and models. Option: the density aimed at, "
             "for top_p the mass. `random` draws tiles blindly (the floor), `best` takes the tiles with the most "
-            "true mass (the ceiling; it costs what dense costs). Losses are on fewer windows than those of "
-            "training, dense on the same ones."
+            "true mass (the ceiling of the mass, not of the error; it costs what dense costs). Losses are on fewer windows "
+            "than those of training, dense on the same ones."
         )
     return Section(
         title="4. Without training: a model trained dense, its attention swapped",

@@ -287,6 +287,13 @@ def rows_of_or_none(out: Path) -> list[Any]:
     return load(out / "study.json")[1] if (out / "study.json").exists() else []
 
 
+def test_runs_that_are_on_file_can_be_continued() -> None:
+    """A run goes on from its checkpoint where this is the same: those of bench/results/study were trained under it."""
+    first = PRESETS["cpu"]().items[0]
+    assert isinstance(first, Run) and first.name == "small/dense/s0"
+    assert first.digest() == "c49e768b7e5186fb4941caf1a82e03e800d9f356c3ab43d44ff23a09d693b5f4"
+
+
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_presets_fit_their_sizes(name: str) -> None:
     preset = PRESETS[name]()
