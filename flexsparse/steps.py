@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from flexsparse.given import to_float
 from flexsparse.wrap import state_of
 
 
@@ -34,7 +35,8 @@ class DenseSteps:
     """
 
     def __init__(self, models: nn.Module | Sequence[nn.Module], fraction: float, steps: int | None = None) -> None:
-        if not isinstance(fraction, float | int) or not 0 <= fraction <= 1:
+        share = to_float(fraction)
+        if share is None or not 0 <= share <= 1:
             raise ValueError(f"fraction is {fraction!r}: give the share of denoising steps to run densely, in [0, 1]")
         if steps is not None:
             steps = _whole(steps)
@@ -43,7 +45,7 @@ class DenseSteps:
                 f"models is {type(models).__name__}: give one or several wrapped models (a pipeline's .transformer)"
             )
         self.states = [state_of(model) for model in ([models] if isinstance(models, nn.Module) else models)]
-        self.fraction, self.steps = fraction, steps
+        self.fraction, self.steps = share, steps
         self.reset()
 
     def dense_until(self, steps: int) -> int:

@@ -31,6 +31,13 @@ def fail_missing(error: ModuleNotFoundError, extra: str = "demo") -> NoReturn:
     fail(f"the package {package!r} is missing: run `pip install 'flexsparse[{extra}]'`")
 
 
+def share_of_queries(given: float | None, method: str) -> float:
+    """The value of --keep-queries, by default a half; complains where it would have no meaning."""
+    if given is not None and method == "vsa":
+        fail(f"--keep-queries is {given}, but --method is vsa, which keeps all queries: leave one of them out")
+    return 0.5 if given is None else given
+
+
 @app.command()
 def demo(
     video: Annotated[
@@ -131,7 +138,9 @@ def finetune(
     sparsity: Annotated[
         float, typer.Option(help="Share of the tiles that a query tile does not look at in the end.")
     ] = 0.875,
-    keep_queries: Annotated[float, typer.Option(help="Share of the query tokens that BSA keeps.")] = 0.5,
+    keep_queries: Annotated[
+        float | None, typer.Option(help="Share of the query tokens that BSA keeps.", show_default="0.5")
+    ] = None,
     anneal: Annotated[bool, typer.Option(help="Whether sparsity begins at 0 and moves to its target.")] = True,
     anneal_step: Annotated[float, typer.Option(help="How much the sparsity moves at a time.")] = 0.03,
     anneal_every: Annotated[int, typer.Option(help="Steps between moves.")] = 50,
@@ -205,7 +214,7 @@ def finetune(
             vae=vae,
             method=method,
             sparsity=sparsity,
-            keep_queries=keep_queries,
+            keep_queries=share_of_queries(keep_queries, method),
             anneal=anneal,
             anneal_step=anneal_step,
             anneal_every=anneal_every,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexsparse.cli.app import app, fail, fail_missing
+from flexsparse.cli.app import app, fail, fail_missing, share_of_queries
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,7 +42,9 @@ def inspect(
     top_k: Annotated[
         int | None, typer.Option(help="Tiles that a query tile looks at; replaces --sparsity (vsa).")
     ] = None,
-    keep_queries: Annotated[float, typer.Option(help="Share of the query tokens that BSA keeps.")] = 0.5,
+    keep_queries: Annotated[
+        float | None, typer.Option(help="Share of the query tokens that BSA keeps.", show_default="0.5")
+    ] = None,
     gates: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Gates from `save_gates` (vsa).", show_default="none")
     ] = None,
@@ -86,7 +88,7 @@ def inspect(
             model=model,
             video=video,
             vae=vae,
-            builder=_builder(method, sparsity, top_k, keep_queries),
+            builder=_builder(method, sparsity, top_k, share_of_queries(keep_queries, method)),
             gates=gates,
             grid=_triple("grid", grid),
             tile=_triple("tile", tile),

@@ -45,6 +45,8 @@ def test_defaults_are_those_of_the_settings_and_every_setting_has_an_option():
     parameters = inspect.signature(app_module.finetune).parameters
     told = {names.get(name, name): parameter.default for name, parameter in parameters.items()}
     assert set(fields) - set(told) == {"folder", "wrap"}
+    assert told["keep_queries"] is None, "whether it was given is asked"
+    told["keep_queries"] = app_module.share_of_queries(None, "bsa")
     for name, default in told.items():
         if name in fields:
             wanted = fields[name].default
@@ -55,6 +57,7 @@ def test_defaults_are_those_of_the_settings_and_every_setting_has_an_option():
     ("arguments", "message"),
     [
         ("--steps 0", "--steps 0 is too small: pass at least 1"),
+        ("--keep-queries 0.4", "--keep-queries is 0.4, but --method is vsa, which keeps all queries"),
         ("--sparsity 1", "--sparsity 1.0 is outside [0, 1)"),
         ("--method flash", "--method 'flash' is unknown: pass vsa or bsa"),
         ("--lr nan", "--lr nan is no finite number above 0: pass for example 0.0001"),

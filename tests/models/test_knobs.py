@@ -145,7 +145,7 @@ def test_no_dense_step_and_all_dense_steps() -> None:
         (0.0, [False] * 4),
         (1.0, [True] * 4),
         (0.1, [False] * 4),
-        (0.6, [True, True, False, False]),
+        (np.float32(0.6), [True, True, False, False]),
     ):
         steps, seen = fs.DenseSteps(model, fraction=fraction, steps=4), []
         for step in range(4):
