@@ -15,8 +15,8 @@ NAME = "to_gate_compress"
 FINE = "to_gate_fine"
 ADDED = "_flexsparse_gates"
 """Where an attention module keeps the names of the gates that `add_gates` gave it: only those are computed, and taken away."""
-Q_NAMES = ("to_q", "q_proj", "query", "wq", "q")
-K_NAMES = ("to_k", "k_proj", "key", "wk", "k")
+Q_NAMES = ("to_q", "q_proj", "query", "to_query", "wq", "q")
+K_NAMES = ("to_k", "k_proj", "key", "to_key", "wk", "k")
 FUSED_NAMES = ("to_qkv", "qkv", "qkv_proj", "in_proj", "wqkv", "c_attn")
 
 

@@ -68,6 +68,7 @@ class Known:
         gates: name patterns of the attention modules that see the video; () to recognise them by their projections.
         plan: where sequence parallelism cuts video tokens, and joins them (`distributed.ulysses`); text is never cut. {} for
             the class's own ``_cp_plan``.
+        watched_by: what else attends to the video's tokens, so that a rank's part of them is not enough; "" for nothing.
     """
 
     axes: str = "B C T H W"
@@ -77,6 +78,7 @@ class Known:
     ragged: bool = False
     gates: tuple[str, ...] = ()
     plan: Mapping[str, Any] = field(default_factory=dict)
+    watched_by: str = ""
 
 
 def _plan(
@@ -92,6 +94,15 @@ ROTARY = {"rope": {0: Part(0, 2), 1: Part(0, 2)}}
 COGVIDEO_PLAN = _plan(BLOCK, {"": {"image_rotary_emb": Part(0, 2)}})
 ATTN1 = ("transformer_blocks.*.attn1",)
 COGVIDEO = Known(axes="B T C H W", text=TEXT, text_at="first", gates=ATTN1, plan=COGVIDEO_PLAN)
+SIZES = ("num_frames", "height", "width")
+COSMOS_TOKENS = {name: Part(1, 3) for name in ("extra_pos_emb", "controlnet_residual", "temb", "embedded_timestep")}
+KANDINSKY_PLAN = MappingProxyType(
+    {
+        "visual_transformer_blocks.0": {"visual_embed": Part(1, 3)},
+        "visual_transformer_blocks.*": {"rope": Part(1, 6)},
+        "visual_transformer_blocks.-1": Whole(1),
+    }
+)
 HUNYUAN_GATES = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
 HUNYUAN_BLOCKS = {
     f"{blocks}.*": {"attention_mask": Joined(3, 4), "num_tokens": Leading()}
@@ -108,12 +119,41 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
         "HunyuanVideo15Transformer3DModel": Known(
             text=(*TEXT, "encoder_hidden_states_2", "image_embeds"), gates=HUNYUAN_GATES[:1], plan=_plan(BLOCK, ROTARY)
         ),
-        "LTXVideoTransformer3DModel": Known(sizes=("num_frames", "height", "width"), gates=ATTN1),
+        "LTXVideoTransformer3DModel": Known(sizes=SIZES, gates=ATTN1),
+        "LTX2VideoTransformer3DModel": Known(sizes=SIZES, gates=ATTN1, watched_by="audio"),
+        "CosmosTransformer3DModel": Known(  # joined early: the time of each token is not cut for what follows
+            plan=_plan(
+                BLOCK,
+                {"rope": {0: Part(0, 2), 1: Part(0, 2)}},
+                {"transformer_blocks.*": COSMOS_TOKENS},
+                "transformer_blocks.-1",
+            )
+        ),
+        "EasyAnimateTransformer3DModel": Known(
+            text=(*TEXT, "encoder_hidden_states_t5"),
+            text_at="first",
+            gates=ATTN1,
+            plan=_plan(BLOCK, {"rope_embedding": {0: Part(0, 2), 1: Part(0, 2)}}),
+        ),
+        "Kandinsky5Transformer3DModel": Known(
+            axes="B T H W C", gates=("visual_transformer_blocks.*.self_attention",), plan=KANDINSKY_PLAN
+        ),
+        "MotifVideoTransformer3DModel": Known(text=(*TEXT, "image_embeds"), gates=HUNYUAN_GATES),
         "MochiTransformer3DModel": Known(
             text=TEXT,
             ragged=True,
             gates=ATTN1,
             plan=_plan(BLOCK, {"rope": {0: Part(0, 3), 1: Part(0, 3)}}),
+        ),
+        "WanVACETransformer3DModel": Known(
+            plan=_plan(
+                "blocks.0",
+                {"rope": {0: Part(1, 4), 1: Part(1, 4)}},
+                {
+                    "vace_blocks.*": {"hidden_states": Part(1, 3)},
+                    "vace_blocks.0": {"control_hidden_states": Part(1, 3)},
+                },
+            )
         ),
         "AllegroTransformer3DModel": Known(plan=_plan(BLOCK, {"": {"image_rotary_emb": (None, Part(1, 2))}})),
         "SkyReelsV2Transformer3DModel": Known(  # joined early: what follows may take a time of each token (diffusion forcing)

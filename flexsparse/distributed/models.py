@@ -187,11 +187,18 @@ def ulysses(model: Model, mesh: DeviceMesh | None = None, plan: Plan | None = No
         The model.
 
     Raises:
-        ValueError: a model that is not wrapped, or is sequence parallel already; no mesh; no plan; a plan that cuts text.
+        ValueError: a model that is not wrapped, is sequence parallel already, or has other tokens that attend to the
+            video's; no mesh; no plan; a plan that cuts text.
     """
     state = state_of(model)
     if state.backend.parallel is not None:
         raise ValueError(f"{type(model).__name__} is sequence parallel already: unwrap and wrap it first")
+    watched_by = known(model).watched_by
+    if plan is None and watched_by:
+        raise ValueError(
+            f"{type(model).__name__} cannot be cut by tokens: its {watched_by} attends to the video's, of which a rank would "
+            "see its part alone; spread samples instead (DDP, FSDP), or give a plan= that sees to it"
+        )
     plan = _plan_of(model) if plan is None else plan
     if not plan:
         raise ValueError(

@@ -95,7 +95,8 @@ def test_the_layout_says_where_video_and_text_are(name: str) -> None:
     inputs = entry.inputs(GRID, 1)
     with torch.no_grad():
         model(**inputs, return_dict=False)
-        model(**{**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"] + 1}, return_dict=False)
+        other = {name: value + 1 for name, value in inputs.items() if name.startswith("encoder_hidden_states")}
+        model(**{**inputs, **other}, return_dict=False)
     assert {(one.grid, one.text_first, one.text_last) for one in watching.layouts} == {(GRID, *entry.text)}
     before, after = watching.queries[0], watching.queries[len(watching.queries) // 2]
     changed = (before != after).any(-1).any(1)[0]

@@ -137,6 +137,55 @@ def _allegro(grid: Size, batch: int) -> dict[str, Any]:
     }
 
 
+def _vace(grid: Size, batch: int) -> dict[str, Any]:
+    T, H, W = grid
+    return {**_wan(grid, batch), "control_hidden_states": _random(batch, 8, T, 2 * H, 2 * W)}
+
+
+def _cosmos(grid: Size, batch: int) -> dict[str, Any]:
+    return {**_wan(grid, batch), "timestep": torch.full((batch,), 5.0), "fps": 30}
+
+
+def _ltx2(grid: Size, batch: int) -> dict[str, Any]:
+    return {
+        **_ltx(grid, batch),
+        "audio_hidden_states": _random(batch, 10, 4),
+        "audio_encoder_hidden_states": _random(batch, TEXT, 16, seed=2),
+        "audio_encoder_attention_mask": _lengths(batch, TEXT).bool(),
+        "audio_num_frames": 10,
+    }
+
+
+def _easyanimate(grid: Size, batch: int) -> dict[str, Any]:
+    return {
+        **_wan(grid, batch),
+        "timestep": torch.full((batch,), 5.0),
+        "encoder_hidden_states_t5": _random(batch, 5, 8),
+    }
+
+
+def _kandinsky5(grid: Size, batch: int) -> dict[str, Any]:
+    T, H, W = grid
+    return {
+        "hidden_states": _random(batch, T, 2 * H, 2 * W, 4),
+        "encoder_hidden_states": _random(batch, TEXT, 16),
+        "timestep": torch.full((batch,), 5.0),
+        "pooled_projections": _random(batch, 8),
+        "visual_rope_pos": [torch.arange(size) for size in grid],
+        "text_rope_pos": torch.arange(TEXT),
+    }
+
+
+def _motif(grid: Size, batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": _random(batch, 4, *grid),
+        "timestep": torch.full((batch,), 5.0),
+        "encoder_hidden_states": _random(batch, TEXT, 16),
+        "encoder_attention_mask": _lengths(batch, TEXT),
+        "image_embeds": _random(batch, 3, 12),
+    }
+
+
 WAN = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 2,
@@ -233,6 +282,67 @@ ALLEGRO = {
     "sample_height": 16,
     "sample_frames": 4,
 }
+COSMOS = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 2,
+    "mlp_ratio": 2,
+    "text_embed_dim": 16,
+    "adaln_lora_dim": 4,
+    "max_size": (8, 32, 32),
+    "patch_size": (1, 2, 2),
+    "concat_padding_mask": False,  # True needs torchvision
+    "extra_pos_embed_type": "learnable",
+}
+LTX2 = LTX | {
+    "audio_in_channels": 4,
+    "audio_out_channels": 4,
+    "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 8,
+    "audio_cross_attention_dim": 16,
+    "rope_double_precision": False,
+}
+EASYANIMATE = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "patch_size": 2,
+    "num_layers": 2,
+    "mmdit_layers": 1,  # the second block has one set of weights for video and text
+    "time_embed_dim": 8,
+    "text_embed_dim": 16,
+    "text_embed_dim_t5": 8,
+}
+KANDINSKY5 = {
+    "in_visual_dim": 4,
+    "in_text_dim": 16,
+    "in_text_dim2": 8,
+    "time_dim": 32,
+    "out_visual_dim": 4,
+    "patch_size": (1, 2, 2),
+    "model_dim": 32,
+    "ff_dim": 64,
+    "num_text_blocks": 1,
+    "num_visual_blocks": 2,
+    "axes_dims": (4, 6, 6),
+}
+MOTIF = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "mlp_ratio": 2,
+    "patch_size": 1,
+    "patch_size_t": 1,
+    "text_embed_dim": 16,
+    "image_embed_dim": 12,
+    "rope_axes_dim": (4, 6, 6),
+}
 
 BLOCKS = ("blocks.0.attn1", "blocks.1.attn1")
 TRANSFORMER_BLOCKS = ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1")
@@ -266,4 +376,29 @@ ZOO: dict[str, Entry] = {
         regional=False,
     ),
     "allegro": Entry(make=("AllegroTransformer3DModel", ALLEGRO), inputs=_allegro, sparse=TRANSFORMER_BLOCKS),
+    "wan-vace": Entry(
+        make=("WanVACETransformer3DModel", WAN | {"vace_layers": [0, 1], "vace_in_channels": 8}),
+        inputs=_vace,
+        sparse=(*BLOCKS, *(f"vace_{name}" for name in BLOCKS)),
+    ),
+    "chronoedit": Entry(make=("ChronoEditTransformer3DModel", WAN), inputs=_wan, sparse=BLOCKS),
+    "cosmos": Entry(make=("CosmosTransformer3DModel", COSMOS), inputs=_cosmos, sparse=TRANSFORMER_BLOCKS),
+    "ltx2": Entry(make=("LTX2VideoTransformer3DModel", LTX2), inputs=_ltx2, sparse=TRANSFORMER_BLOCKS),
+    "easyanimate": Entry(
+        make=("EasyAnimateTransformer3DModel", EASYANIMATE),
+        inputs=_easyanimate,
+        text=(TEXT + 5, 0),
+        sparse=TRANSFORMER_BLOCKS,
+    ),
+    "kandinsky5": Entry(
+        make=("Kandinsky5Transformer3DModel", KANDINSKY5),
+        inputs=_kandinsky5,
+        sparse=("visual_transformer_blocks.0.self_attention", "visual_transformer_blocks.1.self_attention"),
+    ),
+    "motif": Entry(
+        make=("MotifVideoTransformer3DModel", MOTIF),
+        inputs=_motif,
+        text=(0, TEXT + 3),
+        sparse=("transformer_blocks.0.attn", "single_transformer_blocks.0.attn"),
+    ),
 }
