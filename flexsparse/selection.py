@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse.layout import TileLayout
-from flexsparse.tables import ceil_div, is_tracing
+from flexsparse.tables import ceil_div, is_tracing, larger
 
 WORD = 32
 
@@ -26,7 +26,7 @@ def words_of(tiles: int) -> int:
     Never one: torch compiles a dimension that may be 1 as a case of its own, which would cost a model that sees more and
     fewer than 32 tiles a third graph.
     """
-    words: int = torch.sym_max(2, ceil_div(tiles, WORD))
+    words: int = larger(2, ceil_div(tiles, WORD))
     return words
 
 

@@ -40,6 +40,22 @@ def ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
+def smaller(a: int, b: int) -> int:
+    """The smaller of two sizes, each of which may be symbolic. (Dynamo of torch 2.11 refuses `torch.sym_min` of plain ints.)"""
+    if type(a) is int and type(b) is int:
+        return min(a, b)
+    found: int = torch.sym_min(a, b)
+    return found
+
+
+def larger(a: int, b: int) -> int:
+    """The larger of two sizes, as `smaller`."""
+    if type(a) is int and type(b) is int:
+        return max(a, b)
+    found: int = torch.sym_max(a, b)
+    return found
+
+
 def valid_slots(x: Tensor, counts: Tensor, slots: int) -> Tensor:
     """Bool ``[1 or B, 1, P, 1]``: which slots of ``[B, H, P, D]`` hold a token; counts int32 ``[tiles]`` or ``[B, tiles]``."""
     valid = torch.arange(slots, device=x.device) < counts[..., None]

@@ -258,7 +258,7 @@ def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """The forward of a wrapped model."""
     state: State = getattr(module, STATE)
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():
+        if torch.compiler._is_exporting_flag:  # `is_exporting` is true of everything that Dynamo of torch 2.11 traces
             raise NotImplementedError(
                 "a wrapped model is not exported: its sparse attention is made by torch.compile; unwrap it to export it dense"
             )

@@ -32,7 +32,7 @@ from flexsparse.ops.prune_queries import prune_queries as pruning
 from flexsparse.ops.windows import Axes
 from flexsparse.schedule import Ratio, check_ratio, current, highest, rule_of, target
 from flexsparse.selection import KeptQueries, TileSelection
-from flexsparse.tables import MIN_SLOTS
+from flexsparse.tables import MIN_SLOTS, smaller
 
 Fill = Literal["representative", "nearest", "zero"]
 Representative = Literal["center", "medoid"]
@@ -123,10 +123,10 @@ class BSA(MaskBuilder):
     def capacity(self, M: int) -> int:
         """Static list length: the most tiles that a row can keep."""
         if self.max_tiles is not None:
-            return torch.sym_min(self.max_tiles, M)
+            return smaller(self.max_tiles, M)
         if self.threshold == "mass":
             return M
-        return torch.sym_min(math.ceil(2 * highest(self.kv_density) * M) + self.min_tiles, M)
+        return smaller(math.ceil(2 * highest(self.kv_density) * M) + self.min_tiles, M)
 
     @property
     def prunes(self) -> bool:

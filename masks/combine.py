@@ -13,6 +13,7 @@ from flexsparse.given import keywords_only, to_int
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import CoarseInputs, MaskBuilder, StaticBuilder, expand_heads
 from flexsparse.selection import KeptQueries, TileSelection
+from flexsparse.tables import smaller
 
 Kind = Literal["union", "intersection"]
 
@@ -47,8 +48,8 @@ class StaticCombination(StaticBuilder):
         each = [part.most(layout, kv_layout) for part in self.parts if isinstance(part, StaticBuilder)]
         bound = each[0]
         for other in each[1:]:
-            bound = bound + other if self.kind == "union" else torch.sym_min(bound, other)
-        return torch.sym_min(bound, kv_layout.num_tiles)
+            bound = bound + other if self.kind == "union" else smaller(bound, other)
+        return smaller(bound, kv_layout.num_tiles)
 
     def tile_mask(self, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:
         return _join([p.mask(layout, kv_layout, device) for p in self.parts if isinstance(p, StaticBuilder)], self.kind)

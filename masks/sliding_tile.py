@@ -10,6 +10,7 @@ from torch import Tensor
 from flexsparse.given import keywords_only, to_axes
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import StaticBuilder, tile_axes
+from flexsparse.tables import smaller
 
 
 @keywords_only()
@@ -40,7 +41,7 @@ class SlidingTile(StaticBuilder):
     def most(self, layout: TileLayout, kv_layout: TileLayout) -> int:
         count = 1
         for width, have in zip(self.window, kv_layout.tiles):
-            count = count * torch.sym_min(width, have)
+            count = count * smaller(width, have)
         return count
 
     def tile_mask(self, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:

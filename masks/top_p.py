@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from flexsparse.given import keywords_only, to_int
@@ -22,6 +21,7 @@ from flexsparse.masks.base import (
 )
 from flexsparse.schedule import Ratio, check_ratio, rule_of
 from flexsparse.selection import TileSelection
+from flexsparse.tables import smaller
 
 
 def check_tiles(method: str, min_tiles: int, max_tiles: int | None) -> tuple[int, int | None]:
@@ -70,7 +70,7 @@ class TopP(MaskBuilder):
 
     def plan(self, coarse: CoarseInputs, v: Tensor | None = None) -> tuple[TileSelection, Tensor | None]:
         M = coarse.kv_layout.num_tiles
-        capacity = M if self.max_tiles is None else torch.sym_min(self.max_tiles, M)
+        capacity = M if self.max_tiles is None else smaller(self.max_tiles, M)
         found = coarse_stage(coarse, v, rule_of("mass", self.mass, self.min_tiles), capacity, within=self.within)
         capped = (found.wanted > capacity).sum()
         return coarse.selection(found.bits, found.counts, capacity, capped=capped), found.out

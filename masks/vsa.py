@@ -22,6 +22,7 @@ from flexsparse.ops.choice import Rule
 from flexsparse.ops.select_tiles import tiles_to_keep
 from flexsparse.schedule import Ratio, check_ratio, lowest, rule_of, target
 from flexsparse.selection import TileSelection
+from flexsparse.tables import larger
 
 
 @keywords_only(either="top_k")
@@ -90,7 +91,7 @@ class VSA(MaskBuilder):
         """Static list length: the most tiles that a row can keep."""
         if self.top_k is not None:
             return self.top_k
-        return torch.sym_max(1, math.ceil((1 - lowest(cast(Ratio, self.sparsity))) * M))
+        return larger(1, math.ceil((1 - lowest(cast(Ratio, self.sparsity))) * M))
 
     def plan(self, coarse: CoarseInputs, v: Tensor | None = None) -> tuple[TileSelection, Tensor | None]:
         capacity = self.capacity(coarse.kv_layout.num_tiles)

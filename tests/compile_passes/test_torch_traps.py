@@ -159,6 +159,7 @@ def split(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.view(1, -1, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)  # type: ignore[return-value]
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 lowers them")
 def test_flex_attention_does_not_lower_views_of_other_ranks_on_cpu() -> None:
     def attend(x: Tensor) -> Tensor:
         return flex_attention(*shuffled(x))
