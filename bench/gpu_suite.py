@@ -1,13 +1,15 @@
 """The benchmark for a GPU at hand: `python -m bench.gpu_suite --out DIR`.
 
-Checks first (the tests in tests/gpu, compute-sanitizer), then finds the best configuration of the fine forward, then times
-every op beside dense attention and other people's kernels, most informative first. `DIR/check.json`, `DIR/tune.json` and
+Checks what is measured first (tests in tests/gpu), times the most informative cases with the default kernels beside dense
+attention and other people's, finds the best configurations of the fine stage, times those cases again with them and then the
+others, and with what time is left runs the other checks and compute-sanitizer. `DIR/check.json`, `DIR/tune.json` and
 `DIR/bench.json` are written as it goes. Exit code 1 where a check failed, 2 without CUDA.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import sys
 import tempfile
@@ -28,8 +30,10 @@ from bench.suite.device import Cuda, Device
 from bench.suite.runner import Budget, ContextLost, Run
 
 STAGES = ("check", "tune", "bench")
-CHECK_SHARE, TUNE_SHARE = 0.4, 0.3
-"""Of the time that is left when a stage begins."""
+CHECK_SHARE, EARLY_SHARE, TUNE_SHARE = 0.3, 0.4, 0.3
+"""Of the time that is left when a part begins: the first checks, the first cases with the default kernels, and `tune`."""
+REST_SECONDS = 40.0
+"""Least time that the other checks are worth."""
 WARM_SHARE, WARM_SECONDS = 0.2, 75.0
 """Of the time that is left before `tune`, and at most so long: to compile its kernels in many processes."""
 RESERVE = 12.0
@@ -55,6 +59,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--revision", help="git revision, where the files are no git checkout")
     parser.add_argument("--list", action="store_true", help="print stages and cases, and stop")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=("early", "rest"), help=argparse.SUPPRESS)
+    parser.add_argument("--tune-until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.out is None and not options.list:
         parser.error("give --out DIR")
@@ -123,12 +129,43 @@ def earlier_checks(options: argparse.Namespace, head: dict[str, Any], say: Any =
     return found
 
 
-def work(run: Run, stages: Sequence[str], cases: list[Case], tuned: list[Case]) -> None:
-    """The stages `tune` and `bench`."""
+def work(run: Run, stages: Sequence[str], cases: list[Case], tuned: list[Case], part: str | None) -> None:
+    """The stages `tune` and `bench`; ``early``: what can be timed before anything is tuned."""
+    if part == "early":
+        run.run_bench([case for case in cases if case.early], last=False)
+        return
     if "tune" in stages:
         run.run_tune(tuned, TUNE_SHARE)
     if "bench" in stages:
         run.run_bench(cases)
+
+
+def supervised(run: Run, stages: Sequence[str], cases: list[Case], tuned: list[Case], arguments: list[str]) -> int:
+    """The stages `tune` and `bench` in processes of their own that may die; the exit code."""
+    budget, codes = run.budget, [0]
+
+    def process(part: str, until: float, *more: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "state.json"
+            own = ["--worker", str(path), "--part", part, *more]
+            codes.append(
+                supervise.supervise([sys.executable, "-u", "-m", "bench.gpu_suite", *arguments, *own], path, until)
+            )
+
+    if {"tune", "bench"} <= {*stages} and any(case.early for case in cases):
+        process("early", budget.clock() + EARLY_SHARE * budget.left())
+    more = []
+    if "tune" in stages and tuning.table() is not None:
+        wrong = {}
+        for case in tuned:
+            with contextlib.suppress(Exception):  # `tune` says why
+                wrong[case.name] = run.wrong_choices(case, tuning.candidates(case, run.device))
+        tasks = warm.tasks_of(tuned, run.device, wrong)
+        ended = warm.run(tasks, min(WARM_SECONDS, WARM_SHARE * budget.left()))
+        print(f"compiled for tune: {len(tasks)} tasks, {ended} processes done, {budget.left():.0f} s left", flush=True)
+        more = ["--tune-until", str(budget.clock() + TUNE_SHARE * budget.left())]  # the same after a restart
+    process("rest", budget.until, *more)
+    return max(codes)
 
 
 def finish(out: Path, stages: Sequence[str], say: Any = print) -> int:
@@ -181,7 +218,7 @@ def main(
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     tuning.exact_matmuls()
-    supervised = device is None
+    in_processes = device is None
     device = Cuda() if device is None else device
     head = header_of(device, options)
     state = None if options.worker is None else supervise.State.read(options.worker)
@@ -189,26 +226,18 @@ def main(
     if state is None:
         for stage in stages:
             (options.out / f"{stage}.json").unlink(missing_ok=True)
+        if "check" in stages:
+            (options.out / "check.log").unlink(missing_ok=True)
     run = Run(device=device, out=options.out, head=head, budget=Budget(until=until), baselines={})
+    alone = len(stages) == 1
     if state is None and "check" in stages:
-        run.run_check(CHECK_SHARE if len(stages) > 1 else 1.0, tests)
-    if supervised and state is None:
-        if "tune" in stages and tuning.table() is not None:
-            wrong = {case.name: checks.wrong_choices(run.checked, case) for case in tuned}
-            tasks = warm.tasks_of(tuned, device, wrong)
-            ended = warm.run(tasks, min(WARM_SECONDS, WARM_SHARE * run.budget.left()))
-            print(
-                f"compiled for tune: {len(tasks)} tasks, {ended} processes done, {run.budget.left():.0f} s left",
-                flush=True,
-            )
-        if len(stages) > ("check" in stages):
-            with tempfile.TemporaryDirectory() as folder:
-                arguments = sys.argv[1:] if argv is None else list(argv)
-                path = Path(folder) / "state.json"
-                command = [sys.executable, "-m", "bench.gpu_suite", *arguments, "--worker", str(path)]
-                code = supervise.supervise(command, path, until)
-        else:
-            code = 0
+        run.run_check(1.0 if alone else CHECK_SHARE, tests, first=not alone)
+    if in_processes and state is None:
+        arguments = sys.argv[1:] if argv is None else list(argv)
+        code = 0 if stages == ["check"] else supervised(run, stages, cases, tuned, arguments)
+        if "check" in stages and not alone and run.budget.left() > REST_SECONDS:
+            run.run_check(1.0, tests)
+            run.recheck(cases)
         return max(code, finish(options.out, stages))
     try:
         run.checked = run.checked or earlier_checks(options, head)
@@ -216,6 +245,7 @@ def main(
         print(error, file=sys.stderr)
         return 2
     run.baselines = baselines_of(options.baseline_dir) if baselines is None else baselines
+    run.tune_until = options.tune_until
     if state is not None:
         run.skip, run.beat = state.skipped, supervise.beats(options.worker)
         for stage in set(stages) - {"check"}:
@@ -223,7 +253,7 @@ def main(
                 run.rows[stage] = rows.load(options.out / f"{stage}.json")[1]
         run.winners = tuning.restored(run.rows.get("tune", []), tuned, device)
     try:
-        work(run, stages, cases, tuned)
+        work(run, stages, cases, tuned, options.part)
     except ContextLost as error:
         print(error, file=sys.stderr)
         return supervise.LOST

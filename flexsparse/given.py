@@ -16,7 +16,7 @@ def to_int(value: Any) -> int | None:
     """A plain int; None where it is none (a bool, a float, a word)."""
     if type(value) is int:  # a graph's own size stays symbolic: operator.index would make it a constant
         return value
-    if isinstance(value, bool):
+    if value is None or isinstance(value, bool | float | str):  # Dynamo of torch 2.11 fails on operator.index of these
         return None
     try:
         return operator.index(value)

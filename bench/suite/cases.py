@@ -49,6 +49,7 @@ class Case:
         parts: whether a whole attention is also timed piece by piece.
         layers: blocks of a model.
         seconds: time for samples.
+        early: whether it is worth its time with the default kernels, before anything is tuned.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Case:
     parts: bool = False
     layers: int = 0
     seconds: float = 4.0
+    early: bool = False
 
     @property
     def S(self) -> int:
@@ -160,19 +162,19 @@ def first_cases() -> list[Case]:
     ragged, bsa_grid = (21, 30, 52), (40, 48, 80)
     return [
         Case(name="ceilings", kind="ceiling", seconds=1.0),
-        Case(name="fine-d128-t64-32k", kind="fine_forward", baselines=t64),
-        Case(name="fine-d128-t64-32k-video", kind="fine_forward", data="video", baselines=t64),
-        Case(name="attention-32k", kind="attention_forward", baselines=DENSE, parts=True),
+        Case(name="fine-d128-t64-32k", kind="fine_forward", baselines=t64, early=True),
+        Case(name="attention-32k", kind="attention_forward", baselines=DENSE, parts=True, early=True),
+        Case(name="training-attention-32k", kind="attention_training", baselines=DENSE, early=True),
         Case(name="fine-d64-t64-32k", kind="fine_forward", D=64, H=24, baselines=t64),
         Case(name="fine-d128-t128-32k", kind="fine_forward", tile=TILES[128], baselines=t128),
         Case(name="training-fine-d128-t64-32k", kind="fine_backward", baselines=t64),
+        Case(name="model-forward", kind="model_step", grid=(16, 28, 52), top_k=32, density=0.1, layers=10),
+        Case(name="fine-d128-t64-32k-video", kind="fine_forward", data="video", baselines=t64),
         Case(name="attention-16k", kind="attention_forward", grid=GRIDS["16k"], baselines=DENSE, parts=True),
         Case(
             name="ragged-auto", kind="attention_forward", grid=ragged, tile="auto", others=((4, 4, 4),), baselines=DENSE
         ),
-        Case(name="training-attention-32k", kind="attention_training", baselines=DENSE),
         Case(name="overlap-32k", kind="overlap", seconds=1.0),
-        Case(name="model-forward", kind="model_step", grid=(16, 28, 52), top_k=32, density=0.1, layers=10),
         Case(name="training-fine-d64-t64-32k", kind="fine_backward", D=64, H=24, baselines=t64),
         Case(name="training-fine-d128-t128-32k", kind="fine_backward", tile=TILES[128], baselines=t128),
         Case(name="memory-77k", kind="memory", grid=GRIDS["77k"], H=40, seconds=1.0),

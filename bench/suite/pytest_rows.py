@@ -1,12 +1,14 @@
 """A pytest plugin that writes what became of every test, one JSON line each, as it happens: a run cut short keeps the rest.
 
-`python -m pytest -p bench.suite.pytest_rows --outcomes FILE ...`. The first lines name the tests that were collected.
+`python -m pytest -p bench.suite.pytest_rows --outcomes FILE ...`. The first lines name the tests that were
+collected, and a line says when one starts.
 FILE.guards says what each test guards: of one that takes its process with it, nobody else can tell.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,16 @@ import pytest
 
 def pytest_addoption(parser: Any) -> None:
     parser.addoption("--outcomes", type=Path, default=None, help="write one JSON line a test here, as it finishes")
+    parser.addoption("--first", action="store_true", help="of tests/gpu only what guards what is measured first")
+    parser.addoption("--done", type=Path, default=None, help="a JSON list of tests that are not run again")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    path = config.getoption("--done")
+    if path is not None:
+        done = set(json.loads(path.read_text()))
+        items[:] = [item for item in items if item.nodeid not in done]
 
 
 def pytest_configure(config: Any) -> None:
@@ -72,6 +84,9 @@ class Outcomes:
         self.seen.update(new)
         if new:
             self.line(collected=new)
+
+    def pytest_runtest_logstart(self, nodeid: str, location: Any) -> None:
+        self.line(started=nodeid, at=time.time())
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:

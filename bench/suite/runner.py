@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,11 +17,13 @@ from bench.suite.cases import OURS, Case
 from bench.suite.contender import Contender, Missing, reason_of
 from bench.suite.device import Device
 from bench.suite.gate import verdict
-from bench.suite.rows import Row, label, tflops, write
+from bench.suite.rows import Row, label, load, tflops, write
 
 LOST = ("CUDA error", "illegal memory access", "unspecified launch failure", "misaligned address", "device-side assert")
-STEP, SLOW_STEP = 75.0, 200.0
-"""Seconds after which a step counts as hanging; compiling a whole model is slow."""
+STEP, SLOW_STEP, TUNE_STEP = 75.0, 200.0, 30.0
+"""Seconds after which a step counts as hanging; compiling a whole model is slow, and what `tune` runs is compiled already."""
+TIMING = "timing"
+"""What begins when a case is timed, as `beat` is told it; with the name of a contender where each is waited for."""
 
 
 class ContextLost(Exception):
@@ -69,6 +72,9 @@ class Run:
         beat: told what begins, case and contender, and how many seconds it may take; a supervisor watches it.
         rows: of each stage.
         winners: the tuned choice of each configuration.
+        tune_until: when tuning ends; None for a share of what is left.
+        deadline: when the case that runs should begin to time what it has checked.
+        limit: seconds of a step of it.
     """
 
     device: Device
@@ -81,6 +87,9 @@ class Run:
     beat: Callable[[str, str, float], None] = lambda case, contender, limit: None
     rows: dict[str, list[Row]] = field(default_factory=dict)
     winners: dict[tuning.Key, Any] = field(default_factory=dict)
+    tune_until: float | None = None
+    deadline: float = math.inf
+    limit: float = STEP
     say: Callable[[str], None] = print
 
     def save(self, stage: str) -> None:
@@ -93,11 +102,13 @@ class Run:
         self.rows.setdefault(stage, []).extend(rows)
         self.save(stage)
 
-    def run_check(self, share: float, tests: Path | None = None) -> None:
-        """The stage `check`, in at most ``share`` of what is left."""
+    def run_check(self, share: float, tests: Path | None = None, first: bool = False) -> None:
+        """The stage `check`, in at most ``share`` of what is left; ``first`` for what is measured first alone."""
         until = self.budget.clock() + share * self.budget.left()
         where = {} if tests is None else {"tests": tests}
-        self.checked = checks.run_checks(self.out, lambda: until - self.budget.clock(), **where)
+        done = {row["case"]: row for row in self.checked if row["outcome"] != "not run"}
+        found = checks.run_checks(self.out, lambda: until - self.budget.clock(), **where, first=first, done=list(done))
+        self.checked = [*done.values(), *(row for row in found if row["case"] not in done)]
         self.rows["check"] = self.checked
         self.save("check")
         self.say(f"checks: {checks.tally(self.checked)}")
@@ -105,14 +116,26 @@ class Run:
             if row["outcome"] == "failed":
                 self.say(f"  FAILED {row['case']}: {str(row['reason'])[:200]}")
 
+    def recheck(self, cases: list[Case]) -> None:
+        """Take back times of ours of what a later check found wrong."""
+        path = self.out / "bench.json"
+        self.rows["bench"] = load(path)[1] if path.is_file() else []
+        by_name = {case.name: case for case in cases}
+        for row in self.rows["bench"]:
+            refused = checks.refusal(self.checked, by_name[row["case"]]) if row["case"] in by_name else {}
+            if row["impl"] == OURS and row["op"] in refused and row["ms"]:
+                why = refused[row["op"]]
+                row |= {"ms": None, "tflops": None, "checked": False, "reason": why, "error": why}
+        self.save("bench")
+
     def run_tune(self, cases: list[Case], share: float) -> None:
         """The stage `tune`: winners are used from then on."""
         self.save("tune")
-        until = self.budget.clock() + share * self.budget.left()
+        until = self.tune_until or self.budget.clock() + share * self.budget.left()
+        stage = Budget(until=until, clock=self.budget.clock)
         for case in cases:
             if any(row["case"] == case.name for row in self.rows["tune"]):
                 continue
-            stage = Budget(until=until, clock=self.budget.clock, factor=self.budget.factor)
             if not stage.allows(case.estimate()):
                 self.add(
                     "tune", [case.row("fine_forward", OURS, reason="the time for tuning was over before its turn")]
@@ -126,11 +149,11 @@ class Run:
             if not choices:
                 self.add("tune", [case.row("fine_forward", OURS, reason="this version has no candidates to tune")])
                 continue
-            wrong = checks.wrong_choices(self.checked, case)
+            wrong = self.wrong_choices(case, choices)
             refused = {str(choice.config()): choice for choice in choices if str(choice.config()) in wrong}
             choices = [choice for choice in choices if str(choice.config()) not in refused]
             rows = self.run_case(
-                "tune", case, lambda case=case, choices=choices: tuning.contenders(case, self.device, choices)
+                "tune", case, lambda case=case, choices=choices: tuning.contenders(case, self.device, choices), stage
             )  # type: ignore[misc]
             self.add("tune", [self.wrong_row(case, choice, wrong[text]) for text, choice in refused.items()])
             best = tuning.winner(rows, choices)
@@ -138,22 +161,42 @@ class Run:
                 self.winners[tuning.key_of(case)] = best
                 self.say(f"tuned {case.name}: {best.config()}")
 
+    def wrong_choices(self, case: Case, choices: list[Any]) -> dict[str, str]:
+        """Configurations that are not tried, as text, and why: their check failed, or one of their kernel ended a process."""
+        dead = checks.dead_families(self.checked)
+        for name, how in self.skip.items():
+            for choice in choices:
+                if tuning.name_of(choice) in name[1]:
+                    dead.setdefault(checks.family(choice.config()), f"another of the same kernel: {how}")
+        # the first of an op is its default, which everything else needs anyway: it may still be tried
+        spared = {str(choice.config()) for choice in tuning.defaults(choices)}
+        found = {
+            str(choice.config()): dead[checks.family(choice.config())]
+            for choice in choices
+            if checks.family(choice.config()) in dead and str(choice.config()) not in spared
+        }
+        return found | checks.wrong_choices(self.checked, case)
+
     def wrong_row(self, case: Case, choice: Any, why: str) -> Row:
         """The row of a configuration whose own check failed."""
         self.say(f"  not tried: {choice.config()}: {why}")
         return case.row(tuning.op_of(choice), OURS, reason=why, error=why, config=choice.config())
 
-    def run_bench(self, cases: list[Case]) -> None:
-        """The stage `bench`."""
+    def run_bench(self, cases: list[Case], last: bool = True) -> None:
+        """The stage `bench`; cases that were run before something was tuned for them are run again.
+
+        ``last`` says of cases for which no time is left that they were not run; otherwise their turn is still to come.
+        """
         self.save("bench")
-        done = {row["case"] for row in self.rows["bench"]}
         for case in cases:
-            if case.name in done:
+            choice = self.winners.get(tuning.key_of(case))
+            before = [row for row in self.rows["bench"] if row["case"] == case.name]
+            if before and (choice is None or any(row.get("tuned") for row in before)):
                 continue
             if not self.budget.allows(case.estimate()):
-                self.add("bench", [case.row(case.kind, OURS, reason="the time was over before its turn")])
+                if last and not before:
+                    self.add("bench", [case.row(case.kind, OURS, reason="the time was over before its turn")])
                 continue
-            choice = self.winners.get(tuning.key_of(case))
             # what backward may be run twice on must not be given away by compiled baselines
             keep = {"donated_buffer": False} if case.kind == "fine_backward" else {}
             with tuning.forced(choice), torch._functorch.config.patch(**keep):
@@ -177,10 +220,20 @@ class Run:
             return model.contenders(case, self.device)
         return attention.contenders(case, self.device, peers)
 
-    def run_case(self, stage: str, case: Case, make: Callable[[], Iterable[Any]], choice: Any = None) -> list[Row]:
-        """Rows of one case, written before anything else begins."""
-        started = self.budget.clock()
+    def run_case(
+        self,
+        stage: str,
+        case: Case,
+        make: Callable[[], Iterable[Any]],
+        budget: Budget | None = None,
+        choice: Any = None,
+    ) -> list[Row]:
+        """Rows of one case, written before anything else begins; a case that is run again replaces its rows, if it is timed."""
+        budget = self.budget if budget is None else budget
+        started = budget.clock()
         self.say(f"[{stage}] {case.name} ({self.budget.left():.0f} s left)")
+        self.deadline = budget.until - case.seconds
+        self.limit = TUNE_STEP if stage == "tune" else STEP
         self.step(case, "")
         refused = checks.refusal(self.checked, case)
         died = self.skip.get((case.name, ""))
@@ -193,27 +246,45 @@ class Run:
                 rows = memory.rows(case, self.device)
             else:
                 rows = self.measure(case, make, refused)
+            self.clean()
         except ContextLost:
             raise
         except Exception as error:  # one case must not stop the next
             self.lost(error)
+            self.clean()
             rows = [case.row(case.kind, OURS, reason=reason_of(error))]
         if choice is not None:
             for row in rows:
+                row["tuned"] = True
                 if row["impl"] == OURS:
                     row["config"] = {**(row["config"] or {}), **choice.config()}
+        before = [row for row in self.rows[stage] if row["case"] == case.name]
+        if before and not any(row["ms"] for row in rows if row["impl"] == OURS):
+            self.say(f"  {case.name} with what was tuned was not timed: the rows from before stay")
+            rows, why = before, next((row["reason"] for row in rows if row["reason"]), None)
+            for row in rows:
+                row |= {"tuned": True, "retried": why}
+        self.rows[stage] = [row for row in self.rows[stage] if row["case"] != case.name]
         self.add(stage, rows)
         for row in rows:
             if row["reason"]:
                 self.say(f"  {label(row)} {row['impl']}: {row['reason'][:200]}")
-        self.device.reset()
-        self.budget.learn(case.estimate(), self.budget.clock() - started)
+        budget.learn(case.estimate(), budget.clock() - started)
         return rows
 
-    def step(self, case: Case, contender: str, limit: float = STEP) -> None:
+    def step(self, case: Case, contender: str, limit: float | None = None) -> None:
         """Tell a supervisor what begins: code that has never run may hang, or end the process."""
         compiles = case.kind in ("model_step", "attention_forward", "attention_training", "memory")
-        self.beat(case.name, contender, SLOW_STEP if compiles else limit)
+        self.beat(case.name, contender, SLOW_STEP if compiles else limit or self.limit)
+
+    def clean(self) -> None:
+        """Wait for the GPU and free what a case held; what fails here was begun by the case."""
+        try:
+            self.device.synchronize()
+            self.device.reset()
+        except Exception as error:
+            self.lost(error)
+            raise
 
     def lost(self, error: Exception) -> None:
         """Raise where the error has taken the GPU with it."""
@@ -233,8 +304,13 @@ class Run:
             fields = {"flops": found.flops, "density": found.density, "part": found.part, "config": found.config}
             row = case.row(found.op, found.impl, **fields, tile=tile, **found.fields)
             rows[found.name] = row
+            died = self.skip.get((case.name, found.name)) or self.skip.get((case.name, f"{TIMING} {found.name}"))
+            if died is None and passed and self.budget.clock() > self.deadline:
+                row["reason"] = "the time was over before its turn"
+                wrong.setdefault((found.impl, found.tile), row["reason"])
+                continue
             self.step(case, found.name)
-            row["reason"] = self.skip.get((case.name, found.name)) or self.why_not(found, row, refused, wrong)
+            row["reason"] = died or self.why_not(found, row, refused, wrong)
             if row["reason"] is None:
                 row["checked"] = True
                 passed[found.name] = found
@@ -243,7 +319,15 @@ class Run:
                 row["error"] = row["error"] or row["reason"]
                 wrong.setdefault((found.impl, found.tile), row["reason"])
         functions = {name: one.run for name, one in passed.items()}
-        found_ms = timing.samples(self.device, functions, case.seconds, alive=lambda: self.step(case, ""))
+        # where a process died while all were timed, each is waited for: then the one that it dies of is left out alone
+        apart = any(name == case.name and what.startswith(TIMING) for name, what in self.skip)
+        found_ms = timing.samples(
+            self.device,
+            functions,
+            case.seconds,
+            alive=lambda name: self.step(case, f"{TIMING} {name}".strip()),
+            apart=apart,
+        )
         for name, ms in found_ms.items():
             rows[name] |= {"ms": ms, "tflops": tflops(rows[name]["flops"], ms)}
         return list(rows.values())

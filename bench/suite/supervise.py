@@ -18,6 +18,10 @@ LOST = 75
 POLL = 0.25
 START = 120.0
 """Seconds in which a process must say its first word: importing, initialising."""
+MARGIN = 20.0
+"""Seconds past the end in which a step that began in time may end."""
+REFUSED = 2
+"""Exit code of a process that was asked for what it cannot do: it would say so again."""
 
 
 @dataclass
@@ -85,19 +89,37 @@ def watch(command: Sequence[str], path: Path, **options: Any) -> tuple[int, str 
             state = State.read(path)
             if time.time() - state.since > state.limit:
                 return -1, f"it hung: nothing for {state.limit:.0f} s"
-            if time.time() > state.until + 60:  # a step that began in time may end
-                return -1, "it was still running a minute after the time was over"
+            if time.time() > state.until + MARGIN:
+                return -1, f"it was still running {MARGIN:.0f} s after the time was over"
     finally:
         kill(process)
     code = process.returncode
     if code == LOST:
         return code, "the GPU answered no more (an illegal access, or the like)"
-    return code, f"the process died of signal {-code}" if code < 0 else None
+    if code in (0, REFUSED):
+        return code, None
+    return code, f"the process died of signal {-code}" if code < 0 else f"the process ended with code {code}"
 
 
-def supervise(command: Sequence[str], path: Path, until: float, restarts: int = 6, **options: Any) -> int:
-    """Run a process until it ends by itself, each time without what it died of before; its exit code."""
-    state = State(until=until)
+def supervise(
+    command: Sequence[str],
+    path: Path,
+    until: float,
+    restarts: int = 6,
+    skip: list[list[str]] | None = None,
+    **options: Any,
+) -> int:
+    """Run a process until it ends by itself, each time without what it died of before; its exit code.
+
+    Args:
+        command: the process.
+        path: the file of the state; what is left out in the end stands there.
+        until: when the time is over.
+        restarts: at most.
+        skip: what an earlier process died of.
+        **options: of `subprocess.Popen`.
+    """
+    state = State(until=until, skip=skip or [])
     for _ in range(restarts + 1):
         state.write(path)
         code, died = watch(command, path, **options)
@@ -105,8 +127,11 @@ def supervise(command: Sequence[str], path: Path, until: float, restarts: int = 
             return code
         ended = State.read(path)
         print(f"{died}: {ended.case or 'before the first case'} {ended.contender}", flush=True)
-        if not ended.case or time.time() > until:
+        if not ended.case:
             return 1
         state = State(until=until, skip=[*state.skip, [ended.case, ended.contender, died]])
+        if time.time() > until:
+            state.write(path)
+            return 1
     print(f"given up after {restarts} restarts", flush=True)
     return 1

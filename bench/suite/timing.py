@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,8 @@ def samples(
     *,
     least: int = LEAST,
     most: int = MOST,
-    alive: Callable[[], None] = lambda: None,
+    alive: Callable[[str], None] = lambda name: None,
+    apart: bool = False,
 ) -> dict[str, list[float]]:
     """Milliseconds of each function; samples of the same index were taken in the same round.
 
@@ -30,18 +32,29 @@ def samples(
         seconds: rounds are made until this long has passed, within bounds.
         least: fewest rounds.
         most: most rounds.
-        alive: called before each round.
+        alive: told what begins: "" for a round, a function's name where they are waited for one by one.
+        apart: wait for each function before the next begins, so that one of which a process dies is known by name.
     """
     names = list(functions)
+    order = list(names)
+    shuffle = random.Random(
+        0
+    ).shuffle  # after a neighbour of heavy kernels the clocks are lower: none is always the same
     found: dict[str, list[float]] = {name: [] for name in names}
     if not names:
         return found
     start = None
     for turn in range(-1, most):  # round -1 is not timed: clocks and caches settle
-        alive()
-        first = turn % len(names)  # another one begins each round: nobody always runs after the same neighbour
-        order = names[first:] + names[:first]
-        ms = device.round([functools.partial(functions[name], turn % most) for name in order])
+        shuffle(order)
+        calls = [functools.partial(functions[name], turn % most) for name in order]
+        if apart:
+            ms = []
+            for name, call in zip(order, calls):
+                alive(name)
+                ms += device.round([call])
+        else:
+            alive("")
+            ms = device.round(calls)
         if turn < 0:
             start = time.monotonic()
             continue

@@ -60,6 +60,19 @@ def candidates(case: Case, device: Device) -> list[Any]:
     return list(itertools.chain.from_iterable(tuned.candidates(*key, op) for op in tuned.OPS))
 
 
+def defaults(choices: list[Any]) -> list[Any]:
+    """The first of each op: what runs where nothing is tuned."""
+    found: dict[str, Any] = {}
+    for choice in choices:
+        found.setdefault(choice.op, choice)
+    return list(found.values())
+
+
+def name_of(choice: Any) -> str:
+    """What the name of its contender holds of a choice."""
+    return str(sorted(choice.config().items()))
+
+
 @contextlib.contextmanager
 def forced(winners: Winners | None) -> Iterator[None]:
     """Inside, the fine stage takes these choices; None changes nothing."""

@@ -25,6 +25,7 @@ from flexsparse.distributed.tokens import (
     own_pieces,
     parts,
     sent_range,
+    without_autograd,
 )
 
 
@@ -79,7 +80,7 @@ class Heads:
 
 def all_to_all(x: Tensor, received: Sequence[int], sent: Sequence[int], group: Any) -> Tensor:
     """Rows of ``[n, ...]`` to the ranks, ``sent[i]`` to rank i; returns rows from the ranks, ``received[i]`` from rank i."""
-    if torch.is_inference_mode_enabled():  # torch 2.11 has the other op for autograd alone, which that mode leaves out
+    if without_autograd():
         return funcol.wait_tensor(funcol.all_to_all_single(x, list(received), list(sent), group))
     return funcol.all_to_all_single_autograd(x, list(received), list(sent), group)
 

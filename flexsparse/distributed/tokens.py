@@ -182,8 +182,16 @@ def known_empty(size: int) -> bool:
     return statically_known_true(size == 0)
 
 
+def without_autograd() -> bool:
+    """Whether uncompiled code runs under inference mode: torch 2.11 has its collectives with a backward for autograd alone."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
 def all_gather(x: Tensor, group: str) -> Tensor:
     """``[n, ...]`` of every rank as ``[ranks * n, ...]``; backward is a reduce-scatter: it sums over the ranks."""
+    if without_autograd():
+        plain: Any = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+        return funcol.wait_tensor(plain(x.contiguous(), 0, group))
     gather: Any = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd
     return gather(x.contiguous(), 0, group)
 

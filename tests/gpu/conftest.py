@@ -25,16 +25,18 @@ def pytest_configure(config: Any) -> None:
     config.addinivalue_line("markers", "guards(*ops): no time is reported for these ops while the test fails")
 
 
-def pytest_collection_modifyitems(items: list[Any]) -> None:
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     """The configurations that are measured come first; each test says what it guards, for `bench.suite.pytest_rows`."""
     own = [item for item in items if Path(__file__).parent in item.path.parents]
     for item in own:
         item.user_properties.append(("guards", guarded(item)))
     items[:] = sorted(items, key=lambda item: rank(item) if item in own else (0, 0))
+    if config.getoption("--first", False):  # of `bench.suite.pytest_rows`
+        items[:] = [item for item in items if item not in own or not rank(item)[0]]
 
 
 def guarded(item: Any) -> dict[str, Any]:
-    """Ops, and the head dim, dtype, slots and choice of kernel that the test is about."""
+    """Ops, and the head dim, dtype, method, slots and choice of kernel that the test is about."""
     parameters = getattr(item, "callspec", None)
     values = {} if parameters is None else parameters.params
     found: dict[str, Any] = {}
@@ -42,6 +44,8 @@ def guarded(item: Any) -> dict[str, Any]:
         found["D"] = values["D"]
     if isinstance(values.get("dtype"), torch.dtype):
         found["dtype"] = str(values["dtype"]).removeprefix("torch.")
+    if item.path.stem == "test_bsa":
+        found["method"] = "bsa"
     if hasattr(values.get("choice"), "config"):
         found |= {"choice": values["choice"].config(), "slots": values["slots"]}
     mark = item.get_closest_marker("guards")
