@@ -36,6 +36,9 @@ def test_all_tiles_kept_equals_dense(wan: Make, way: Any) -> None:
     assert (dropped - dense).abs().max() > 1e-2
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="torch 2.11 checks a masked index in C++ that does not compile (AVX-512)"
+)
 @pytest.mark.parametrize("way", [True, pytest.param("regional", marks=pytest.mark.slow)])
 def test_inductor_equals_eager_in_outputs_and_gradients(wan: Make, way: Any) -> None:
     """With gates: a fourth linear map of the same tokens."""
