@@ -200,7 +200,7 @@ class Run:
             # what backward may be run twice on must not be given away by compiled baselines
             keep = {"donated_buffer": False} if case.kind == "fine_backward" else {}
             with tuning.forced(choice), torch._functorch.config.patch(**keep):
-                self.run_case("bench", case, lambda case=case: self.contenders(case), choice)  # type: ignore[misc]
+                self.run_case("bench", case, lambda case=case: self.contenders(case), choice=choice)  # type: ignore[misc]
 
     def contenders(self, case: Case) -> Iterable[Contender | Missing]:
         """Who computes a case."""

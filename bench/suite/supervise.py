@@ -128,7 +128,7 @@ def supervise(
         ended = State.read(path)
         print(f"{died}: {ended.case or 'before the first case'} {ended.contender}", flush=True)
         if not ended.case:
-            return 1
+            return max(code, 1)
         state = State(until=until, skip=[*state.skip, [ended.case, ended.contender, died]])
         if time.time() > until:
             state.write(path)

@@ -13,6 +13,7 @@ import flexsparse as fs
 from bench import gpu_suite
 from bench.suite import (
     cases,
+    checks,
     data,
     overlap,
     parts,
@@ -228,3 +229,53 @@ def test_what_a_process_died_of_is_left_out(tmp_path: Path) -> None:
     assert ("c", "flexsparse/fine_forward///") in told and c["reason"] == c["error"] == "it hung" and not c["ms"]
     assert a["ms"] and peer["impl"] == "dense_cudnn" and peer["reason"] == "it hung" and not peer["ms"]
     assert b["reason"] == "signal 11" and b["error"] and b["ms"] is None
+
+
+def test_one_that_ends_the_process_while_all_are_timed_is_left_out_alone(tmp_path: Path) -> None:
+    device = Recorder()
+    run_ = Run(device=device, out=tmp_path, head={}, budget=Budget(until=1e18), baselines=BASELINES)
+    run_.say = lambda text: None
+    told: list[str] = []
+    run_.beat = lambda name, contender, limit: told.append(contender)
+    names = ("dense_cudnn",)
+    run_.run_bench([case("a", "fine_forward", baselines=names)])
+    assert set(device.rounds) == {2} and told[-1] == "timing", "all in one round, which has one name"
+    run_.skip = {("b", "timing"): "signal 11", ("c", "timing"): "signal 11"}
+    ours = "flexsparse/fine_forward///"
+    run_.skip["c", f"timing {ours}"] = "signal 11"
+    run_.run_bench([case(name, "fine_forward", baselines=names) for name in "bc"])
+    _, found = rows.load(tmp_path / "bench.json")
+    by_case = {(row["case"], row["impl"]): row for row in found}
+    assert by_case["b", "flexsparse"]["ms"] and by_case["b", "dense_cudnn"]["ms"] and f"timing {ours}" in told
+    assert by_case["c", "flexsparse"]["reason"] == "signal 11" and by_case["c", "dense_cudnn"]["ms"]
+
+
+def test_what_a_later_check_finds_wrong_is_taken_back(tmp_path: Path) -> None:
+    some = [case("a", "fine_forward"), case("b", "fine_forward", D=32)]
+    run_ = Run(device=Recorder(), out=tmp_path, head={}, budget=Budget(until=1e18), baselines=BASELINES)
+    run_.say = lambda text: None
+    run_.run_bench(some)
+    run_.checked = [checks.check_row("test_it[32]", "failed", "it is wrong", guards=["fine_forward"], D=32)]
+    run_.recheck(some)
+    _, found = rows.load(tmp_path / "bench.json")
+    by_case = {(row["case"], row["impl"]): row for row in found}
+    assert by_case["a", "flexsparse"]["ms"] and by_case["b", "dense_cudnn"]["ms"]
+    taken = by_case["b", "flexsparse"]
+    assert taken["ms"] is taken["tflops"] is None and not taken["checked"] and "test_it[32] failed" in taken["reason"]
+
+
+def test_no_more_is_checked_once_it_is_time_to_time(tmp_path: Path) -> None:
+    clock = [0.0]
+    run_ = Run(
+        device=Recorder(),
+        out=tmp_path,
+        head={},
+        budget=Budget(until=100.0, clock=lambda: clock[0]),
+        baselines={"dense_cudnn": BASELINES["dense_cudnn"], "dense_fa2": BASELINES["dense_cudnn"]},
+    )
+    run_.say = lambda text: None
+    run_.beat = lambda name, contender, limit: clock.__setitem__(0, clock[0] + 46.0 * ("/" in contender))
+    run_.run_bench([case("a", "fine_forward", seconds=10.0, baselines=("dense_cudnn", "dense_fa2"))])
+    ours, peer, late = rows.load(tmp_path / "bench.json")[1]
+    assert ours["ms"] and len(peer["ms"]) == len(ours["ms"])
+    assert late["ms"] is None and "time was over" in late["reason"] and late["error"] == {}

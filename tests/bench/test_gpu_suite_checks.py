@@ -33,7 +33,8 @@ def failed_check(op: str, **fields: Any) -> rows.Row:
 
 
 @pytest.mark.parametrize(
-    "fields, refused", [({}, True), ({"D": 16}, True), ({"D": 64}, False), ({"dtype": "bfloat16"}, False)]
+    "fields, refused",
+    [({}, True), ({"D": 16}, True), ({"D": 64}, False), ({"dtype": "bfloat16"}, False), ({"method": "bsa"}, False)],
 )
 def test_a_failed_check_of_an_op_leaves_no_time_of_it(tmp_path: Path, fields: dict[str, Any], refused: bool) -> None:
     head = {"sources": gpu_suite.sources(), "gpu": None}
@@ -178,6 +179,8 @@ def test_a_line_that_was_being_written_is_passed_over() -> None:
         (1, "Traceback: something else", "failed"),
         (0, "small: done", "failed"),  # no summary: nothing was looked at
         (None, "========= COMPUTE-SANITIZER", "not run"),
+        (None, "========= Invalid __global__ read of size 16 bytes\n=========     at _forward+0x2c0", "failed"),
+        (None, "========= Error: Race reported between Write access at", "failed"),
     ],
 )
 def test_what_the_sanitizer_says(code: int | None, text: str, outcome: str) -> None:
@@ -228,7 +231,12 @@ sys.exit(0)
 
 @pytest.mark.parametrize(
     "what, how",
-    [("time.sleep(60)", "it hung"), ("os.kill(os.getpid(), 11)", "signal 11"), ("sys.exit(75)", "answered no more")],
+    [
+        ("time.sleep(60)", "it hung"),
+        ("os.kill(os.getpid(), 11)", "signal 11"),
+        ("sys.exit(75)", "answered no more"),
+        ("raise RuntimeError('out of memory, outside of any case')", "ended with code 1"),
+    ],
 )
 def test_a_process_that_dies_goes_on_without_what_it_died_of(tmp_path: Path, what: str, how: str) -> None:
     script = tmp_path / "worker.py"
@@ -259,3 +267,39 @@ def test_a_process_that_dies_before_it_begins_is_not_run_again(tmp_path: Path) -
         supervise.supervise([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], path, time.time() + 100) == 1
     )
     assert supervise.supervise([sys.executable, "-c", "raise SystemExit(3)"], path, time.time() + 100) == 3
+    skip = [["a", "someone", "it hung"]]
+    assert supervise.supervise([sys.executable, "-c", "pass"], path, time.time() + 100, skip=skip) == 0
+    assert supervise.State.read(path).skipped == {("a", "someone"): "it hung"}
+
+
+def test_a_test_that_was_still_running_at_the_end_is_no_innocent_one() -> None:
+    about = {"D": 64, "dtype": "bfloat16", "slots": 64, "guards": [], "choice": {"op": "dq", "kernel": "hopper"}}
+    lines: list[dict[str, Any]] = [{"collected": ["hangs", "began", "waits"]}]
+    lines += [{"started": "hangs", "at": 100.0}, {"started": "began", "at": 190.0}]
+    found = checks.outcome_rows("\n".join(map(json.dumps, lines)), {"hangs": about}, ended=200.0)
+    assert {row["case"]: row["outcome"] for row in found} == {"hangs": "failed", "began": "not run", "waits": "not run"}
+    assert found[0]["reason"] == "it was still running after 100 s" and found[0]["guards"] == []
+    assert list(checks.dead_families(found)) == [("dq", "hopper")]
+    wrong = checks.check_row("wrong", "failed", "it is wrong", **about | {"choice": {"op": "dq", "kernel": "other"}})
+    assert list(checks.dead_families([wrong])) == [], "what is wrong says nothing about its kind"
+
+
+SOME = """
+import pytest
+
+@pytest.mark.parametrize("D", [64, 96])
+def test_it(D): pass
+def test_other(): pass
+"""
+
+
+def test_first_what_is_measured_first_and_then_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "gpu" / "conftest.py").read_text())
+    tests = tmp_path / "test_some.py"
+    tests.write_text(SOME)
+    names = [
+        [row["case"].split("::")[-1] for row in checks.run_tests(tmp_path, 100, tests, first, done)]
+        for first, done in ((True, ()), (False, [f"{tests.name}::test_it[64]", f"{tests}::test_other"]))
+    ]
+    assert sorted(names[0]) == ["test_it[64]", "test_other"]
+    assert "test_it[96]" in names[1] and len(names[1]) < 3

@@ -29,14 +29,25 @@ from bench.suite.device import Host
 from flexsparse.checking.tolerance import poison
 
 
-def test_rounds_are_interleaved_and_begin_with_another_each_time(tmp_path: Path) -> None:
-    device, order = Recorder(), []
+def test_rounds_are_interleaved_and_nobody_always_runs_after_the_same_neighbour() -> None:
+    device, order, began = Recorder(), [], []
     functions = {name: (lambda turn, name=name: order.append((turn, name))) for name in "abc"}
-    found = timing.samples(device, functions, 0.0, least=3, most=9)
-    assert {name: len(ms) for name, ms in found.items()} == {"a": 3, "b": 3, "c": 3}
-    assert device.rounds == [3, 3, 3, 3]  # the first is not timed
-    assert [name for _, name in order[3:]] == list("abcbcacab")
-    assert [turn for turn, _ in order[3:]] == [0] * 3 + [1] * 3 + [2] * 3
+    found = timing.samples(device, functions, 0.0, least=24, most=24, alive=began.append)
+    assert {name: len(ms) for name, ms in found.items()} == {"a": 24, "b": 24, "c": 24}
+    assert device.rounds == [3] * 25 and began == [""] * 25  # the first is not timed
+    assert [turn for turn, _ in order[3:]] == [turn for turn in range(24) for _ in range(3)]
+    rounds = [[name for _, name in order[3 * n : 3 * n + 3]] for n in range(25)]
+    assert all(sorted(one) == list("abc") for one in rounds)
+    before = [one[one.index("c") - 1] for one in rounds if one.index("c")]
+    assert 0.25 < before.count("a") / len(before) < 0.75
+
+
+def test_each_is_waited_for_where_one_may_end_the_process() -> None:
+    device, began = Recorder(), []
+    functions = {name: lambda turn: None for name in "ab"}
+    found = timing.samples(device, functions, 0.0, least=2, most=2, alive=began.append, apart=True)
+    assert {name: len(ms) for name, ms in found.items()} == {"a": 2, "b": 2} and device.rounds == [1] * 6
+    assert sorted(began) == list("aaabbb")
 
 
 def test_samples_belong_to_their_function() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from suite_helpers import case, of, run
+from suite_helpers import BASELINES, Recorder, case, of, run
 
 from bench import gpu_suite, tune
 from bench.suite import (
@@ -22,6 +22,7 @@ from bench.suite import (
     warm,
 )
 from bench.suite.device import Host
+from bench.suite.runner import Budget, Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +109,83 @@ def test_a_candidate_whose_check_failed_is_not_tried(tmp_path: Path, monkeypatch
     assert [(row["config"]["number"], bool(row["ms"])) for row in found] == [(0, True), (1, False)] and code == 1
     assert "test_a_candidate[1] failed" in found[1]["reason"]
     assert of(result, "fine_forward")["ms"] and of(result, "fine_forward")["config"]["number"] == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind(FakeChoice):
+    kernel: str = "triton"
+
+    def config(self) -> dict[str, Any]:
+        return {"op": self.op, "kernel": self.kernel, "number": self.number}
+
+
+def of_file(path: Path, only: Any = lambda row: True) -> list[rows.Row]:
+    return [row for row in rows.load(path)[1] if only(row)]
+
+
+@pytest.mark.parametrize("how", ["check", "tune"])
+def test_a_kernel_that_hangs_once_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Neither with other numbers; the op's default and other kernels are."""
+    hopper = [Kind(number, kernel="hopper") for number in (2, 3)]
+    table = FakeTable(Kind(0), Kind(1), *hopper, Kind(4, "dq"))
+    monkeypatch.setattr(tuning, "table", lambda: table)
+    run_ = Run(device=Recorder(), out=tmp_path, head={}, budget=Budget(until=1e18), baselines={})
+    run_.say = lambda text: None
+    one = case("tune-it", "fine_forward", baselines=())
+    if how == "check":
+        about = {"guards": [], "D": 16, "dtype": "float32", "slots": 64, "choice": hopper[0].config()}
+        reason = "worker 'gw3' crashed while running 'test_it'"
+        run_.checked = [checks.check_row("test_it", "failed", reason, **about)]
+    else:
+        name = f"flexsparse/fine_forward///{tuning.name_of(hopper[0])}"
+        run_.skip = {("tune-it", name): "it hung: nothing for 30 s"}
+    run_.run_tune([one], 1.0)
+    found = {row["config"]["number"]: row for row in of_file(tmp_path / "tune.json")}
+    assert all(found[number]["ms"] for number in (0, 1, 4)) and not any(found[n]["ms"] for n in (2, 3))
+    assert "test_it" in found[3]["reason"] if how == "check" else "another of the same kernel" in found[3]["reason"]
+
+
+def test_what_was_timed_before_tuning_is_timed_again_with_the_winner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = FakeTable(FakeChoice(0), FakeChoice(1))
+    monkeypatch.setattr(tuning, "table", lambda: table)
+    run_ = Run(device=Recorder(), out=tmp_path, head={}, budget=Budget(until=1e18), baselines=BASELINES)
+    run_.say = lambda text: None
+    first, other = case("first", "fine_forward", early=True), case("other", "fine_forward", D=32)
+    gpu_suite.work(run_, ["tune", "bench"], [first, other], [], "early")
+    (before,) = of_file(tmp_path / "bench.json", lambda row: row["impl"] == "flexsparse")
+    assert before["case"] == "first" and before["ms"] and before["config"] is None
+    run_.winners = {tuning.key_of(first): tuning.Winners(choices=(FakeChoice(1),))}
+    gpu_suite.work(run_, ["bench"], [first, other], [], "rest")
+    found = {row["case"]: row for row in of_file(tmp_path / "bench.json", lambda row: row["impl"] == "flexsparse")}
+    assert found["first"]["tuned"] and found["first"]["config"] == FakeChoice(1).config() and found["first"]["ms"]
+    assert found["other"]["ms"] and "tuned" not in found["other"]
+    again = of_file(tmp_path / "bench.json")
+    gpu_suite.work(run_, ["bench"], [first, other], [], "rest")
+    assert of_file(tmp_path / "bench.json") == again, "once"
+
+
+def test_rows_from_before_tuning_stay_where_the_winner_cannot_be_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, right = FakeTable(FakeChoice(0), FakeChoice(1)), fine.ours
+
+    def ours(problem: Any, training: bool) -> Any:
+        if table.forced:
+            raise RuntimeError("no shared memory for this")
+        return right(problem, training)
+
+    monkeypatch.setattr(fine, "ours", ours)
+    monkeypatch.setattr(tuning, "table", lambda: table)
+    run_ = Run(device=Recorder(), out=tmp_path, head={}, budget=Budget(until=1e18), baselines=BASELINES)
+    run_.say = lambda text: None
+    first = case("first", "fine_forward", early=True)
+    run_.run_bench([first], last=False)
+    run_.winners = {tuning.key_of(first): tuning.Winners(choices=(FakeChoice(1),))}
+    run_.run_bench([first])
+    (row,) = of_file(tmp_path / "bench.json", lambda row: row["impl"] == "flexsparse")
+    assert row["ms"] and row["checked"] and "no shared memory" in row["retried"]
 
 
 def test_all_that_tune_runs_is_compiled_before(monkeypatch: pytest.MonkeyPatch) -> None:
