@@ -156,7 +156,7 @@ class Run:
             choice = self.winners.get(tuning.key_of(case))
             # what backward may be run twice on must not be given away by compiled baselines
             keep = {"donated_buffer": False} if case.kind == "fine_backward" else {}
-            with tuning.forced(choice), torch._functorch.config.patch(**keep):
+            with tuning.forced(choice, tuning.key_of(case)), torch._functorch.config.patch(**keep):
                 self.run_case("bench", case, lambda case=case: self.contenders(case), choice)  # type: ignore[misc]
 
     def contenders(self, case: Case) -> Iterable[Contender | Missing]:
@@ -200,7 +200,7 @@ class Run:
             rows = [case.row(case.kind, OURS, reason=reason_of(error))]
         if choice is not None:
             for row in rows:
-                if row["impl"] == OURS:
+                if row["impl"] == OURS and tuning.applies(case, row):
                     row["config"] = {**(row["config"] or {}), **choice.config()}
         self.add(stage, rows)
         for row in rows:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench.suite import data, fine
-from bench.suite.cases import OURS, Case
+from bench.suite.cases import OURS, Case, Tile
 from bench.suite.contender import Contender, Found, Results, training_results
 from bench.suite.device import Device
 
@@ -44,10 +44,18 @@ def table() -> Any:
     return tuned
 
 
-def key_of(case: Case) -> Key:
-    """What the choice depends on, besides the GPU."""
-    packed = case.builder.packed(case.layout) if case.method == "bsa" else case.layout.slots
-    return (case.dtype, case.D, packed, case.kv_layout.slots)
+def key_of(case: Case, tile: Tile | None = None) -> Key:
+    """What the choice depends on, besides the GPU; of another tile than the case's."""
+    layout = case.layout if tile is None else case.layout_of(tile)
+    kv_layout = layout if case.kv_tile is None else case.kv_layout
+    packed = case.builder.packed(layout) if case.method == "bsa" else layout.slots
+    return (case.dtype, case.D, packed, kv_layout.slots)
+
+
+def applies(case: Case, row: dict[str, Any]) -> bool:
+    """Whether the case's winner is forced on the tile of a row of ours: on others' queries it was never tuned."""
+    alike = [tile for tile in (case.tile, *case.others) if key_of(case, tile) == key_of(case)]
+    return tuple(row["tile"]) in [case.layout_of(tile).sides for tile in alike]
 
 
 def candidates(case: Case, device: Device) -> list[Any]:
@@ -61,11 +69,12 @@ def candidates(case: Case, device: Device) -> list[Any]:
 
 
 @contextlib.contextmanager
-def forced(winners: Winners | None) -> Iterator[None]:
-    """Inside, the fine stage takes these choices; None changes nothing."""
+def forced(winners: Winners | None, key: Key | None = None) -> Iterator[None]:
+    """Inside, the fine stage takes these choices, on the tiles of a key or on all; None changes nothing."""
+    only = () if key is None else ((getattr(torch, key[0]), *key[1:]),)
     with contextlib.ExitStack() as stack:
         for choice in () if winners is None else winners.choices:
-            stack.enter_context(table().using(choice))
+            stack.enter_context(table().using(choice, *only))
         yield
 
 

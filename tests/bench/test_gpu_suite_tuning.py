@@ -39,13 +39,14 @@ class FakeTable:
     OPS = ("forward", "dq", "dkdv")
 
     def __init__(self, *choices: FakeChoice) -> None:
-        self.choices, self.forced, self.written = list(choices), [], []
+        self.choices, self.forced, self.written, self.only = list(choices), [], [], []
 
     def candidates(self, arch: str, dtype: Any, D: int, rows: int, slots: int, op: str) -> list[FakeChoice]:
         return [choice for choice in self.choices if choice.op == op]
 
-    def using(self, choice: FakeChoice) -> Any:
+    def using(self, choice: FakeChoice, only: Any = None) -> Any:
         table = self
+        table.only.append(only)
 
         class Forced:
             def __enter__(self) -> None:
@@ -185,6 +186,34 @@ def test_each_op_has_its_own_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert tune.main([str(tmp_path / "tune.json")]) == 0
     ((entries, _),) = table.written
     assert [(entry["op"], entry["number"]) for entry in entries] == [("forward", 0), ("dq", 1), ("dkdv", 0)]
+
+
+def test_a_winner_is_forced_only_on_the_tiles_that_it_was_tuned_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BSA packs half of the queries: 64 rows of a tile of 128, and 32 of one of 64, which blocks of 64 do not divide."""
+    table = FakeTable(FakeChoice(3))
+    monkeypatch.setattr(tuning, "table", lambda: table)
+    tiles = {"tile": (4, 8, 4), "kv_tile": (4, 4, 4), "others": ((4, 4, 8), (4, 4, 4))}
+    bsa = case("bsa", "attention_forward", method="bsa", **tiles)
+    assert tuning.key_of(bsa) == ("float32", 16, 64, 64) and tuning.key_of(bsa, (4, 4, 4)) == ("float32", 16, 32, 64)
+    code, result = run(tmp_path, bsa, tuned=[case("tune-it", "fine_forward")], arguments=("--only", "tune", "bench"))
+    found = {tuple(row["tile"]): row for row in result["rows"] if row["impl"] == "flexsparse"}
+    assert code == 0 and all(row["ms"] for row in found.values())
+    kernels = {tile: row["config"].get("number") for tile, row in found.items()}
+    assert kernels == {(4, 8, 4): 3, (4, 4, 8): 3, (4, 4, 4): None}
+    assert table.only[-1] == (torch.float32, 16, 64, 64)
+
+
+def test_blocks_that_do_not_divide_other_tiles_are_not_forced_on_them() -> None:
+    tuned = pytest.importorskip("flexsparse.compile_passes.templates.tuned")
+    (bsa,) = [one for one in cases.first_cases() if one.name == "bsa-forward"]
+    best = tuned.Choice(kernel="triton", rows=64, keys=64, num_warps=4, num_stages=4)
+    with tuning.forced(tuning.Winners(choices=(best,)), tuning.key_of(bsa)):
+        for tile in (bsa.tile, *bsa.others):
+            dtype, D, rows_, slots = tuning.key_of(bsa, tile)
+            found = tuned.chosen(None, getattr(torch, dtype), D, rows_, slots)
+            assert rows_ % found.rows == 0 and (found is best) == (tile != (4, 4, 4))
 
 
 def test_the_real_table_takes_what_tuning_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

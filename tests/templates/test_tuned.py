@@ -184,6 +184,32 @@ def test_a_forced_choice_ends_with_its_block(table: Path) -> None:
     assert chosen(*SHAPE).kernel == "triton" and not tuned.forced()
 
 
+def test_a_choice_may_be_forced_on_some_tiles_alone(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only = (BF16, 128, 64, 64)
+    q = torch.zeros(1, 1, 64, 128, dtype=BF16)
+    with using(HOPPER, only), using(BACKWARD["dq"], only):
+        assert chosen(*SHAPE) is HOPPER and chosen(*SHAPE, "dq") is BACKWARD["dq"]
+        for other in ((BF16, 128, 32, 64), (BF16, 128, 64, 128), (BF16, 64, 64, 64), (torch.float16, 128, 64, 64)):
+            assert [chosen("sm_90a", *other, op).kernel for op in OPS] == ["triton"] * 3
+            assert not tuned.forced("forward", other)
+        assert tuned.forced("forward", only) and tuned.forced() and not tuned.forced("dkdv")
+        assert not tuned.finds_rows(q, 64, 64) and tuned.finds_rows(q, 32, 64) and tuned.finds_rows(q.half(), 64, 64)
+    assert not tuned.forced() and tuned.finds_rows(q, 64, 64)
+
+
+def test_other_tiles_run_while_a_choice_is_forced_that_does_not_divide_them() -> None:
+    problem = build(Case(query_rows=32, slots=64, D=64, dtype=torch.float16))
+    choice = Choice(kernel="triton", rows=64, keys=64, num_warps=4, num_stages=3)
+    with using(choice, (torch.float16, 64, 64, 64)):
+        out, _ = template.forward(*problem.tensors, **problem.keywords)
+    assert bool(out.isfinite().all())
+    with (
+        using(choice),
+        pytest.raises(ValueError, match="blocks of 64 rows and 64 slots are forced on tiles of 32 rows"),
+    ):
+        template.forward(*problem.tensors, **problem.keywords)
+
+
 def test_the_forward_takes_blocks_that_are_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     launch, blocks = template.launch, []
 
