@@ -227,7 +227,9 @@ class Run:
         wrong: dict[tuple[str, Any], str | None] = {}  # None: checked and right
         for number, found in enumerate(make()):
             if isinstance(found, Missing):
-                rows[f"missing {number}"] = case.row(found.op, found.impl, reason=found.reason, part=found.part)
+                rows[f"missing {number}"] = case.row(
+                    found.op, found.impl, reason=found.reason, part=found.part, config=found.config
+                )
                 continue
             tile = list(found.tile or case.layout.sides)
             fields = {"flops": found.flops, "density": found.density, "part": found.part, "config": found.config}

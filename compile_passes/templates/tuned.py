@@ -188,18 +188,20 @@ def chosen(
     return measured
 
 
-def finds_rows(q: Tensor, query_rows: int, slots: int) -> bool:
+def finds_rows(q: Tensor, query_rows: int, slots: int, gradients: bool = True) -> bool:
     """Whether all kernels that are chosen for queries can find rows by a table, so that nobody need bring them to tile order.
 
-    The one place that decides it: before tokens are left in raster order, and not where kernels run.
+    The one place that decides it: before tokens are left in raster order, and not where kernels run. Without ``gradients`` the
+    call has no backward, whose kernels are not asked.
     """
+    ops = OPS if gradients else OPS[:1]
     case = (q.shape[3], query_rows, slots)
-    if any(choice.kernel != "triton" for op in OPS for choice in _forced_on(op, (q.dtype, *case))):
+    if any(choice.kernel != "triton" for op in ops for choice in _forced_on(op, (q.dtype, *case))):
         return False
     if not any(key[2:] == (TYPES[q.dtype], *case) for key in _table(TABLE)):  # whatever the GPU is
         return True
     arch = arch_of(q)
-    return all(chosen(arch, q.dtype, *case, op).kernel == "triton" for op in OPS)
+    return all(chosen(arch, q.dtype, *case, op).kernel == "triton" for op in ops)
 
 
 def hopper_choice(op: str, q: Tensor, query_rows: int, slots: int, by_table: bool = False) -> Choice | None:
@@ -228,6 +230,16 @@ def using(choice: Choice, only: Tiles | None = None) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+@contextlib.contextmanager
+def unforced() -> Iterator[None]:
+    """Inside, nothing is forced that is forced around it."""
+    before, _forced[:] = _forced[:], []
+    try:
+        yield
+    finally:
+        _forced[:] = before
 
 
 def forced(op: str = "forward", tiles: Tiles | None = None) -> bool:
