@@ -61,7 +61,7 @@ class FoldTiling(CustomGraphPass):
     memory format that changes is followed down the graph.
 
     Args:
-        supports: told ``(q, query rows, slots)``, says whether the kernels find rows by a table.
+        supports: told ``(q, query rows, slots, whether there is a backward)``, says whether the kernels find rows by a table.
 
     Attributes:
         matches: (forward, backward) nodes changed so far.
@@ -70,7 +70,7 @@ class FoldTiling(CustomGraphPass):
         refused: why others were not, by name.
     """
 
-    def __init__(self, supports: Callable[[Tensor, int, int], bool] | None = None) -> None:
+    def __init__(self, supports: Callable[[Tensor, int, int, bool], bool] | None = None) -> None:
         self.supports = supports or kernels_find_rows
         self.matches, self.combined = (0, 0), 0
         self.folded: set[str] = set()
@@ -107,11 +107,11 @@ class FoldTiling(CustomGraphPass):
             finish(gm)
 
 
-def kernels_find_rows(q: Tensor, rows: int, slots: int) -> bool:
+def kernels_find_rows(q: Tensor, rows: int, slots: int, gradients: bool) -> bool:
     """Whether all kernels of a case find rows by a table (`tuned.finds_rows`)."""
     from flexsparse.compile_passes.templates import tuned
 
-    return tuned.finds_rows(q, rows, slots)
+    return tuned.finds_rows(q, rows, slots, gradients)
 
 
 @dataclass
@@ -163,7 +163,8 @@ def find_call(node: Any, supports: Callable[..., bool]) -> Call:
     rows, slots = node.args[8], node.args[13]
     if node.args[3] is not None or node.args[4] is not None:
         raise NotFolded("it takes in the coarse output in tile order")
-    if not supports(example, rows, slots):
+    backward = [user for x in tiled for user in readers(x) if user is not node]
+    if not supports(example, rows, slots, bool(backward)):
         raise NotFolded("the kernel that is chosen for it reads tokens in tile order")
     inputs, tables, backs = [], [], []
     for x in tiled:
@@ -174,7 +175,6 @@ def find_call(node: Any, supports: Callable[..., bool]) -> Call:
         backs.append(of_tokens[index])
     if not same_table(tables[1], tables[2]):
         raise NotFolded("its keys and values have different tables")
-    backward = [user for x in tiled for user in readers(x) if user is not node]
     if any(user.target is not BACKWARD for user in backward):
         raise NotFolded("something else reads its tokens in tile order")
     gradients = [_gradients(user, tiled, tables, backs) for user in dict.fromkeys(backward)]

@@ -98,7 +98,8 @@ def attend(
 ) -> tuple[Tensor, TileSelection, Tensor | None, Tensor | None]:
     """The computation itself, on checked arguments: (output, selection, coarse output, log-sum-exp)."""
     keys = layout if kv_layout is None else kv_layout
-    raster = tile_counts is None and reads_raster(q, layout, keys, builder, backend)
+    gradients = wants_gradients(q, k, v, gate, fine_gate)
+    raster = tile_counts is None and reads_raster(q, layout, keys, builder, backend, gradients)
     tiles = (q, k, v) if raster else tiles_of(q, k, v, layout, kv_layout, tile_counts)
     wants = (coarse_wanted or gate is not None) and getattr(builder, "has_coarse", False)
     selection, coarse_out = plan(q, k, tiles, layout, builder, kv_layout, scale, tile_counts, wants, raster)
@@ -114,7 +115,14 @@ def attend(
 Tiles = tuple[Tensor, Tensor, Tensor]
 
 
-def reads_raster(q: Tensor, layout: TileLayout, kv_layout: TileLayout, builder: Any, backend: str) -> bool:
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a call with these arguments has a backward."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def reads_raster(
+    q: Tensor, layout: TileLayout, kv_layout: TileLayout, builder: Any, backend: str, gradients: bool
+) -> bool:
     """Whether an uncompiled call leaves tokens in raster order: everything that runs finds them by tables.
 
     In a graph `compile_passes` decide it. Builders that read tiles themselves, and BSA's packed queries, want tile order.
@@ -128,7 +136,7 @@ def reads_raster(q: Tensor, layout: TileLayout, kv_layout: TileLayout, builder: 
         return False
     from flexsparse.compile_passes.templates import tuned
 
-    return tuned.finds_rows(q, layout.slots, kv_layout.slots)
+    return tuned.finds_rows(q, layout.slots, kv_layout.slots, gradients)
 
 
 def video_tables(
@@ -317,7 +325,7 @@ def sparse_attention(  # type: ignore[misc]
         raise ValueError(
             f"gate is given, but {type(builder).__name__} has no coarse output to apply it to: use VSA or TopP, or no gate"
         )
-    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    gradients = wants_gradients(q, k, v)
     compiled = torch.compiler.is_compiling()
     case = case_of(q, layout, gradients=gradients, lse=return_aux, compiled=compiled)
     name, reason = choose(backend, case)

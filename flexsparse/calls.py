@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.attention import Tiles, fine, plan, reads_raster, tiles_of, video_tables
+from flexsparse.attention import Tiles, fine, plan, reads_raster, tiles_of, video_tables, wants_gradients
 from flexsparse.backends import softmax_scale
 from flexsparse.grids import Geometry
 from flexsparse.layout import TileLayout
@@ -109,7 +109,7 @@ def sparse_call(
         scale = softmax_scale(scale, q.shape[-1])
         if mask is not None:
             k, v = hide_text(k, v, mask, layout)
-        raster = reads_raster(q, layout, kv_layout, builder, backend)
+        raster = reads_raster(q, layout, kv_layout, builder, backend, wants_gradients(q, k, v, *gates))
         tiles = (q, k, v) if raster else tiles_of(q, k, v, layout, kv_layout, None)
         selection, coarse_out = plan(q, k, tiles, layout, builder, kv_layout, scale, None, gates[0] is not None, raster)
         selection = with_text_counts(selection, mask)

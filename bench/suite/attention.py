@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor
 import flexsparse as fs
 from bench.baselines.protocol import Problem
 from bench.check import first_heads
-from bench.suite import bsa_parts, data, oracle, parts
-from bench.suite.cases import DENSE, OURS, Case
+from bench.suite import bsa_parts, data, oracle, parts, tuning
+from bench.suite.cases import DENSE, OURS, Case, Tile
 from bench.suite.contender import Contender, Expected, Found, Missing, Results, training_results
 from bench.suite.device import Device
 from bench.suite.fine import Peers, rivals, selected_pairs
+from flexsparse.attention import reads_raster
 from flexsparse.gated import broadcast_coarse
 
 Call = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -58,7 +60,10 @@ def not_lowered(backend: fs.compiler.Backend) -> str | None:
 
 
 def contenders(case: Case, device: Device, peers: Peers) -> Found:
-    """Ours, compiled and not, in each tile of the case; the dense baselines; the pieces of ours."""
+    """Ours, compiled and not, in each tile of the case; the dense baselines; the pieces of ours.
+
+    Where the winners of `tune` bring tokens to tile order, which it never timed, the defaults are timed as well.
+    """
     training = case.kind == "attention_training"
     q, k, v, grad = data.tokens(case, device.torch)
     gate = data.gate(case, device.torch) if case.method == "vsa" else None
@@ -80,15 +85,48 @@ def contenders(case: Case, device: Device, peers: Peers) -> Found:
             "density": selection.density,
             "tile": layout.sides,
         }
-        for mode in modes(case, device, kv_layout, layout):
-            call, backend = (
-                compiled(case, device, layout) if mode == "compiled" else (eager(case, device, layout, kv_layout), None)
-            )
-            yield whole(case, call, (q, k, v, gate), grad, training, config={"mode": mode}, **ours, backend=backend)
-        if case.parts and tile == case.tile:
-            pieces = parts.contenders if case.method == "vsa" else bsa_parts.contenders
-            yield from pieces(case, device, (q, k, v, gate), layout, selection)
+        own = partial(of_tile, case, device, (q, k, v, gate), grad, tile, (layout, kv_layout), selection, ours)
+        yield from own()
+        if changes_order(case, device, q, layout, kv_layout):
+            with tuning.unforced():  # pieces ask for the order of tokens while they are made
+                defaults = [tuning.by_default(one) for one in own()]
+            yield from defaults
     yield from dense(case, device, peers, (q, k, v), grad, dense_truth)
+
+
+def of_tile(
+    case: Case,
+    device: Device,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    grad: Tensor,
+    tile: Tile,
+    layouts: tuple[fs.TileLayout, fs.TileLayout],
+    selection: fs.TileSelection,
+    fields: dict[str, Any],
+) -> Found:
+    """Ours in one tile, compiled and not; and in pieces, where the tile is the case's."""
+    layout, kv_layout = layouts
+    for mode in modes(case, device, kv_layout, layout):
+        call, backend = (
+            compiled(case, device, layout) if mode == "compiled" else (eager(case, device, layout, kv_layout), None)
+        )
+        training = case.kind == "attention_training"
+        yield whole(case, call, inputs, grad, training, config={"mode": mode}, **fields, backend=backend)
+    if case.parts and tile == case.tile:
+        pieces = parts.contenders if case.method == "vsa" else bsa_parts.contenders
+        yield from pieces(case, device, inputs, layout, selection)
+
+
+def changes_order(case: Case, device: Device, q: Tensor, layout: fs.TileLayout, kv_layout: fs.TileLayout) -> bool:
+    """Whether kernels that are forced read tile order, where the defaults would leave tokens in raster order."""
+    training = case.kind == "attention_training"
+
+    def in_raster() -> bool:
+        return reads_raster(q, layout, kv_layout, case.builder, device.backend, training)
+
+    with tuning.unforced():
+        before = in_raster()
+    return before and not in_raster()
 
 
 def modes(case: Case, device: Device, kv_layout: fs.TileLayout, layout: fs.TileLayout) -> tuple[str, ...]:

@@ -147,7 +147,7 @@ class Case:
             dense *= 3.5
         share = 1.0 if any(name in DENSE for name in self.baselines) or self.layers else 2 * self.density
         runs = 8 + len(self.baselines) + len(self.others)
-        compiling = 40.0 if self.layers else 4.0 + 5.0 * (len(self.baselines) + len(self.others) + 1)
+        compiling = 65.0 if self.layers else 4.0 + 5.0 * (len(self.baselines) + len(self.others) + 1)
         return compiling + self.seconds + runs * dense * share / 3e14
 
 

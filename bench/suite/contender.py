@@ -76,6 +76,7 @@ class Missing:
     op: str
     reason: str
     part: str | None = None
+    config: dict[str, Any] | None = None
 
 
 Found = Iterator["Contender | Missing"]

@@ -11,6 +11,8 @@ from typing import Any
 from bench.suite.cases import OURS
 from bench.suite.rows import NOT_RUN, Row, median
 
+WHOLE = ("attention_forward", "attention_training")
+
 
 @dataclass(frozen=True, kw_only=True)
 class File:
@@ -46,6 +48,24 @@ class Group:
             and all((row["config"] or {}).get(key) == value for key, value in config.items())
         ]
         return min(found, key=lambda row: statistics.median(row["ms"]), default=None)
+
+    def like(self, whole: Row) -> Group:
+        """Its rows with the kernels of a whole attention: its pieces, where the defaults were taken apart too."""
+        return Group(self.file, self.case, tuple(row for row in self.rows if kernels(row) == kernels(whole)))
+
+    @property
+    def taken(self) -> str | None:
+        """Whose kernels made the fastest whole attention of ours, ``tuned`` or ``default``, where it was timed with both."""
+        both = [row for row in self.rows if row["impl"] == OURS and row["op"] in WHOLE and not row["part"]]
+        if not any(map(kernels, both)):
+            return None
+        best = self.best(both[0]["op"], OURS)
+        return None if best is None else kernels(best) or "tuned"
+
+
+def kernels(row: Row) -> str | None:
+    """What a row says of them: ``default`` where a winner of `tune` was not forced."""
+    return (row["config"] or {}).get("kernels")
 
 
 Measure = Callable[[Group], "float | None"]
@@ -114,11 +134,14 @@ def share_of(*parts: tuple[str, str | None, int]) -> Measure:
 
     def measure(group: Group) -> float | None:
         whole = group.best("attention_forward", OURS)
+        if whole is None:
+            return None
+        group = group.like(whole)
         run = [(op, part, sign) for op, part, sign in parts if not not_run(group, op, part)]
-        if whole is not None and not run:
+        if not run:
             return 0.0
         found = [(group.best(op, OURS, part), sign) for op, part, sign in run]
-        if whole is None or any(row is None for row, _ in found):
+        if any(row is None for row, _ in found):
             return None
         sums = [sum(x) for x in zip(*([sign * ms for ms in row["ms"]] for row, sign in found if row is not None))]
         return ratio(sums, whole["ms"])

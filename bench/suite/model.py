@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flexsparse as fs
+from bench.suite import model_check
 from bench.suite.cases import OURS, Case
-from bench.suite.contender import Contender, Expected, Found, Results
+from bench.suite.contender import Contender, Found, Results
 from bench.suite.device import Device
 from flexsparse.nn import rope_frequencies, rotate
 
 DENSE_MODEL = "dense_compiled"
-SMALL_GRID = (4, 8, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,20 +148,15 @@ def contenders(case: Case, device: Device, shape: Shape | None = None) -> Found:
     dense = make(shape, device.torch, case.torch_dtype)
     sparse = copy.deepcopy(dense)
     given = inputs(shape, case.grid, device.torch, case.torch_dtype)
-    sides = case.layout.sides
-    options = {"tile": sides, "gates": ["blocks.*.attn1"], **device.compile_options}
     by_region = "compiled" in device.modes
     if by_region:
         for block in dense.blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, backend=device.compile_options.get("inner", "inductor"))
+        sparse = gated(sparse, case, compile="regional", fullgraph=True, **device.compile_options)
     else:
-        options.pop("inner", None)
-    how: dict[str, Any] = (
-        {"compile": "regional", "fullgraph": True} if by_region else {"compile": False, "attention": "gather"}
-    )
-    sparse = fs.wrap(sparse, case.builder, **options, **how)
-    expected = checked_against(case, device, shape)
+        sparse = gated(sparse, case, compile=False, attention=device.backend)
     for impl, model in ((DENSE_MODEL, dense), (OURS, sparse)):
+        expected = model_check.expected(twin_of(case, device, shape, impl), given, case.torch_dtype)
         for part in ("forward", "training"):
             density = 1.0 if impl == DENSE_MODEL else case.builder.nominal_density(case.layout, case.layout)
             yield Contender(
@@ -169,11 +164,30 @@ def contenders(case: Case, device: Device, shape: Shape | None = None) -> Found:
                 op="model_step",
                 part=part,
                 run=steps(model, given, part),
-                results=lambda impl=impl, model=model: results(case, device, shape, impl, model, given),  # type: ignore[misc]
-                expected=expected,
+                results=lambda impl=impl, model=model, part=part: results(device, impl, model, given, part),  # type: ignore[misc]
+                expected=expected[part],
                 density=density,
                 config={"layers": shape.layers, "compile": by_region},
             )
+
+
+def gated(model: WanShaped, case: Case, **options: Any) -> WanShaped:
+    """The stack with the case's sparse attention, its gates open."""
+    model = fs.wrap(model, case.builder, tile=case.layout.sides, gates=["blocks.*.attn1"], **options)
+    model_check.open_gates(model)
+    return model
+
+
+def twin_of(case: Case, device: Device, shape: Shape, impl: str) -> Callable[[torch.dtype], nn.Module]:
+    """The stack of the same weights, uncompiled, in a dtype; a sparse one by another backend than is timed."""
+
+    def twin(dtype: torch.dtype) -> nn.Module:
+        model = make(shape, device.torch, case.torch_dtype).to(dtype)
+        if impl == DENSE_MODEL:
+            return model
+        return gated(model, case, compile=False, attention=model_check.OTHER[device.backend])
+
+    return twin
 
 
 def steps(model: nn.Module, given: tuple[Tensor, ...], part: str) -> Callable[[int], Any]:
@@ -185,40 +199,16 @@ def steps(model: nn.Module, given: tuple[Tensor, ...], part: str) -> Callable[[i
 
     def training(turn: int) -> Any:
         model.zero_grad(set_to_none=True)
-        model(*given).float().square().mean().backward()
+        model_check.loss_of(model(*given)).backward()
 
     return forward if part == "forward" else training
 
 
-def checked_against(case: Case, device: Device, shape: Shape) -> Callable[[], Expected]:
-    """The dense, uncompiled stack on a small grid: what a sparse one that keeps all tiles must give too."""
-    found: list[Expected] = []
-
-    def once() -> Expected:
-        if not found:
-            with torch.no_grad():
-                given = inputs(shape, SMALL_GRID, device.torch, case.torch_dtype)
-                out = make(shape, device.torch, case.torch_dtype)(*given)
-            found.append(Expected(take=lambda x: x, exact={"out": out.double()}, reference={"out": out}))
-        return found[0]
-
-    return once
-
-
-def results(
-    case: Case, device: Device, shape: Shape, impl: str, model: nn.Module, given: tuple[Tensor, ...]
-) -> Results:
-    """The stack on a small grid, all tiles kept; on the real one every call must be sparse, fused and lowered."""
-    with torch.no_grad():
-        model(*given)
+def results(device: Device, impl: str, model: nn.Module, given: tuple[Tensor, ...], part: str) -> Results:
+    """What the timed model gives on the timed inputs; every self-attention of ours must be sparse, fused and lowered."""
+    found = model_check.output(model, given) if part == "forward" else model_check.step(model, given)
     if impl == OURS and "compiled" in device.modes:
         sparse = [call for call in fs.report(model).calls if call.sparse]
         if not sparse or not all(call.lowered and call.fused for call in sparse):
             raise RuntimeError(f"not every self-attention was fused and lowered:\n{fs.report(model)}")
-    one = make(shape, device.torch, case.torch_dtype)
-    small = inputs(shape, SMALL_GRID, device.torch, case.torch_dtype)
-    if impl == OURS:
-        everything = fs.VSA(sparsity=0.0)
-        one = fs.wrap(one, everything, tile=case.layout.sides, compile=False, attention=device.backend)
-    with torch.no_grad():
-        return {"out": one(*small)}
+    return found

@@ -56,7 +56,7 @@ def contenders(
 ) -> Found:
     """One for each of `PARTS`; the whole's check covers them."""
     q, k, v, gate = inputs
-    if q.is_cuda and reads_raster(q, layout, layout, case.builder, "triton"):
+    if q.is_cuda and reads_raster(q, layout, layout, case.builder, "triton", gradients=False):
         yield from in_raster(case, device, inputs, layout, selection)
         return
     tiles = tiles_of(q, k, v, layout, None, None)

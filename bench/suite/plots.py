@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.suite.cases import OURS
-from bench.suite.measures import File, Group, groups, not_run, ratio
+from bench.suite.measures import WHOLE, File, Group, groups, not_run, ratio
 from bench.suite.rows import Row, median
 
-WHOLE = ("attention_forward", "attention_training")
 DENSE = "dense_cudnn"
 SIZE = {"float32": 4}
 """Bytes of a number; 2 for all other dtypes."""
@@ -90,6 +89,8 @@ def roofline(files: Sequence[File], ax: Any) -> bool:
 def pieces(group: Group) -> dict[str, float] | None:
     """Milliseconds of one attention call by piece; None where it was not taken apart. ``rest`` may be negative: pieces that
     are timed alone do not overlap."""
+    best = group.best("attention_forward", OURS)
+    group = group if best is None else group.like(best)
 
     def ms(op: str, part: str | None) -> float | None:
         if not_run(group, op, part):

@@ -79,7 +79,8 @@ def table(rows: Iterable[Row]) -> str:
     for row in rows:
         if row["op"] == "check":
             continue
-        mode = (row.get("config") or {}).get("mode") or (row.get("config") or {}).get("kernel") or ""
+        config = row.get("config") or {}
+        mode = " ".join(filter(None, [config.get("mode") or config.get("kernel"), config.get("kernels")]))
         ms, rate = median(row), row.get("tflops")
         density = "" if row.get("density") is None else f" {row['density']:.3f}"
         if ms is not None:

@@ -199,7 +199,7 @@ class Run:
                 continue
             # what backward may be run twice on must not be given away by compiled baselines
             keep = {"donated_buffer": False} if case.kind == "fine_backward" else {}
-            with tuning.forced(choice), torch._functorch.config.patch(**keep):
+            with tuning.forced(choice, tuning.key_of(case)), torch._functorch.config.patch(**keep):
                 self.run_case("bench", case, lambda case=case: self.contenders(case), choice=choice)  # type: ignore[misc]
 
     def contenders(self, case: Case) -> Iterable[Contender | Missing]:
@@ -256,7 +256,7 @@ class Run:
         if choice is not None:
             for row in rows:
                 row["tuned"] = True
-                if row["impl"] == OURS:
+                if row["impl"] == OURS and tuning.applies(case, row):
                     row["config"] = {**(row["config"] or {}), **choice.config()}
         before = [row for row in self.rows[stage] if row["case"] == case.name]
         if before and not any(row["ms"] for row in rows if row["impl"] == OURS):
@@ -298,7 +298,9 @@ class Run:
         wrong: dict[tuple[str, Any], str | None] = {}  # None: checked and right
         for number, found in enumerate(make()):
             if isinstance(found, Missing):
-                rows[f"missing {number}"] = case.row(found.op, found.impl, reason=found.reason, part=found.part)
+                rows[f"missing {number}"] = case.row(
+                    found.op, found.impl, reason=found.reason, part=found.part, config=found.config
+                )
                 continue
             tile = list(found.tile or case.layout.sides)
             fields = {"flops": found.flops, "density": found.density, "part": found.part, "config": found.config}

@@ -85,11 +85,13 @@ class Line:
         target: the target.
         values: by case, of the newest file that has it.
         why: what kept a case from being measured, where the files say it.
+        taken: by case, whose kernels the number is with, where ours was timed with those of `tune` and with the defaults.
     """
 
     target: Target
     values: dict[str, float] = field(default_factory=dict)
     why: str | None = None
+    taken: dict[str, str] = field(default_factory=dict)
 
     @property
     def worst(self) -> float | None:
@@ -107,6 +109,8 @@ class Line:
         one = self.target.show(low)
         if len(self.values) > 1:
             one += f" to {self.target.show(high)} ({len(self.values)} cases)"
+        for which in sorted(set(self.taken.values())):
+            one += f"; {which} kernels: {', '.join(case for case, own in self.taken.items() if own == which)}"
         return one
 
     @property
@@ -273,13 +277,16 @@ def lines(files: Sequence[File]) -> list[Line]:
     for target in targets():
         values: dict[str, float] = {}
         why: str | None = None
+        taken: dict[str, str] = {}
         for group in groups(files):
             if group.case in values or not any(target.wants(row) for row in group.rows):
                 continue
             value = target.measure(group)
             if value is not None:
                 values[group.case] = value
+                if group.taken is not None:
+                    taken[group.case] = group.taken
             elif why is None:
                 why = next((str(row["reason"]) for row in group.rows if row["reason"]), None)
-        found.append(Line(target=target, values=values, why=why))
+        found.append(Line(target=target, values=values, why=why, taken=taken))
     return found

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from bench.suite import data, fine
-from bench.suite.cases import OURS, Case
-from bench.suite.contender import Contender, Found, Results, training_results
+from bench.suite.cases import OURS, Case, Tile
+from bench.suite.contender import Contender, Found, Missing, Results, training_results
 from bench.suite.device import Device
 
+DEFAULT = "default"
+"""What ``kernels`` in a row's ``config`` says where nothing was forced though `tune` has a winner for the tiles."""
 Key = tuple[str, int, int, int]
 """dtype, D, query rows, KV slots."""
 
@@ -44,10 +46,20 @@ def table() -> Any:
     return tuned
 
 
-def key_of(case: Case) -> Key:
-    """What the choice depends on, besides the GPU."""
-    packed = case.builder.packed(case.layout) if case.method == "bsa" else case.layout.slots
-    return (case.dtype, case.D, packed, case.kv_layout.slots)
+def key_of(case: Case, tile: Tile | None = None) -> Key:
+    """What the choice depends on, besides the GPU; of another tile than the case's."""
+    layout = case.layout if tile is None else case.layout_of(tile)
+    kv_layout = layout if case.kv_tile is None else case.kv_layout
+    packed = case.builder.packed(layout) if case.method == "bsa" else layout.slots
+    return (case.dtype, case.D, packed, kv_layout.slots)
+
+
+def applies(case: Case, row: dict[str, Any]) -> bool:
+    """Whether the case's winner was forced for a row of ours: not for the defaults, nor on tiles that it was not tuned for."""
+    if (row["config"] or {}).get("kernels") == DEFAULT:
+        return False
+    alike = [tile for tile in (case.tile, *case.others) if key_of(case, tile) == key_of(case)]
+    return tuple(row["tile"]) in [case.layout_of(tile).sides for tile in alike]
 
 
 def candidates(case: Case, device: Device) -> list[Any]:
@@ -74,12 +86,34 @@ def name_of(choice: Any) -> str:
 
 
 @contextlib.contextmanager
-def forced(winners: Winners | None) -> Iterator[None]:
-    """Inside, the fine stage takes these choices; None changes nothing."""
+def forced(winners: Winners | None, key: Key | None = None) -> Iterator[None]:
+    """Inside, the fine stage takes these choices, on the tiles of a key or on all; None changes nothing."""
+    only = () if key is None else ((getattr(torch, key[0]), *key[1:]),)
     with contextlib.ExitStack() as stack:
         for choice in () if winners is None else winners.choices:
-            stack.enter_context(table().using(choice))
+            stack.enter_context(table().using(choice, *only))
         yield
+
+
+def unforced() -> contextlib.AbstractContextManager[None]:
+    """Inside, nothing is forced."""
+    return contextlib.nullcontext() if (tuned := table()) is None else tuned.unforced()
+
+
+def by_default(found: Contender | Missing) -> Contender | Missing:
+    """The same where nothing is forced."""
+
+    def free(function: Callable[..., Any] | None) -> Any:
+        def call(*args: Any) -> Any:
+            with unforced():
+                return function(*args)  # type: ignore[misc]
+
+        return None if function is None else call
+
+    config = {**(found.config or {}), "kernels": DEFAULT}
+    if isinstance(found, Missing):
+        return replace(found, config=config)
+    return replace(found, run=free(found.run), results=free(found.results), config=config)
 
 
 def under(choice: Any, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -161,7 +161,7 @@ def _choose(q: Tensor, query_rows: int, slots: int, scale: float, by_table: bool
             raise ValueError(
                 f"a Hopper kernel of forward is forced on {arch or 'a CPU tensor'}: it needs a GPU of sm_90a"
             )
-        if scale <= 0 and not tuned.forced():
+        if scale <= 0 and not tuned.forced("forward", (q.dtype, q.shape[3], query_rows, slots)):
             return tuned.candidates(None, q.dtype, q.shape[3], query_rows, slots)[0]
     elif query_rows % choice.rows or slots % choice.keys:
         raise ValueError(

@@ -27,7 +27,10 @@ OPS = ("forward", "dq", "dkdv")
 """The ops that choose: output and log-sum-exp; gradient of the queries; gradients of keys and values."""
 KERNELS = ("triton", "hopper", "hopper_pairs", "hopper_specialized")
 
-_forced: list[Choice] = []
+Tiles = tuple[torch.dtype, int, int, int]
+"""dtype, D, query rows and KV slots of a tile: what a forced choice may be confined to."""
+
+_forced: list[tuple[Choice, Tiles | None]] = []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +175,7 @@ def chosen(
     Raises:
         ValueError: another is forced there.
     """
-    wanted = [choice for choice in _forced if choice.op == op]
+    wanted = _forced_on(op, (dtype, D, query_rows, slots))
     if wanted:
         if by_table and wanted[-1].kernel != "triton":
             raise ValueError(
@@ -185,18 +188,20 @@ def chosen(
     return measured
 
 
-def finds_rows(q: Tensor, query_rows: int, slots: int) -> bool:
+def finds_rows(q: Tensor, query_rows: int, slots: int, gradients: bool = True) -> bool:
     """Whether all kernels that are chosen for queries can find rows by a table, so that nobody need bring them to tile order.
 
-    The one place that decides it: before tokens are left in raster order, and not where kernels run.
+    The one place that decides it: before tokens are left in raster order, and not where kernels run. Without ``gradients`` the
+    call has no backward, whose kernels are not asked.
     """
-    if any(choice.kernel != "triton" for choice in _forced):
-        return False
+    ops = OPS if gradients else OPS[:1]
     case = (q.shape[3], query_rows, slots)
+    if any(choice.kernel != "triton" for op in ops for choice in _forced_on(op, (q.dtype, *case))):
+        return False
     if not any(key[2:] == (TYPES[q.dtype], *case) for key in _table(TABLE)):  # whatever the GPU is
         return True
     arch = arch_of(q)
-    return all(chosen(arch, q.dtype, *case, op).kernel == "triton" for op in OPS)
+    return all(chosen(arch, q.dtype, *case, op).kernel == "triton" for op in ops)
 
 
 def hopper_choice(op: str, q: Tensor, query_rows: int, slots: int, by_table: bool = False) -> Choice | None:
@@ -215,18 +220,36 @@ def hopper_choice(op: str, q: Tensor, query_rows: int, slots: int, by_table: boo
 
 
 @contextlib.contextmanager
-def using(choice: Choice) -> Iterator[None]:
-    """Force a choice on every call of its op inside, in all threads; a case that its kernel refuses raises."""
-    _forced.append(choice)
+def using(choice: Choice, only: Tiles | None = None) -> Iterator[None]:
+    """Force a choice on every call of its op inside, in all threads; a case that its kernel refuses raises.
+
+    ``only``: on calls with these tiles; others choose as if nothing were forced.
+    """
+    _forced.append((choice, only))
     try:
         yield
     finally:
         _forced.pop()
 
 
-def forced(op: str = "forward") -> bool:
-    """Whether a choice is forced for an op."""
-    return any(choice.op == op for choice in _forced)
+@contextlib.contextmanager
+def unforced() -> Iterator[None]:
+    """Inside, nothing is forced that is forced around it."""
+    before, _forced[:] = _forced[:], []
+    try:
+        yield
+    finally:
+        _forced[:] = before
+
+
+def forced(op: str = "forward", tiles: Tiles | None = None) -> bool:
+    """Whether a choice is forced for an op, on these tiles or on any."""
+    return bool(_forced_on(op, tiles))
+
+
+def _forced_on(op: str, tiles: Tiles | None) -> list[Choice]:
+    """What is forced, the innermost last."""
+    return [choice for choice, only in _forced if choice.op == op and (None in (only, tiles) or only == tiles)]
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import flexsparse as fs
 import flexsparse.attention as attention
+import flexsparse.calls as calls
 from flexsparse.backends import triton
 from flexsparse.compile_passes.templates import tuned
 
@@ -115,3 +116,21 @@ def test_who_reads_tiles_gets_them(builder: Any, tiled: list[str]) -> None:
     q, k, v = (torch.randn(B, heads, LAYOUT.seq_len, D) for heads in (H, G, G))
     fs.sparse_attention(q, k, v, LAYOUT, builder, backend="triton")
     assert tiled
+
+
+@pytest.mark.parametrize("who", ("nobody", "keys", "gate", "nobody in a model", "gate in a model"))
+def test_kernels_of_a_backward_are_asked_where_there_is_one(
+    who: str, tiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dq = tuned.Choice(op="dq", kernel="hopper", rows=64, keys=64, num_warps=4, num_stages=2)
+    q, k, v, gate = (torch.randn(B, heads, LAYOUT.seq_len, D) for heads in (H, G, G, H))
+    with tuned.using(dq):
+        if "model" in who:
+            rows = gate.transpose(1, 2).flatten(2).requires_grad_("gate" in who)
+            monkeypatch.setattr(calls, "tiles_of", attention.tiles_of)
+            calls.sparse_call(fs.VSA(top_k=2), q, k, v, (rows, None), LAYOUT, None, "triton", False)
+        else:
+            k.requires_grad_(who == "keys")
+            gate.requires_grad_(who == "gate")
+            fs.sparse_attention(q, k, v, LAYOUT, fs.VSA(top_k=2), gate=gate, backend="triton")
+    assert bool(tiled) == ("nobody" not in who)

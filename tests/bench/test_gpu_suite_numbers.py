@@ -17,7 +17,6 @@ from bench.suite import (
     fine,
     gate,
     memory,
-    model,
     oracle,
     overlap,
     rows,
@@ -194,17 +193,6 @@ def test_memory_counts_storages_once(tmp_path: Path) -> None:
     saved, index = result["rows"]
     assert saved["needed_mib"] == pytest.approx(2 * 256 * (4 * 16 * 4 + 4) / 2**20, rel=1e-4) and saved["mib"][0] > 0
     assert index["needed_mib"] == pytest.approx(12 * 2 * 4 * 2 / 2**20, rel=1e-4)
-
-
-def test_a_small_block_stack_dense_against_sparse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    shape = model.Shape(heads=2, head_dim=16, ffn=64, layers=2, channels=4, text_dim=16, text_tokens=8)
-    monkeypatch.setattr(model, "shape_of", lambda case: shape)
-    code, result = run(tmp_path, case("model", "model_step", layers=2))
-    for impl in ("flexsparse", "dense_compiled"):
-        for part in ("forward", "training"):
-            row = of(result, "model_step", impl, part)
-            assert row["ms"] and row["error"]["out"] < 1e-4
-    assert code == 0
 
 
 def test_the_small_script_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -12,15 +13,20 @@ import pytest
 import torch
 from suite_helpers import BASELINES, Recorder, case, of, run
 
+import flexsparse as fs
 from bench import gpu_suite, tune
 from bench.suite import (
+    attention,
     cases,
     checks,
     fine,
+    measures,
     rows,
     tuning,
     warm,
 )
+from bench.suite.cases import OURS
+from bench.suite.contender import Contender, Missing
 from bench.suite.device import Host
 from bench.suite.runner import Budget, Run
 
@@ -40,13 +46,14 @@ class FakeTable:
     OPS = ("forward", "dq", "dkdv")
 
     def __init__(self, *choices: FakeChoice) -> None:
-        self.choices, self.forced, self.written = list(choices), [], []
+        self.choices, self.forced, self.written, self.only = list(choices), [], [], []
 
     def candidates(self, arch: str, dtype: Any, D: int, rows: int, slots: int, op: str) -> list[FakeChoice]:
         return [choice for choice in self.choices if choice.op == op]
 
-    def using(self, choice: FakeChoice) -> Any:
+    def using(self, choice: FakeChoice, only: Any = None) -> Any:
         table = self
+        table.only.append(only)
 
         class Forced:
             def __enter__(self) -> None:
@@ -56,6 +63,12 @@ class FakeTable:
                 table.forced.pop()
 
         return Forced()
+
+    @contextlib.contextmanager
+    def unforced(self) -> Any:
+        before, self.forced[:] = self.forced[:], []
+        yield
+        self.forced[:] = before
 
     def write_table(self, found: Any, source: str) -> None:
         self.written.append((found, source))
@@ -263,6 +276,121 @@ def test_each_op_has_its_own_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert tune.main([str(tmp_path / "tune.json")]) == 0
     ((entries, _),) = table.written
     assert [(entry["op"], entry["number"]) for entry in entries] == [("forward", 0), ("dq", 1), ("dkdv", 0)]
+
+
+def test_a_winner_is_forced_only_on_the_tiles_that_it_was_tuned_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BSA packs half of the queries: 64 rows of a tile of 128, and 32 of one of 64, which blocks of 64 do not divide."""
+    table = FakeTable(FakeChoice(3))
+    monkeypatch.setattr(tuning, "table", lambda: table)
+    tiles = {"tile": (4, 8, 4), "kv_tile": (4, 4, 4), "others": ((4, 4, 8), (4, 4, 4))}
+    bsa = case("bsa", "attention_forward", method="bsa", **tiles)
+    assert tuning.key_of(bsa) == ("float32", 16, 64, 64) and tuning.key_of(bsa, (4, 4, 4)) == ("float32", 16, 32, 64)
+    code, result = run(tmp_path, bsa, tuned=[case("tune-it", "fine_forward")], arguments=("--only", "tune", "bench"))
+    found = {tuple(row["tile"]): row for row in result["rows"] if row["impl"] == "flexsparse"}
+    assert code == 0 and all(row["ms"] for row in found.values())
+    kernels = {tile: row["config"].get("number") for tile, row in found.items()}
+    assert kernels == {(4, 8, 4): 3, (4, 4, 8): 3, (4, 4, 4): None}
+    assert table.only[-1] == (torch.float32, 16, 64, 64)
+
+
+def test_blocks_that_do_not_divide_other_tiles_are_not_forced_on_them() -> None:
+    tuned = pytest.importorskip("flexsparse.compile_passes.templates.tuned")
+    (bsa,) = [one for one in cases.first_cases() if one.name == "bsa-forward"]
+    best = tuned.Choice(kernel="triton", rows=64, keys=64, num_warps=4, num_stages=4)
+    with tuning.forced(tuning.Winners(choices=(best,)), tuning.key_of(bsa)):
+        for tile in (bsa.tile, *bsa.others):
+            dtype, D, rows_, slots = tuning.key_of(bsa, tile)
+            found = tuned.chosen(None, getattr(torch, dtype), D, rows_, slots)
+            assert rows_ % found.rows == 0 and (found is best) == (tile != (4, 4, 4))
+
+
+@pytest.mark.parametrize("kind", ["attention_forward", "attention_training"])
+@pytest.mark.parametrize("faster", ["default", "tuned"])
+def test_the_defaults_are_timed_where_a_winner_changes_the_order(
+    kind: str, faster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A winner that takes tile order was tuned without the way there: the better whole is reported, and which it is."""
+    table = FakeTable(FakeChoice(3))
+    ticks, right, asked = [0.0], fs.sparse_attention, []
+
+    def call(*args: Any, **options: Any) -> Any:
+        ticks[0] += 1.0 if bool(table.forced) == (faster == "tuned") else 3.0
+        return right(*args, **options)
+
+    def reads_raster(*args: Any) -> bool:
+        asked.append(args[-1])
+        return not table.forced
+
+    def pieces(case_: Any, device: Any, inputs: Any, layout: Any, selection: Any) -> Any:
+        """One that takes a tenth, and where tokens stay in raster order no tiling."""
+        if table.forced:
+            yield Contender(impl=OURS, op=kind, part="tiling", tile=layout.sides, run=tick)
+        else:
+            yield Missing(impl=OURS, op=kind, part="tiling", reason=rows.NOT_RUN)
+
+    def tick(turn: int) -> None:
+        assert table.forced
+        ticks[0] += 0.1
+
+    def clock() -> float:
+        ticks[0] += 1e-9
+        return ticks[0]
+
+    monkeypatch.setattr(tuning, "table", lambda: table)
+    monkeypatch.setattr(attention.fs, "sparse_attention", call)
+    monkeypatch.setattr(attention, "reads_raster", reads_raster)
+    monkeypatch.setattr(attention.parts, "contenders", pieces)
+    one = case("attention-32k", kind, parts=True, dtype="float32")
+    tuned, device = case("tune-it", "fine_forward"), Host(clock=clock)
+    code, result = run(tmp_path, one, tuned=[tuned], device=device, arguments=("--only", "tune", "bench"))
+    mine = [row for row in result["rows"] if row["impl"] == OURS]
+    whole, parts = ([row for row in mine if bool(row["part"]) == part] for part in (False, True))
+    assert code == 0 and set(asked) == {kind == "attention_training"} and not table.forced
+    assert [row["config"] for row in whole] == [
+        {"mode": "eager", **FakeChoice(3).config()},
+        {"mode": "eager", "kernels": "default"},
+    ]
+    times = [3000.0, 1000.0] if faster == "default" else [1000.0, 3000.0]
+    assert [row["ms"][0] for row in whole] == pytest.approx(times)
+    assert {row["config"].get("kernels"): bool(row["ms"]) for row in parts} == {None: True, "default": False}
+    (group,) = measures.groups([measures.File(name="x", header={}, rows=result["rows"])])
+    assert group.taken == faster and group.best(kind, OURS) is whole[faster == "default"]
+    share = measures.share_of((kind, "tiling", 1))(group)
+    if kind == "attention_forward":
+        assert share == pytest.approx(0.0 if faster == "default" else 0.1)
+
+
+def test_which_winners_change_the_order() -> None:
+    """Any that is not plain Triton, of the ops that a call runs; not of BSA, whose queries are packed from tiles."""
+    tuned = pytest.importorskip("flexsparse.compile_passes.templates.tuned")
+    host = Host()
+    host.backend = "triton"
+    hopper = {op: tuned.Choice(op=op, kernel="hopper", rows=64, keys=64, num_warps=4, num_stages=1) for op in tuned.OPS}
+    plain = tuned.Choice(kernel="triton", rows=64, keys=32, num_warps=4, num_stages=4)
+
+    def changes(one: cases.Case, *choices: Any) -> bool:
+        q = torch.zeros(1, one.H, one.S, one.D)
+        with tuning.forced(tuning.Winners(choices=choices), tuning.key_of(one)):
+            found = attention.changes_order(one, host, q, one.layout, one.kv_layout)
+            assert tuned.forced(choices[0].op)
+        return found
+
+    forward, training = case("a", "attention_forward"), case("b", "attention_training")
+    bsa = case("c", "attention_training", method="bsa", tile=(4, 8, 4), kv_tile=(4, 4, 4))
+    assert changes(forward, hopper["forward"]) and changes(training, plain, hopper["dkdv"])
+    assert not changes(forward, plain, hopper["dq"], hopper["dkdv"]) and not changes(training, plain)
+    assert not changes(bsa, *hopper.values())
+
+
+def test_one_way_where_a_winner_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = FakeTable(FakeChoice(3))
+    monkeypatch.setattr(tuning, "table", lambda: table)
+    monkeypatch.setattr(attention, "reads_raster", lambda *args: True)
+    tuned = [case("tune-it", "fine_forward")]
+    _, result = run(tmp_path, case("it", "attention_forward"), tuned=tuned, arguments=("--only", "tune", "bench"))
+    assert of(result, "attention_forward")["config"] == {"mode": "eager", **FakeChoice(3).config()}
 
 
 def test_the_real_table_takes_what_tuning_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

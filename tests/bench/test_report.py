@@ -130,6 +130,24 @@ def test_a_piece_that_no_call_has_takes_no_time() -> None:
     assert bars is not None and bars["tiling"] == bars["way back, gate"] == 0.0
 
 
+def test_the_faster_whole_counts_and_says_whose_kernels_it_has(folder: Folder) -> None:
+    found = full_run()
+    for row in [x for x in found if x["op"] == "attention_forward" and x["impl"] == "flexsparse" and not x["part"]]:
+        if row["case"] == "attention-32k":
+            found.append(row | {"ms": [0.5 * ms for ms in row["ms"]], "config": {"kernels": "default"}})
+        if row["case"] == "attention-16k":
+            found.append(row | {"ms": None, "config": {"kernels": "default"}})
+    by_text = {line.target.text: line for line in targets.lines([measures.File(name="x", header=HEAD, rows=found)])}
+    whole = by_text["whole attention forward, density 0.10, gate, against dense cuDNN"]
+    assert whole.values["attention-32k"] == pytest.approx(24.0) and whole.taken == {"attention-32k": "default"}
+    assert whole.measured.endswith("cases); default kernels: attention-32k")
+    assert by_text["the same, 16k"].measured.endswith("; tuned kernels: attention-16k")
+    share = by_text["selection + combine, share of attention forward, 32k"]
+    assert share.worst is None, "the pieces are those of the other whole"
+    folder.put("bench.json", found)
+    assert folder.main() == 0 and "default kernels: attention-32k" in folder.readme.read_text()
+
+
 def test_every_target_is_measured_by_a_full_run() -> None:
     found = targets.lines([measures.File(name="x", header=HEAD, rows=full_run())])
     assert len(found) == 23 and [line.target.text for line in found if line.worst is None] == []

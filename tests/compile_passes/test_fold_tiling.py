@@ -244,6 +244,16 @@ def test_a_kernel_that_reads_tile_order_keeps_it(monkeypatch: pytest.MonkeyPatch
     assert nodes_of(joint.graphs[-1], ops.tile_tokens)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_inference_does_not_ask_the_kernels_of_a_backward(training: bool) -> None:
+    tuned = pytest.importorskip("flexsparse.compile_passes.templates.tuned")
+    dq = tuned.Choice(op="dq", kernel="hopper", rows=64, keys=64, num_warps=4, num_stages=2)
+    case = CASES["partial tiles"]
+    with torch.set_grad_enabled(training), passes() as folds, tuned.using(dq):
+        run(case, torch.randn(1, case.tokens, case_channels()))
+    assert folds[-1].matches == (int(not training), 0) and bool(folds[-1].refused) == training
+
+
 LAYOUT = fs.TileLayout(grid=GRID, tile=TILE)
 TOKENS, SLOTS, COUNTS = LAYOUT.tables("cpu")
 

@@ -184,6 +184,55 @@ def test_a_forced_choice_ends_with_its_block(table: Path) -> None:
     assert chosen(*SHAPE).kernel == "triton" and not tuned.forced()
 
 
+def test_a_choice_may_be_forced_on_some_tiles_alone(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only = (BF16, 128, 64, 64)
+    q = torch.zeros(1, 1, 64, 128, dtype=BF16)
+    with using(HOPPER, only), using(BACKWARD["dq"], only):
+        assert chosen(*SHAPE) is HOPPER and chosen(*SHAPE, "dq") is BACKWARD["dq"]
+        for other in ((BF16, 128, 32, 64), (BF16, 128, 64, 128), (BF16, 64, 64, 64), (torch.float16, 128, 64, 64)):
+            assert [chosen("sm_90a", *other, op).kernel for op in OPS] == ["triton"] * 3
+            assert not tuned.forced("forward", other)
+        assert tuned.forced("forward", only) and tuned.forced() and not tuned.forced("dkdv")
+        assert not tuned.finds_rows(q, 64, 64) and tuned.finds_rows(q, 32, 64) and tuned.finds_rows(q.half(), 64, 64)
+    assert not tuned.forced() and tuned.finds_rows(q, 64, 64)
+
+
+def test_a_call_without_a_backward_does_not_ask_its_kernels(table: Path) -> None:
+    q = torch.zeros(1, 1, 64, 128, dtype=BF16)
+    with using(BACKWARD["dq"]):
+        assert tuned.finds_rows(q, 64, 64, False) and not tuned.finds_rows(q, 64, 64, True)
+        with tuned.unforced(), using(SPECIALIZED):
+            assert chosen(*SHAPE, "dq").kernel == "triton" and chosen(*SHAPE, "dkdv") is SPECIALIZED
+        with pytest.raises(RuntimeError), tuned.unforced():
+            assert tuned.finds_rows(q, 64, 64) and not tuned.forced("dq")
+            raise RuntimeError
+        assert chosen(*SHAPE, "dq") is BACKWARD["dq"] and not tuned.forced("dkdv")
+    with using(HOPPER):
+        assert not tuned.finds_rows(q, 64, 64, False)
+
+
+def test_the_table_is_asked_for_the_ops_that_run(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "arch_of", lambda x: "sm_90a")
+    q = torch.zeros(1, 1, 64, 128, dtype=BF16)
+    write_table([ROW | BACKWARD["dkdv"].config()], "h200/tune.json", table)
+    assert tuned.finds_rows(q, 64, 64, False) and not tuned.finds_rows(q, 64, 64)
+    write_table([ROW | HOPPER.config()], "h200/tune.json", table)
+    assert not tuned.finds_rows(q, 64, 64, False)
+
+
+def test_other_tiles_run_while_a_choice_is_forced_that_does_not_divide_them() -> None:
+    problem = build(Case(query_rows=32, slots=64, D=64, dtype=torch.float16))
+    choice = Choice(kernel="triton", rows=64, keys=64, num_warps=4, num_stages=3)
+    with using(choice, (torch.float16, 64, 64, 64)):
+        out, _ = template.forward(*problem.tensors, **problem.keywords)
+    assert bool(out.isfinite().all())
+    with (
+        using(choice),
+        pytest.raises(ValueError, match="blocks of 64 rows and 64 slots are forced on tiles of 32 rows"),
+    ):
+        template.forward(*problem.tensors, **problem.keywords)
+
+
 def test_the_forward_takes_blocks_that_are_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     launch, blocks = template.launch, []
 
