@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -191,7 +192,9 @@ class Run:
         for case in cases:
             choice = self.winners.get(tuning.key_of(case))
             before = [row for row in self.rows["bench"] if row["case"] == case.name]
-            if before and (choice is None or any(row.get("tuned") for row in before)):
+            if before and (
+                choice is None or any(row.get("tuned") for row in before) or self.defaults_won(case, choice)
+            ):
                 continue
             if not self.budget.allows(case.estimate()):
                 if last and not before:
@@ -201,6 +204,13 @@ class Run:
             keep = {"donated_buffer": False} if case.kind == "fine_backward" else {}
             with tuning.forced(choice, tuning.key_of(case)), torch._functorch.config.patch(**keep):
                 self.run_case("bench", case, lambda case=case: self.contenders(case), choice=choice)  # type: ignore[misc]
+
+    def defaults_won(self, case: Case, choice: Any) -> bool:
+        """Whether what was tuned is what runs anyway."""
+        with contextlib.suppress(Exception):
+            defaults = {str(default.config()) for default in tuning.defaults(tuning.candidates(case, self.device))}
+            return all(str(one.config()) in defaults for one in choice.choices)
+        return False
 
     def contenders(self, case: Case) -> Iterable[Contender | Missing]:
         """Who computes a case."""

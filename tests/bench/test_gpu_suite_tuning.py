@@ -169,6 +169,9 @@ def test_what_was_timed_before_tuning_is_timed_again_with_the_winner(
     gpu_suite.work(run_, ["tune", "bench"], [first, other], [], "early")
     (before,) = of_file(tmp_path / "bench.json", lambda row: row["impl"] == "flexsparse")
     assert before["case"] == "first" and before["ms"] and before["config"] is None
+    run_.winners = {tuning.key_of(first): tuning.Winners(choices=(FakeChoice(0),))}
+    run_.run_bench([first], last=False)
+    assert of_file(tmp_path / "bench.json", lambda row: row["impl"] == "flexsparse") == [before], "the default won"
     run_.winners = {tuning.key_of(first): tuning.Winners(choices=(FakeChoice(1),))}
     gpu_suite.work(run_, ["bench"], [first, other], [], "rest")
     found = {row["case"]: row for row in of_file(tmp_path / "bench.json", lambda row: row["impl"] == "flexsparse")}
