@@ -148,9 +148,9 @@ def supervised(run: Run, stages: Sequence[str], cases: list[Case], tuned: list[C
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "state.json"
             own = ["--worker", str(path), "--part", part, *more]
-            codes.append(
-                supervise.supervise([sys.executable, "-u", "-m", "bench.gpu_suite", *arguments, *own], path, until)
-            )
+            command = [sys.executable, "-u", "-m", "bench.gpu_suite", *arguments, *own]
+            codes.append(supervise.supervise(command, path, until, skip=[[*key, how] for key, how in run.skip.items()]))
+            run.skip = supervise.State.read(path).skipped
 
     if {"tune", "bench"} <= {*stages} and any(case.early for case in cases):
         process("early", budget.clock() + EARLY_SHARE * budget.left())

@@ -249,6 +249,18 @@ def test_a_process_that_dies_goes_on_without_what_it_died_of(tmp_path: Path, wha
     assert code == 0 and "bad left out" in text and how in text and text.count("good done") == 2
 
 
+def test_a_process_that_is_slow_is_ended_and_nothing_is_left_out_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervise, "MARGIN", 0.5)
+    script = tmp_path / "worker.py"
+    script.write_text(textwrap.dedent(WORKER).format(root=str(ROOT), what="time.sleep(60)").replace("1.0)", "99.0)"))
+    path = tmp_path / "state.json"
+    started = time.monotonic()
+    assert supervise.supervise([sys.executable, str(script), str(path)], path, time.time() + 4) == 0
+    assert time.monotonic() - started < 30 and supervise.State.read(path).skipped == {}
+
+
 def test_a_process_that_cannot_be_ended_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one does whose kernel the driver waits for."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
