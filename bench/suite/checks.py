@@ -27,9 +27,9 @@ SANITIZER = "compute-sanitizer"
 TOOLS = ("memcheck", "racecheck")
 WORKERS = 12
 """Processes of the tests: they spend their time compiling kernels, one core each."""
-TEST_SECONDS, TEST_SHARE = 240.0, 0.3
+TEST_SECONDS, TEST_SHARE = 240.0, 0.5
 """Of one test, and of the stage at most: one that compiles a dozen kernels takes a minute, one that hangs holds a process."""
-HANGS = 45.0
+HANGS = 75.0
 """Seconds after which a test that was still running at the end counts as one that hangs."""
 DIED = re.compile(r"crashed while running|Timeout|it was still running")
 """Reasons of a test that took its process with it, or would have."""
