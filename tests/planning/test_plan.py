@@ -317,7 +317,8 @@ def test_a_grid_that_the_model_has_no_positions_for(folder):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"gpus": 3, "ulysses": 2}, "does not divide 3"),
+        ({"gpus": 3, "ulysses": 2}, "does not divide 3 GPUs: give gpus a multiple of 2, or ulysses a divisor of them"),
+        ({"gpus": 6, "ulysses": 6, "fsdp": 4}, "fsdp is 4, which does not divide 6 GPUs: give gpus a multiple of 12"),
         ({"batch": 0}, "batch is 0"),
         ({"grid": None}, "either the grid"),
         ({"pixels": (5, 16, 16)}, "either the grid"),
