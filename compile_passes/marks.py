@@ -1,7 +1,7 @@
-"""Identity ops by which a wrapped model tells its graph the grid and the gates.
+"""Identity ops by which a wrapped model tells its graph the grid, the gates, and where its tokens are cut.
 
-`RewriteSDPA` removes them. One that is executed shows that the model was compiled by a backend that knows nothing of
-flexsparse and would run dense: it raises.
+`RewriteSDPA` removes them (the last kind: `distributed.around`). One that is executed shows that the model was compiled by
+a backend that knows nothing of flexsparse and would run dense: it raises.
 """
 
 from __future__ import annotations
@@ -43,6 +43,17 @@ def _(x: Tensor, gate: Tensor, fine_gate: Tensor | None = None) -> Tensor:
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("flexsparse::mark_cut", mutates_args=())
+def mark_cut(x: Tensor, cut: bool) -> Tensor:
+    """Return ``x``; says that from here on a sequence parallel model's tokens are cut, or that they are whole again."""
+    raise _not_rewritten()
+
+
+@mark_cut.register_fake
+def _(x: Tensor, cut: bool) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)  # a part of a tensor is not dense
+
+
 def _first_only(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (grad, *(None,) * ctx.others)
 
@@ -55,11 +66,17 @@ def _setup_gate(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.others = 2
 
 
+def _setup_cut(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.others = 1
+
+
 mark_grid.register_autograd(_first_only, setup_context=_setup_grid)
 mark_gate.register_autograd(_first_only, setup_context=_setup_gate)
+mark_cut.register_autograd(_first_only, setup_context=_setup_cut)
 
 GRID = torch.ops.flexsparse.mark_grid
 GATE = torch.ops.flexsparse.mark_gate
+CUT = torch.ops.flexsparse.mark_cut
 
 
 def is_mark(target: Any, mark: Any) -> bool:

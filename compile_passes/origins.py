@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flexsparse.compile_passes import marks
 from flexsparse.compile_passes.graphs import value_of
@@ -85,6 +86,37 @@ def from_different_tensors(q: Any, k: Any, v: Any) -> bool:
     q_sources, k_sources, v_sources = (_tokens(_sources(x)) for x in (q, k, v))
     sequence = k_sources & v_sources or k_sources
     return bool(q_sources and sequence) and not (q_sources & sequence)
+
+
+ATTENTION = {torch._C._nn.scaled_dot_product_attention, torch.nn.functional.multi_head_attention_forward}
+SLICES = {operator.getitem, torch.split, torch.chunk, torch.narrow, "split", "chunk", "narrow"}
+
+
+def share_tokens(q: Any, k: Any, v: Any) -> bool:
+    """Whether keys or values are made of the queries' tokens after all: more were appended, or they were pooled.
+
+    True where something of as many tokens as the queries stands above both; what attention makes of tokens, and slices of them,
+    are other tokens.
+    """
+    tokens = value_of(q).shape[-2]
+    common = _above(_sources(q)) & _above(_sources(k) | _sources(v))
+    values = (value_of(node) for node in common)
+    sizes = [x.shape for x in values if isinstance(x, torch.Tensor) and x.dim() >= 3]
+    return any(statically_known_true(size == tokens) for shape in sizes for size in shape[1:-1])
+
+
+def _above(nodes: set[Node]) -> set[Node]:
+    """The nodes and what they are made of, up to attention and slices."""
+    found: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node in found:
+            continue
+        found.add(node)
+        if node.target not in ATTENTION and node.target not in SLICES:
+            stack.extend(node.all_input_nodes)
+    return found
 
 
 def key_mask(mask: Any) -> Node | None:

@@ -182,6 +182,7 @@ class Backend:
         options: Mapping[str, Any],
         region: str = "",
         within: str = "",
+        cut: bool = False,
     ) -> Any:
         """As calling the backend, for a region that several modules run.
 
@@ -191,6 +192,7 @@ class Backend:
             options: of torch.compile.
             region: what stands before the names of its calls in the report; it ends in ``::``.
             within: the path of a module that runs it: what its builders are looked up by.
+            cut: whether the tokens of a sequence parallel model are cut where it runs.
         """
         schedules = self.rules.schedules
         config = _inductor_options(options)
@@ -227,7 +229,7 @@ class Backend:
             gates=self.gates,
         )
         if self.parallel is not None:
-            self.parallel.rewrite(gm, self)
+            self.parallel.rewrite(gm, self, cut)
         rewrite(gm)
         self._verify(rewrite, met, is_region=bool(region))
         keep = None

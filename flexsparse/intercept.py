@@ -25,15 +25,25 @@ from flexsparse.compiler import DENSE, Backend
 from flexsparse.grids import Geometry
 from flexsparse.ops.text_lengths import key_mask_of, stays_dense
 
+Lengths = tuple[int, ...]
+ANY: Lengths = (-1,)
+"""Of a module that says itself that it is cross-attention, and may split what it is given."""
+
 
 class _Local(threading.local):
-    """What holds for the thread that runs the model; backward of a CUDA graph runs in a thread of its own."""
+    """What holds for the thread that runs the model; backward of a CUDA graph runs in a thread of its own.
+
+    Attributes:
+        cut: whether the tokens of the forward that runs are cut now, each rank having its part (`distributed.ulysses`).
+    """
 
     def __init__(self) -> None:
         self.grid: Geometry | None = None
         self.depth = 0
         self.names: list[str] = []
         self.crossing: list[frozenset[int]] = []
+        self.others: list[Lengths | None] = []
+        self.cut = False
         self.gate: Gates | None = None
 
 
@@ -75,12 +85,14 @@ class Interceptor:
     @contextmanager
     def forward(self, grid: Geometry) -> Iterator[None]:
         """The model's forward on a grid."""
-        before, self.local.grid = self.local.grid, grid
+        local = self.local
+        before = local.grid, local.cut
+        local.grid, local.cut = grid, False
         try:
             with self.active():
                 yield
         finally:
-            self.local.grid = before
+            local.grid, local.cut = before
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -108,13 +120,16 @@ class Interceptor:
             finally:
                 self.local.depth = 1
 
-    def call(self, name: str, run: Callable[[], Any], crossing: frozenset[int], gate: Gates | None) -> Any:
+    def call(
+        self, name: str, run: Callable[[], Any], crossing: frozenset[int], others: Lengths | None, gate: Gates | None
+    ) -> Any:
         """Run a module of the model, entering the mode where backward redoes it.
 
         Args:
             name: the module's path.
             run: its forward.
             crossing: lengths of which it was given two token sequences (`two_sequences`).
+            others: lengths of what it was given besides its own tokens (`other_sequences`).
             gate: its gates ``[B, S, H * D]``, or None.
         """
         local = self.local
@@ -126,6 +141,7 @@ class Interceptor:
             local.gate = gate
         local.names.append(name)
         local.crossing.append(crossing)
+        local.others.append(others)
         self.backend.tally.others += name in self.sparse_names  # whatever computes its attention this time
         try:
             with self.active():
@@ -139,6 +155,7 @@ class Interceptor:
         finally:
             local.names.pop()
             local.crossing.pop()
+            local.others.pop()
             local.gate = outer_gate if gate is not None else local.gate
             local.grid = before
 
@@ -196,6 +213,14 @@ class Interceptor:
     def crosses(self, q: Tensor) -> bool:
         """Whether the module that is running was given two sequences of the length of a call's queries."""
         return any(q.shape[2] in lengths for lengths in self.local.crossing[-1:])
+
+    def reads_others(self, q: Tensor, k: Tensor) -> bool:
+        """Whether a call's keys are as many as tokens that its module was given besides its own: they are those then.
+
+        The innermost module that was given token sequences says so.
+        """
+        others = next((each for each in reversed(self.local.others) if each is not None), ())
+        return others == ANY or any(length == k.shape[-2] != q.shape[-2] for length in others)
 
     def geometry_of(self, q: Tensor) -> Geometry:
         """The geometry of a call: the model's, with fewer text tokens where its samples run without their padding."""
@@ -275,6 +300,21 @@ def two_sequences(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         names = [own[name] if isinstance(name, int) and name < len(own) else str(name) for name in alike]
     tokens = [name for name in names if not any(part in name for part in NO_TOKENS)]
     return frozenset(first[1:2]) if tokens else frozenset()
+
+
+def other_sequences(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Lengths | None:
+    """Lengths of the token sequences ``[B, n, C]`` that a module was given besides the first; None where it was given none."""
+    if getattr(module, "is_cross_attention", False) is True:
+        return ANY
+    axis = 0 if getattr(module, "batch_first", True) is False else 1  # torch's own multi-head attention
+    own = list(inspect.signature(type(module).forward).parameters)[1:]
+    given: list[tuple[str, Any]] = [(own[i] if i < len(own) else "", x) for i, x in enumerate(args)]
+    found: dict[int, int] = {}
+    for name, value in [*given, *kwargs.items()]:
+        if not any(part in name for part in NO_TOKENS):
+            each = value if isinstance(value, tuple | list) else (value,)
+            found |= {id(x): x.shape[axis] for x in each if isinstance(x, Tensor) and x.dim() == 3}
+    return tuple(found.values())[1:] if found else None
 
 
 class _Mode(TorchFunctionMode):

@@ -6,6 +6,7 @@ what they were, and hooks, checkpointing, regional compilation and ``copy.deepco
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import operator
@@ -23,7 +24,7 @@ from flexsparse.compile_passes import RewriteError, marks
 from flexsparse.compiler import Backend, no_match
 from flexsparse.gates import ADDED, FINE, NAME
 from flexsparse.grids import Geometry, GeometryReader
-from flexsparse.intercept import Gates, Interceptor, two_sequences
+from flexsparse.intercept import Gates, Interceptor, other_sequences, two_sequences
 from flexsparse.reporting import Call
 from flexsparse.tally import Ran
 
@@ -42,6 +43,7 @@ class State:
     Attributes:
         dense: whether the model runs as it did before it was wrapped, for the time being (`flexsparse.DenseSteps`).
         tokens: video tokens of the forward that is being compiled, for a sequence parallel model.
+        ends: what such a model does to its own arguments and to what it returns (`distributed.cuts.Ends`).
     """
 
     def __init__(self, backend: Backend, reader: GeometryReader, compile: bool | str, options: dict[str, Any]) -> None:
@@ -49,6 +51,7 @@ class State:
         self.own: GeometryReader | None = None
         self.dense = False
         self.tokens = 0
+        self.ends: Any = None
         self.interceptor = Interceptor(backend)
         self.compiled: dict[Any, Callable[..., Any]] = {}
         self.checked: dict[Geometry, int] = {}
@@ -58,10 +61,16 @@ class State:
         new = State(self.backend, self.reader, self.compile, self.options)
         new.own = self.own  # and sparse: `DenseSteps` knows the models that it was given, and no copy
         memo[id(self)] = new
+        new.ends = copy.deepcopy(self.ends, memo)  # whose state is the copy's
         return new
 
     def __reduce__(self) -> Any:
         raise TypeError("a wrapped model is not pickled: save its state_dict(), or unwrap it before")
+
+    def use(self, backend: Backend) -> None:
+        """Go on with another backend; what was compiled by the one before is dropped."""
+        self.backend = self.interceptor.backend = backend
+        self.compiled.clear()
 
     def geometry_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Geometry:
         """The call's geometry, checked; a given grid that is not the input's raises."""
@@ -131,7 +140,7 @@ class State:
         if (label, key) not in self.compiled:
 
             def compile_region(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-                return self.backend.compile(gm, inputs, kwargs, f"{label}::", within)
+                return self.backend.compile(gm, inputs, kwargs, f"{label}::", within, self.interceptor.local.cut)
 
             self.compiled[label, key] = _compiled(_traced_region, f"{label} {key}", compile_region, options)
         return self.compiled[label, key]
@@ -236,7 +245,15 @@ def _traced_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if state.backend.parallel is not None:  # here: what a checkpointed block stored would be an effect of its graph
         state.tokens = geometry[0] * geometry[1] * geometry[2]
     args, kwargs = _mark(args, kwargs, marks.GRID, *geometry)
-    return _original(module, args, kwargs)
+    return _spread(state, module, args, kwargs)
+
+
+def _spread(state: State, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the whole model's forward; of a sequence parallel one, with this rank's part of what it is given."""
+    if state.ends is None:
+        return _original(module, args, kwargs)
+    args, kwargs = state.ends.enter(module, args, kwargs)
+    return state.ends.leave(module, _original(module, args, kwargs))
 
 
 def _traced_region(
@@ -281,7 +298,7 @@ def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         out = _clear_errors(state.whole(geometry), module, args, kwargs)
     else:
         with state.interceptor.forward(geometry):
-            out = _original(module, args, kwargs)
+            out = _spread(state, module, args, kwargs)
         out = state.interceptor.remember(out, geometry)
     if not state.too_short(geometry):
         _check_sparse(state, module, geometry, state.backend.tally.since(before))
@@ -338,7 +355,8 @@ def module_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     gates = _gates(module, args, kwargs)
     run = functools.partial(_original, module, args, kwargs)
     crossing = two_sequences(module, args, kwargs)
-    return state.interceptor.call(module.__dict__["_flexsparse_name"], run, crossing, gates)
+    others = other_sequences(module, args, kwargs) if state.interceptor.local.cut else None
+    return state.interceptor.call(module.__dict__["_flexsparse_name"], run, crossing, others, gates)
 
 
 def compile_module(module: nn.Module, *args: Any, backend: Any = None, **options: Any) -> None:

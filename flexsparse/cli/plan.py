@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -69,7 +70,9 @@ def plan(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the time of a step to a png, pdf or svg.")
     ] = None,
-    plot_over: Annotated[str, typer.Option(help="What --plot draws it against: density or gpus.")] = "density",
+    plot_over: Annotated[
+        str | None, typer.Option(help="What --plot draws it against: density or gpus.", show_default="density")
+    ] = None,
 ) -> None:
     """Say what a step of a model costs: FLOPs, memory, communication, and an estimate of its time.
 
@@ -100,26 +103,32 @@ def plan(
             checkpointing=checkpointing,
             compiled=compiled,
             dtype=dtype,
-            gpus=max(ulysses, fsdp) if gpus is None else gpus,
+            gpus=_enough(ulysses, fsdp) if gpus is None else gpus,
             ulysses=ulysses,
             fsdp=fsdp,
             gpu=gpu,
             results=results,
         )
-        kind = _plot_kind(plot, plot_over)
+        kind = _plot_kind(plot, plot_over, gpu)
         counts = measure(settings)
         found = evaluate(settings, counts)
         if plot is not None:
             from flexsparse.planning.figure import draw, over_density, over_gpus, to_bytes
 
-            plans = (over_density if plot_over == "density" else over_gpus)(settings, counts)
-            _write(plot, to_bytes(draw(plans, plot_over), kind))
+            over = plot_over or "density"
+            plans = (over_density if over == "density" else over_gpus)(settings, counts)
+            _write(plot, to_bytes(draw(plans, over), kind))
     except PlanError as error:
         fail(" ".join(str(error).split()))
     if json_:
         print(json.dumps(as_json(found), indent=1))
     else:
         print_plan(found, make_console())
+
+
+def _enough(ulysses: int, fsdp: int) -> int:
+    """The fewest GPUs that both divide; a number that makes no sense is for `Settings` to refuse."""
+    return math.lcm(ulysses, fsdp) if min(ulysses, fsdp) > 0 else 1
 
 
 def _three(name: str, text: str) -> tuple[int, int, int]:
@@ -158,12 +167,18 @@ def _builder(
         fail(str(error))
 
 
-def _plot_kind(plot: Path | None, over: str) -> str:
+def _plot_kind(plot: Path | None, over: str | None, gpu: str) -> str:
     """The file's kind; complains before anything is counted."""
-    if plot is None:
-        return ""
-    if over not in ("density", "gpus"):
+    from flexsparse.planning.machines import CPU
+
+    if over not in (None, "density", "gpus"):
         fail(f"--plot-over is {over!r}: give density or gpus")
+    if plot is None:
+        if over is not None:
+            fail(f"--plot-over is {over}, but no --plot is given: name a file, as --plot plan.png, or leave it out")
+        return ""
+    if over == "gpus" and gpu == CPU:
+        fail("--plot-over is gpus, but --machine is cpu, of which one is planned: give density, or name a GPU")
     kind = plot.suffix.lstrip(".").lower()
     if kind not in ("png", "pdf", "svg"):
         fail(f"--plot is {str(plot)!r}: give a name that ends in .png, .pdf or .svg")

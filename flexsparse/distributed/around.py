@@ -21,8 +21,9 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from flexsparse.calls import Gates, autocast_dtype, hidden_text
 from flexsparse.compile_passes import RewriteError, marks, multi_head, nested, origins
 from flexsparse.compile_passes.graphs import finish, graph_modules, remove, value_of
+from flexsparse.compile_passes.rewrite_sdpa import call_name
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
-from flexsparse.distributed.heads import Exchange
+from flexsparse.distributed.heads import Exchange, too_few_heads
 from flexsparse.distributed.parallel import SequenceParallel
 from flexsparse.distributed.tokens import parts
 from flexsparse.grids import Geometry
@@ -47,6 +48,25 @@ class Around:
         """Whether a call is attention of as many tokens as this rank holds, among themselves."""
         length = self.parallel.length(layout)
         return q.dim() == 4 and k.dim() == 4 and q.shape[2] == k.shape[2] == length
+
+    def refuse(self, q: Any, k: Any, layout: TileLayout, name: str) -> None:
+        """Raise a `RewriteError` for a call in which a rank's tokens would see no other rank's.
+
+        Args:
+            q: the query of a call that is neither spread nor attention to text, ``[..., tokens, D]``, or a fake of it.
+            k: the key.
+            layout: of all tokens.
+            name: of the call.
+        """
+        ranks, length = self.parallel.ulysses, self.parallel.length(layout)
+        if q.shape[-2] >= length or q.shape[-2] == parts(layout.num_tokens, ranks.size)[ranks.rank]:
+            shapes = " and ".join(str(tuple(map(_number, x.shape))) for x in (q, k))
+            raise RewriteError(
+                f"{name} has queries and keys of shapes {shapes} while tokens are cut, which is neither attention of a rank's "
+                f"{_number(length)} tokens among themselves, [B, H, L, D], nor to text alone, so that it cannot be spread over "
+                "ranks: bring it to that form; declare text that joins the video (text_first=, text_last=, or a function as "
+                "grid=); or run the model on one rank"
+            )
 
     def enter(self, exchange: Exchange, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> list[Tensor | None]:
         """``[B, H, L, D]`` to ``[B, own heads, S, D]``, and gates ``[B, L, H * D]`` to ``[B, S, own heads * D]``.
@@ -85,6 +105,11 @@ class Around:
                 "cannot be spread over ranks: leave them out, or run the model on one rank"
             )
 
+    def check_heads(self, q: Any, name: str) -> None:
+        """Raise a `RewriteError` where there are more ranks than query heads."""
+        if q.shape[1] < self.parallel.ulysses.size:
+            raise RewriteError(f"{name} {too_few_heads(q.shape[1], self.parallel.ulysses.size)}")
+
     def whole_mask(self, mask: Tensor, layout: TileLayout) -> Tensor:
         """A key mask ``[B, 1, 1, S]`` from one of this rank's tokens: ranks hold the same text, and no video is hidden."""
         lengths = torch.ops.flexsparse.text_lengths(mask, layout.text_first, layout.text_last)
@@ -113,9 +138,12 @@ class Around:
         call, local = SDPACall.of(args, kwargs), interceptor.local
         q, k, v = call.query, call.key, call.value
         layout = self._layout_of(interceptor, q)
-        if not self.is_local(q, k, layout) or interceptor.crosses(q):
-            return sdpa(*args, **kwargs)
         name = local.names[-1] if local.names else "the model"
+        crosses = q.dim() == 4 and interceptor.crosses(q)
+        if crosses or not self.is_local(q, k, layout):
+            if local.cut and not crosses and not interceptor.reads_others(q, k):
+                self.refuse(q, k, layout, name)
+            return sdpa(*args, **kwargs)
         mask = key_mask(call.attn_mask)
         self.check(call, mask, layout, name)
         if mask is not None and mask.shape[3] != layout.seq_len:
@@ -123,6 +151,7 @@ class Around:
             if reason is not None:
                 raise RewriteError(f"{name} cannot be spread over ranks, as {reason}: run the model on one rank")
             mask = self.whole_mask(mask, layout)
+        self.check_heads(q, name)
         exchange = self.parallel.exchange(q, k, layout)
         gates = local.gate
         these, others = of_samples(gates, q.shape[0]) if gates and interceptor.backend.ragged else (gates, None)
@@ -134,7 +163,7 @@ class Around:
             local.gate = gates if local.gate is own else others  # not used: the interceptor says so
         return exchange.to_tokens(out)
 
-    def rewrite(self, gm: GraphModule, backend: Any) -> None:
+    def rewrite(self, gm: GraphModule, backend: Any, cut: bool = False) -> None:
         """Spread the calls of Dynamo's graph, before they become sparse.
 
         Before::
@@ -149,8 +178,13 @@ class Around:
             o  = leave(o1, grid)
 
         The grid's sizes are operands, of nested graphs too: what is symbolic must not be closed over.
+
+        Args:
+            gm: the graph.
+            backend: of the wrapped model.
+            cut: whether tokens are cut where the graph starts; its marks say where that changes.
         """
-        self._walk(gm, {}, backend.layout_of)
+        self._walk(gm, {"cut": [cut]}, backend.layout_of)
 
     def _walk(self, gm: GraphModule, environment: dict[str, Any], layout_of: LayoutOf) -> None:
         gate = None
@@ -159,6 +193,9 @@ class Around:
                 continue
             if marks.is_mark(node.target, marks.GRID):
                 environment["grid"] = tuple(node.args[1:])
+            elif marks.is_mark(node.target, marks.CUT):
+                environment["cut"][0] = node.args[1]  # a list: nested graphs come in between, and change it too
+                remove(node, node.args[0])
             elif "grid" not in environment:
                 continue  # a piece after a graph break: what comes next says so
             elif marks.is_mark(node.target, marks.GATE):
@@ -168,7 +205,7 @@ class Around:
                     "torch.nn.MultiheadAttention cannot be spread over ranks in a compiled model: give wrap(..., compile=False)"
                 )
             elif node.target is SDPA:
-                if self._call(gm, node, gate, environment["grid"], layout_of):
+                if self._call(gm, node, gate, environment, layout_of):
                     gate = None
             elif isinstance(node.target, torch._ops.HigherOrderOperator):
                 self._descend(gm, node, environment, layout_of)
@@ -176,9 +213,7 @@ class Around:
 
     def _descend(self, gm: GraphModule, node: Node, environment: dict[str, Any], layout_of: LayoutOf) -> None:
         for sub, walked in nested.graphs_of(gm, node):
-            if not any(
-                inner.target in (SDPA, multi_head.MULTI_HEAD) for m in graph_modules(sub) for inner in m.graph.nodes
-            ):
+            if not any(_concerns(inner) for m in graph_modules(sub) for inner in m.graph.nodes):
                 continue
             if walked:
                 self._walk(sub, nested.lift(node, sub, environment), layout_of)
@@ -191,8 +226,11 @@ class Around:
             else:
                 self._walk(sub, dict(environment), layout_of)
 
-    def _call(self, gm: GraphModule, node: Node, gate: Node | None, grid: Sequence[Any], layout_of: LayoutOf) -> bool:
+    def _call(
+        self, gm: GraphModule, node: Node, gate: Node | None, environment: dict[str, Any], layout_of: LayoutOf
+    ) -> bool:
         """Spread one call; False where it is not attention of this rank's tokens among themselves."""
+        grid: Sequence[Any] = environment["grid"]
         call = SDPACall.of(node.args, node.kwargs)
         q, k = value_of(call.query), value_of(call.key)
         if any(free_unbacked_symbols(size) for x in (q, k) for size in x.shape):
@@ -201,10 +239,15 @@ class Around:
                 "that it cannot be spread over ranks in a compiled model: give wrap(..., compile=False)"
             )
         layout = layout_of(tuple(value_of(size) for size in grid))
-        if not self.is_local(q, k, layout) or origins.from_different_tensors(call.query, call.key, call.value):
+        operands = (call.query, call.key, call.value)
+        different = origins.from_different_tensors(*operands)
+        if different or not self.is_local(q, k, layout):
+            if environment["cut"][0] and not (different and not origins.share_tokens(*operands)):
+                self.refuse(q, k, layout, call_name(node))
             return False
         mask = origins.key_mask(call.attn_mask)
         self.check(call, value_of(mask), layout, node.name)
+        self.check_heads(q, call_name(node))
         if mask is not None:
             mask = self._mask(gm, node, mask, grid, layout_of)
         self._spread(gm, node, call, mask, gate, grid, layout_of)
@@ -288,3 +331,13 @@ class Around:
         remove(node, left)
         if mark is not None:
             remove(mark, mark.args[0])
+
+
+def _concerns(node: Node) -> bool:
+    """Whether a nested graph that has the node is to be walked."""
+    return node.target in (SDPA, multi_head.MULTI_HEAD) or marks.is_mark(node.target, marks.CUT)
+
+
+def _number(size: Any) -> int:
+    """Of a symbolic size what it was when the graph was traced."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

@@ -29,6 +29,14 @@ from flexsparse.distributed.tokens import (
 )
 
 
+def too_few_heads(heads: int, ranks: int) -> str:
+    """What is said of a wrapped model, where query tiles cannot be shared."""
+    return (
+        f"has {heads} heads for {ranks} ranks, of which each computes at least one: give ulysses(model, mesh) a mesh of at "
+        f"most {heads}, and other samples to the other ranks (mesh['ulysses'] of a mesh of data and ulysses ranks)"
+    )
+
+
 @dataclass(frozen=True)
 class Heads:
     """Which heads each rank computes: contiguous ranges of the query heads, and the KV heads that they read.

@@ -15,17 +15,22 @@ from flexsparse.layout import TileLayout
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Bytes that the busiest rank receives from others in one forward; backward moves as many the other way.
+    """Bytes that ranks receive from others for one attention.
+
+    Each direction is that of the rank that receives most in it: where heads or tokens do not divide, forward and backward may
+    be busiest on different ranks.
 
     Attributes:
-        enter: q, k, v and gates, before attention.
+        enter: q, k, v and gates, before attention; of the busiest rank of a forward, as the next two.
         gather: keys and values of all tiles, and with them the padding of shorter parts.
         leave: the output.
+        backward: of one backward, in which gradients go the other way.
     """
 
     enter: int
     gather: int
     leave: int
+    backward: int
 
     @property
     def total(self) -> int:
@@ -71,20 +76,26 @@ def traffic(
     if heads < ulysses:
         raise ValueError(f"heads is {heads} for {ulysses} ulysses ranks: give at most one rank a head")
     each = batch * head_dim * itemsize
-    most = [0, 0, 0]
+    forward, backward = (0, 0, 0), 0
+    ranges = [(share.query(rank), share.kv(rank)) for rank in range(ulysses)]
+    rows = [(end - start) * (1 + gates) + 2 * (last - first) for (start, end), (first, last) in ranges]
+    counts = parts(heads, ulysses)
     for tile_rank in range(tiles):
         for rank in range(ulysses):
             own = SequenceParallel.planned(Ranks("", rank, ulysses), Ranks("", tile_rank, tiles), text)
             outer, inner = own.segments(layout)
-            start, end = share.query(rank)
-            first, last = share.kv(rank)
-            rows = (end - start) * (1 + gates) + 2 * (last - first)
-            others = [sent_range(inner, other)[1] for other in range(ulysses) if other != rank]
-            enter = rows * sum(others)
-            leave = local_length(inner, rank) * (heads - parts(heads, ulysses)[rank])
+            (start, end), (first, last) = ranges[rank]
+            sent = [sent_range(inner, other)[1] for other in range(ulysses)]
+            held = [local_length(inner, other) for other in range(ulysses)]
+            enter = rows[rank] * (sum(sent) - sent[rank])
+            leave = held[rank] * (heads - counts[rank])
             gather = 0
             if tiles > 1:
                 kv = last - first if share.spread(rank) is None else end - start
                 gather = 2 * kv * (tiles - 1) * max(sent_range(outer, other)[1] for other in range(tiles))
-            most = [max(a, b * each) for a, b in zip(most, (enter, gather, leave))]
-    return Traffic(enter=most[0], gather=most[1], leave=most[2])
+            found = (enter * each, gather * each, leave * each)
+            forward = max(forward, found, key=sum)
+            # gradients of what it sent, and its part of the sum over what ranks of tiles gathered
+            back = sent[rank] * (sum(rows) - rows[rank]) + counts[rank] * (sum(held) - held[rank]) + gather
+            backward = max(backward, back * each)
+    return Traffic(enter=forward[0], gather=forward[1], leave=forward[2], backward=backward)

@@ -61,7 +61,7 @@ class Communication:
     """Bytes that one GPU receives in a step.
 
     Attributes:
-        ulysses: the all-to-alls around sparse attention.
+        ulysses: the all-to-alls around sparse attention; of each direction on the rank that receives most in it.
         gather: FSDP's all-gathers of weights.
         scatter: FSDP's reduce-scatter of gradients.
         replicas: the all-reduce of gradients between groups that share weights.
@@ -128,7 +128,7 @@ def communication_of(settings: Settings, counts: Counts, calls: list[Call]) -> C
     gathered = weights + training * counts.in_blocks * size
     copies = settings.gpus // F
     return Communication(
-        ulysses=float(sum(_ulysses(settings, call) for call in calls)) * (settings.forwards + training),
+        ulysses=math.fsum(_ulysses(settings, call) for call in calls),
         gather=gathered * (F - 1) / F,
         scatter=training * weights * (F - 1) / F,
         replicas=training * 2 * weights / F * (copies - 1) / copies,
@@ -136,7 +136,9 @@ def communication_of(settings: Settings, counts: Counts, calls: list[Call]) -> C
 
 
 def _ulysses(settings: Settings, call: Call) -> int:
+    """Bytes of a step for one call."""
     if settings.ulysses == 1:
         return 0
     sizes: dict[str, Any] = {"heads": call.heads, "head_dim": call.head_dim, "batch": call.batch}
-    return traffic(call.layout, **sizes, ulysses=settings.ulysses, gates=call.gates, itemsize=call.dtype.itemsize).total
+    one = traffic(call.layout, **sizes, ulysses=settings.ulysses, gates=call.gates, itemsize=call.dtype.itemsize)
+    return settings.forwards * one.total + settings.training * one.backward

@@ -223,7 +223,7 @@ def count(
             saved = Saved(model, repeated_blocks(model))
             stack.enter_context(products)
             with saved.watch():
-                out = model(**inputs)
+                out = _forward(model, inputs)
             out = out[0] if isinstance(out, tuple) else out
             if training:
                 products.phase = "backward"
@@ -240,6 +240,24 @@ def count(
     if training:
         counts.saved, counts.largest_block = saved.bytes, saved.largest
     return counts
+
+
+def _forward(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """What the model returns.
+
+    Raises:
+        PlanError: its own code raised, as for a grid that its tables of positions do not have.
+    """
+    grid = state_of(model).geometry_of(model, (), inputs)[:3]  # raises for one that the builder cannot meet
+    try:
+        return model(**inputs)
+    except RewriteError:
+        raise  # says what is wrong
+    except Exception as error:  # whatever the model raises is the answer
+        raise PlanError(
+            f"cannot run on grid {grid} ({type(error).__name__}: {error}): give one that its tables of positions hold, by "
+            "--grid, or --frames, --height and --width"
+        ) from error
 
 
 def parameters(model: nn.Module) -> tuple[int, int, int]:

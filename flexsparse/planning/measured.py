@@ -56,7 +56,7 @@ def measure(settings: Settings) -> Measured:
     training, gates = settings.training, settings.gates
     with fake():
         model = build(source, settings.torch_dtype)
-        grid = settings.grid or grid_of(model, settings.pixels or (1, 1, 1))
+        grid = settings.grid or grid_of(model, source, settings.pixels or (1, 1, 1))
         inputs = example(model, grid, settings.batch, settings.torch_dtype, settings.text)
         how: dict[str, Any] = {"builder": settings.builder, "tile": settings.tile, "gates": gates, "training": training}
         able = bool(getattr(model, "_supports_gradient_checkpointing", False))

@@ -67,12 +67,39 @@ class Source:
         kind: the class's name.
         config: arguments of its constructor.
         origin: where the configuration is from.
+        scales: pixels of a latent along (t, h, w), as the VAE beside it says; None where there is none that says so.
     """
 
     name: str
     kind: str
     config: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
+    scales: Grid | None = None
+
+    @property
+    def latent(self) -> Grid | None:
+        """Pixels of a latent along (t, h, w), the first frame by itself; None where frames are counted otherwise."""
+        own = WAN_TI2V if _is_ti2v(self.kind, self.config) else KINDS[self.kind].vae
+        return own if own is None else self.scales or own
+
+
+WAN_TI2V = (4, 16, 16)
+"""Of Wan2.2-TI2V's VAE, whose latents have 48 channels."""
+
+
+def _is_ti2v(kind: str, config: Mapping[str, Any]) -> bool:
+    return kind == "WanTransformer3DModel" and config.get("in_channels") == 48
+
+
+def _scales_beside(file: Path) -> Grid | None:
+    """What the configuration of the VAE beside a transformer says of its scales; None where it does not."""
+    try:
+        config = json.loads((file.parent.parent / "vae" / "config.json").read_text())
+        temporal, spatial = (config[f"scale_factor_{name}"] for name in ("temporal", "spatial"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    valid = all(isinstance(scale, int) and scale > 0 for scale in (temporal, spatial))
+    return (temporal, spatial, spatial) if valid else None
 
 
 _WAN = "scripts/convert_wan_to_diffusers.py of diffusers"
@@ -135,7 +162,7 @@ def find(name: str) -> Source:
     if kind not in KINDS:
         raise PlanError(f"{str(file)!r} is of {kind}, whose inputs are not known: give one of {', '.join(KINDS)}")
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
-    return Source(name=name, kind=kind, config=plain, origin=str(file))
+    return Source(name=name, kind=kind, config=plain, origin=str(file), scales=_scales_beside(file.resolve()))
 
 
 def heads_of(source: Source) -> int | None:
@@ -167,20 +194,20 @@ def build(source: Source, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def grid_of(model: nn.Module, pixels: tuple[int, int, int]) -> Grid:
-    """The token grid of a video of (frames, rows, columns).
+def grid_of(model: nn.Module, source: Source, pixels: tuple[int, int, int]) -> Grid:
+    """The token grid of a video of (frames, rows, columns), for a model of a source.
 
     Raises:
         PlanError: the sizes are no multiples, or how frames become latents is not known.
     """
     kind = type(model).__name__
-    vae = KINDS[kind].vae
+    vae = source.latent
     if vae is None:
         raise PlanError(f"how {kind}'s frames become latents is not known here: give --grid T,H,W in tokens")
     reader = geometry_reader(model, None).grid
     patch = reader.patch if isinstance(reader, VideoInput) else (1, 1, 1)
     frames, rows, columns = pixels
-    if (frames - 1) % vae[0] or ((frames - 1) // vae[0] + 1) % patch[0]:
+    if frames < 1 or (frames - 1) % vae[0] or ((frames - 1) // vae[0] + 1) % patch[0]:
         raise PlanError(f"frames is {frames}: {kind} takes a multiple of {vae[0] * patch[0]}, plus 1")
     for name, size, side in zip(("height", "width"), (rows, columns), (vae[1] * patch[1], vae[2] * patch[2])):
         if size < side or size % side:
@@ -211,7 +238,8 @@ def example(model: nn.Module, grid: Grid, batch: int, dtype: torch.dtype, text: 
         f"{TEXT}_2": config.get("text_embed_2_dim"),
         "image_embeds": config.get("image_embed_dim"),
     }
-    found: dict[str, Any] = {"timestep": torch.zeros(batch), "return_dict": False}
+    per_token = (math.prod(grid),) if _is_ti2v(type(model).__name__, config) else ()  # as its pipeline gives it
+    found: dict[str, Any] = {"timestep": torch.zeros(batch, *per_token), "return_dict": False}
     found["hidden_states"] = torch.empty(_video(model, grid, batch), dtype=dtype)
     for name, length in lengths.items():
         found[name] = torch.empty((batch, *extra, length, widths[name]), dtype=dtype)

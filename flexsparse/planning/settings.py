@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +67,10 @@ class Settings:
                 raise PlanError(f"{name} is {getattr(self, name)}: give at least 1")
         for name in ("ulysses", "fsdp"):
             if self.gpus % getattr(self, name):
-                raise PlanError(f"{name} is {getattr(self, name)}, which does not divide {self.gpus} GPUs")
+                raise PlanError(
+                    f"{name} is {getattr(self, name)}, which does not divide {self.gpus} GPUs: give gpus a multiple of "
+                    f"{math.lcm(self.ulysses, self.fsdp)}, or {name} a divisor of them"
+                )
         if self.text is not None and self.text < 1:
             raise PlanError(f"text is {self.text}: give at least 1 token")
         if (self.grid is None) == (self.pixels is None):

@@ -124,6 +124,26 @@ def compared(name: str, compile: bool | str, options: dict[str, Any]) -> Iterato
         yield model
 
 
+def same_short(name: str, compile: bool | str, options: dict[str, Any]) -> None:
+    """With ``min_tokens`` between two videos' numbers of tokens, both have the output of one process; whatever comes first.
+
+    Args:
+        name: of the zoo.
+        compile: as `fs.wrap`.
+        options: as `compared`; without grids, wrapping or training.
+    """
+    heads, config, rotary = 3, options.get("config", {}), options.get("rotary", 0)
+    alone, model = (model_of(name, heads, config) for _ in range(2))
+    for one, how in ((alone, False), (model, compile)):
+        inner = {"inner": "aot_eager"} if how else {}
+        fs.wrap(one, fs.VSA(sparsity=0.5), tile=(2, 4, 4), compile=how, min_tokens=60, **inner)
+    fs.distributed.ulysses(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    for grid in (GRID, (2, 3, 4), GRID):
+        inputs = inputs_of(name, grid, rotary)
+        with torch.no_grad():
+            torch.testing.assert_close(model(**inputs)[0], alone(**inputs)[0], rtol=1e-4, atol=1e-5)
+
+
 def _same_tiles(got: list[fs.TileSelection], wanted: list[fs.TileSelection], heads: slice) -> None:
     assert len(got) == len(wanted) > 0
     for mine, whole in zip(got, wanted):

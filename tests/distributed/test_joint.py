@@ -11,7 +11,7 @@ import torch
 import flexsparse as fs
 from distributed import joint
 from distributed.processes import Processes
-from flexsparse.distributed.models import Cut
+from flexsparse.distributed.cuts import Cut
 from flexsparse.distributed.parallel import SequenceParallel
 from flexsparse.distributed.tokens import Ranks
 from flexsparse.models import Joined, Leading
@@ -117,6 +117,21 @@ def test_models_that_are_not_spread(name: str, match: str) -> None:
 @pytest.mark.parametrize("case", [("hunyuan", False, {}), ("hunyuan", "regional", {}), ("mochi", False, {})])
 def test_four_ranks(four: Processes, case: Case) -> None:
     _check(four, case)
+
+
+SHORT: list[Any] = [
+    ("cogvideox", False, ROTARY),
+    ("wan-ti2v", False, {}),
+    pytest.param(("allegro", False, {"config": {"cross_attention_dim": 36}, "rotary": 12}), marks=pytest.mark.slow),
+    pytest.param(("cogvideox", "regional", ROTARY), marks=pytest.mark.slow),
+    pytest.param(("cogvideox", True, ROTARY), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("case", SHORT)
+def test_videos_too_short_to_be_sparse(two: Processes, case: Case) -> None:
+    """Models of which the plan cuts arguments: what it does to them depends on the grid."""
+    two.run(joint.same_short, *case)
 
 
 def test_a_mask_over_video_tokens(two: Processes) -> None:

@@ -81,6 +81,28 @@ def test_unwrap_and_copies(two: Processes) -> None:
     two.run(training.same_unwrapped)
 
 
+@pytest.mark.parametrize("compile", [False, pytest.param("regional", marks=pytest.mark.slow)])
+def test_copies_made_before(two: Processes, compile: bool | str) -> None:
+    two.run(training.same_copies, compile)
+
+
+@pytest.mark.parametrize(
+    "kind, match", [("name", "but WanTransformer3DModel has no such module"), ("entry", "plan= says")]
+)
+def test_what_is_refused_changes_nothing(two: Processes, kind: str, match: str) -> None:
+    for messages in two.run(training.refused, kind):
+        assert len(messages) > 1 and all(match in message for message in messages)
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_more_ranks_than_heads(two: Processes, compile: bool | str) -> None:
+    """Said at once where the configuration has the heads, else by the first call."""
+    for of_config, kind in ((True, "ValueError"), (False, "RewriteError")):
+        for message in two.run(training.too_many, compile, of_config):
+            assert message.startswith(f"{kind}: ") and "has 1 heads for 2 ranks" in message
+            assert "other samples to the other ranks" in message and "tiles=" not in message
+
+
 @pytest.mark.parametrize("mesh", [(1, 2), (2, 1)])
 def test_modules_for_models_from_scratch(two: Processes, mesh: tuple[int, int]) -> None:
     two.run(training.same_module, mesh)

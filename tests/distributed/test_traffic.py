@@ -27,18 +27,22 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def _counted(case: Case) -> list[int]:
-    """Bytes that this rank receives from others: before attention, of all tiles, after it."""
+def _counted(case: Case) -> tuple[list[int], int]:
+    """Bytes that this rank receives from others: before attention, of all tiles, after it; and in a backward."""
     parallel, me = parallel_of(case), dist.get_rank()
     counts: list[int] = []
     all_to_all, all_gather = heads_module.all_to_all, tokens_module.all_gather
 
+    backward: list[int] = []
+
     def exchange(x: Any, received: Any, sent: Any, group: Any) -> Any:
         counts.append((sum(received) - received[me]) * x.element_size())
+        backward.append((sum(sent) - sent[me]) * x.element_size())  # gradients of what it sent come back
         return all_to_all(x, received, sent, group)
 
     def gather(x: Any, group: Any) -> Any:
         counts.append(x.numel() * x.element_size() * (dist.get_world_size() - 1))
+        backward.append(counts[-1])
         return all_gather(x, group)
 
     local = {name: parallel.shard(x, case.layout, dim=2) for name, x in case.tensors().items()}
@@ -48,7 +52,8 @@ def _counted(case: Case) -> list[int]:
     finally:
         heads_module.all_to_all, tokens_module.all_gather = all_to_all, all_gather
     del counts[-1]  # unshard's, which is no part of attention
-    return [counts[0], 0, counts[1]] if case.mesh[0] == 1 else [0, counts[0], 0]
+    del backward[-1]
+    return [counts[0], 0, counts[1]] if case.mesh[0] == 1 else [0, counts[0], 0], sum(backward)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -67,7 +72,9 @@ def test_bytes_are_those_that_travel(two: Processes, name: str) -> None:
         batch=case.batch,
         itemsize=4,
     )
-    assert [found.enter, found.gather, found.leave] == [max(each) for each in zip(*counted)]
+    forward, backward = zip(*counted)
+    assert [found.enter, found.gather, found.leave] == max(forward, key=sum)
+    assert found.backward == max(backward)
 
 
 def test_the_even_case_is_the_known_formula() -> None:
@@ -75,6 +82,15 @@ def test_the_even_case_is_the_known_formula() -> None:
     found = fs.distributed.traffic(layout, heads=8, head_dim=64, ulysses=4)
     assert found.total == 4 * (256 // 4) * 8 * 64 * 2 * 3 // 4
     assert fs.distributed.traffic(layout, heads=8, head_dim=64).total == 0
+
+
+def test_no_rank_receives_what_two_receive_at_most() -> None:
+    """Five heads and 25 tokens on two ranks: the one with more heads receives more before attention, and less after it."""
+    found = fs.distributed.traffic(fs.TileLayout(grid=(1, 5, 5)), heads=5, head_dim=1, ulysses=2, itemsize=1)
+    assert (found.enter, found.leave) == (3 * 3 * 12, 13 * 2)
+    assert found.backward == 3 * 12 * 3 + 2 * 13  # of the other one, which gets the gradients of what it sent
+    even = fs.distributed.traffic(fs.TileLayout(grid=(4, 8, 8)), heads=8, head_dim=64, ulysses=4)
+    assert even.backward == even.total
 
 
 def test_replicated_text_adds_its_outputs() -> None:

@@ -14,19 +14,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import flexsparse as fs
+from flexsparse.models import Whole
 
 WAN = {**TINY, "num_attention_heads": 3}  # which two ranks share unevenly
 STEPS = 3
 
 
-def wan(checkpointing: bool = False) -> nn.Module:
+def wan(checkpointing: bool = False, heads: int = 3) -> nn.Module:
     """The same on every rank."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers import WanTransformer3DModel
 
         torch.manual_seed(0)
-        model = WanTransformer3DModel(**WAN)
+        model = WanTransformer3DModel(**{**WAN, "num_attention_heads": heads})
     if checkpointing:
         model.enable_gradient_checkpointing()
     return model
@@ -209,6 +210,66 @@ def same_unwrapped() -> None:
     torch.testing.assert_close(copied(**video(3))[0], wanted)
     fs.distributed.ulysses(wrapped(False, gates=False, model=model), mesh)
     torch.testing.assert_close(model(**video(3))[0], sparse)
+
+
+def refused(mesh_and_plan_of: str) -> list[str]:
+    """What plans say that do not fit; after each the model is as it was, and one that fits works.
+
+    Args:
+        mesh_and_plan_of: ``"name"``, ``"entry"`` or ``"heads"``.
+    """
+    builder = fs.PerHead(builders=(fs.VSA(top_k=2), fs.Dense()), heads=(0, 1, 0))
+    model = wrapped(False, gates=False, builder=builder)
+    wanted = model(**video(3))[0]
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (ranks,))
+    first = dict(model._cp_plan)
+    plans: dict[str, Any] = {
+        "name": [{**first, "proj": Whole(1)}, {**first, "blocks.7": Whole(1)}, {**first, "proj_out.weight": Whole(1)}],
+        "entry": [{**first, "blocks.1": 3}, {**first, "blocks.1": {"hidden_states": 1}}],
+    }[mesh_and_plan_of]
+    said_by = []
+    for plan in plans:
+        try:
+            fs.distributed.ulysses(model, mesh, plan)
+        except ValueError as error:
+            said_by.append(str(error))
+        assert torch.equal(model(**video(3))[0], wanted), "something was changed"
+    fs.distributed.ulysses(model, mesh)
+    torch.testing.assert_close(model(**video(3))[0], wanted)
+    return said_by
+
+
+def too_many(compile: bool | str, of_config: bool) -> str:
+    """Two heads at most on more ranks."""
+    model = wan(heads=1)
+    if not of_config:
+        model.register_to_config(num_attention_heads=8)  # so that the call has to say it
+    wrapped(compile, gates=False, model=model)
+    try:
+        fs.distributed.ulysses(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+        model(**video(3))
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def same_copies(compile: bool | str) -> None:
+    """A copy made before (an EMA) runs by itself, whole; one made after is sequence parallel too, and each can be unwrapped."""
+    builder = fs.PerHead(builders=(fs.VSA(top_k=2), fs.Dense()), heads=(0, 1, 0))
+    model = wrapped(compile, gates=False, builder=builder)
+    with torch.no_grad():
+        wanted = model(**video(3))[0]
+        before = copy.deepcopy(model)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fs.distributed.ulysses(model, mesh)
+        after = copy.deepcopy(model)
+        for one in (before, model, after, before):
+            torch.testing.assert_close(one(**video(3))[0], wanted)
+        heads = [{call.shape[1] for call in fs.report(one).calls if call.sparse} for one in (before, model)]
+        assert heads == [{3}, {[2, 1][dist.get_rank()]}], "the copy is not spread"
+        fs.distributed.ulysses(before, mesh)
+        torch.testing.assert_close(before(**video(3))[0], wanted)
 
 
 def same_module(mesh: tuple[int, int]) -> None:

@@ -175,3 +175,11 @@ def test_uncompiled_steps_move_more(folder):
     assert "fused" in " ".join(fused.notes) and "by itself" in " ".join(alone.notes)
     inner = counts.sparse
     assert inner.moved > 0 and inner.moved_backward > inner.moved  # checkpointed: the forward again, and the backward
+
+
+def test_one_cpu_is_not_drawn_against_gpus(file, folder, monkeypatch, tmp_path):
+    monkeypatch.setattr("flexsparse.planning.measured.build", None)  # called, it would be a TypeError
+    how = ["--grid", "4,8,8", "--machine", "cpu", "--results", str(file), "--dtype", "float32"]
+    how += ["--plot", str(tmp_path / "x.png"), "--plot-over", "gpus"]
+    result = CliRunner().invoke(app, ["plan", str(folder("wan")), *how])
+    assert result.exit_code == 2 and "--plot-over is gpus, but --machine is cpu" in result.stderr, result.exception

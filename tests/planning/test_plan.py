@@ -15,7 +15,7 @@ from flexsparse.planning import PlanError, Settings, evaluate, machines, measure
 from flexsparse.planning.counting import fake, parameters
 from flexsparse.planning.figure import over_density, over_gpus
 from flexsparse.planning.machines import MACHINES
-from flexsparse.planning.models import PRESETS, build, find, grid_of, heads_of
+from flexsparse.planning.models import PRESETS, build, example, find, grid_of, heads_of
 from flexsparse.planning.shares import Shares, shares
 from tests.models.zoo import ZOO
 
@@ -262,22 +262,63 @@ def test_heads_are_known_before_a_model_is_made():
 
 
 def test_pixels_become_tokens():
+    source = find("wan2.1-1.3b")
     with fake():
-        model = build(find("wan2.1-1.3b"), torch.bfloat16)
-        assert grid_of(model, (81, 480, 832)) == (21, 30, 52)
+        model = build(source, torch.bfloat16)
+        assert grid_of(model, source, (81, 480, 832)) == (21, 30, 52)
         for pixels, match in (
             ((80, 480, 832), "frames is 80"),
             ((81, 481, 832), "height is 481"),
             ((81, 480, 8), "width"),
+            ((-3, 480, 832), "frames is -3"),
         ):
             with pytest.raises(PlanError, match=match):
-                grid_of(model, pixels)
+                grid_of(model, source, pixels)
+
+
+@pytest.mark.parametrize(
+    ("changes", "vae", "side"),
+    [
+        ({}, None, 16),
+        ({"in_channels": 48, "out_channels": 48}, None, 32),  # Wan2.2-TI2V
+        ({"in_channels": 48, "out_channels": 48}, "{}", 32),
+        ({}, '{"scale_factor_temporal": 4, "scale_factor_spatial": 16}', 32),
+        ({"in_channels": 48}, '{"scale_factor_temporal": 4, "scale_factor_spatial": 8}', 16),
+        ({}, "[]", 16),
+    ],
+)
+def test_pixels_of_a_latent_are_those_of_the_vae_beside_it(folder, tmp_path, changes, vae, side):
+    place = folder("wan", **changes)
+    if vae is not None:
+        (tmp_path / "vae").mkdir()
+        (tmp_path / "vae" / "config.json").write_text(vae)
+    source = find(str(place))
+    with fake():
+        assert grid_of(build(source, torch.bfloat16), source, (9, 64, 96)) == (3, 64 // side, 96 // side)
+
+
+def test_each_token_of_a_ti2v_has_a_time(folder):
+    """As its pipeline calls it; without, what blocks compute of the time is not counted token by token."""
+    how = {"grid": GRID, "builder": fs.VSA(top_k=2), "training": False}
+    for channels, shape in ((4, (2,)), (48, (2, 256))):
+        model = folder("wan", in_channels=channels, out_channels=channels)
+        source = find(str(model))
+        with fake():
+            assert example(build(source, torch.bfloat16), GRID, 2, torch.bfloat16)["timestep"].shape == shape
+        assert len(measure(Settings(model=str(model), **how)).sparse.sparse) == 2
+
+
+def test_a_grid_that_the_model_has_no_positions_for(folder):
+    settings = Settings(model=str(folder("wan", rope_max_seq_len=8)), grid=(16, 8, 8), builder=fs.VSA(top_k=2))
+    with pytest.raises(PlanError, match=r"WanTransformer3DModel: cannot run on grid \(16, 8, 8\) \(.*: give one that"):
+        measure(settings)
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"gpus": 3, "ulysses": 2}, "does not divide 3"),
+        ({"gpus": 3, "ulysses": 2}, "does not divide 3 GPUs: give gpus a multiple of 2, or ulysses a divisor of them"),
+        ({"gpus": 6, "ulysses": 6, "fsdp": 4}, "fsdp is 4, which does not divide 6 GPUs: give gpus a multiple of 12"),
         ({"batch": 0}, "batch is 0"),
         ({"grid": None}, "either the grid"),
         ({"pixels": (5, 16, 16)}, "either the grid"),

@@ -39,6 +39,12 @@ def test_json_and_plot(folder, tmp_path, over):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_as_many_gpus_as_are_needed(folder):
+    """The fewest that both numbers divide: two for a sequence and three for the weights are six."""
+    how = ("--ulysses", 2, "--fsdp", 3, "--inference", "--json")
+    assert json.loads(_invoke(folder("wan"), *WAN, *how).stdout)["settings"]["gpus"] == 6
+
+
 def test_bsa_and_text_that_joins_the_video(folder):
     how = ("--grid", "4,8,8", "--method", "bsa", "--ulysses", 2, "--text", 12, "--json")
     found = json.loads(_invoke(folder("hunyuan"), *how).stdout)
@@ -81,6 +87,9 @@ def test_options_mean_what_they_mean_to_inspect_and_finetune(folder, options, na
         (("WAN", *WAN, "--plot", "x.doc"), "--plot is 'x.doc'"),
         (("WAN", *WAN, "--plot", "/nowhere/x.png"), "not there"),
         (("WAN", *WAN, "--plot", "x.png", "--plot-over", "text"), "--plot-over is 'text'"),
+        (("WAN", *WAN, "--plot-over", "x"), "--plot-over is 'x'"),
+        (("WAN", *WAN, "--plot-over", "gpus"), "--plot-over is gpus, but no --plot is given"),
+        (("WAN", *WAN, "--ulysses", "0"), "ulysses is 0"),
         (("WAN", *WAN, "--results", "/nowhere"), "is no folder"),
         (("WAN", "--frames", "80"), "frames is 80"),
         (("x" * 400,), "is no preset"),
