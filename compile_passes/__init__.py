@@ -20,6 +20,7 @@ Besides:
 - `templates/`: Triton kernels that the ops run on CUDA.
 - `graphs`: what passes share; `nested`: graphs inside of graphs.
 - `fusion_guard`: keeps Inductor from a fusion that it miscompiles on CPU.
+- `plain_alpha`: keeps AOT autograd from forgetting the factor of a sum.
 - `marks`: identity ops by which a wrapped model tells its graph the grid and the gates.
 """
 

@@ -27,6 +27,7 @@ from flexsparse.compile_passes import (
     UnfoldAttention,
 )
 from flexsparse.compile_passes.fusion_guard import InOrder, compile_eagerly, compile_guarded
+from flexsparse.compile_passes.plain_alpha import plain_alpha
 from flexsparse.grids import Geometry
 from flexsparse.layout import TileLayout, axes_of
 from flexsparse.masks.base import MaskBuilder, StaticBuilder
@@ -171,6 +172,7 @@ class Backend:
 
     def compile_dense(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any]) -> Any:
         """Compile a graph as it is, by the inner compiler."""
+        plain_alpha(gm)
         if self.inner == "aot_eager":
             return compile_eagerly(gm, list(example_inputs), None)
         return compile_guarded(gm, list(example_inputs), _inductor_options(options), None)
@@ -231,6 +233,7 @@ class Backend:
         if self.parallel is not None:
             self.parallel.rewrite(gm, self, cut)
         rewrite(gm)
+        plain_alpha(gm)
         self._verify(rewrite, met, is_region=bool(region))
         keep = None
         if self.keep_tiles and all(isinstance(b, MaskBuilder) for b in self.rules.builders):  # others read raster order
