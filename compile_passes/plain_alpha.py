@@ -20,7 +20,8 @@ METHODS = ("add", "add_", "sub", "sub_")
 def plain_alpha(gm: GraphModule) -> int:
     """Rewrite the sums of a Dynamo graph, nested graphs included, in which a number is symbolic; returns how many."""
     count = 0
-    for graph in (module.graph for module in gm.modules() if isinstance(module, GraphModule)):
+    for module in [each for each in gm.modules() if isinstance(each, GraphModule)]:
+        graph = module.graph
         found = [node for node in graph.nodes if _is_sum(node) and any(map(_is_number, node.args[:2]))]
         for node in found:
             first, second = node.args[:2]
@@ -30,7 +31,7 @@ def plain_alpha(gm: GraphModule) -> int:
             node.args = (first, product, *node.args[2:])
             node.kwargs = {name: value for name, value in node.kwargs.items() if name != "alpha"}
         if found:
-            graph.owning_module.recompile()
+            module.recompile()
         count += len(found)
     return count
 
@@ -49,6 +50,6 @@ def _is_number(argument: Any) -> bool:
 
 def _remember(product: Node) -> None:
     """The product's example value, for passes that look at it."""
-    values = [a.meta.get("example_value") if isinstance(a, Node) else a for a in product.args]
+    values: list[Any] = [a.meta.get("example_value") if isinstance(a, Node) else a for a in product.args]
     if all(value is not None for value in values):
         product.meta["example_value"] = values[0] * values[1]
