@@ -185,7 +185,7 @@ def model_inputs(model: nn.Module, latents: Tensor, time: float, text: int) -> d
     needed = {
         name for name, p in names.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     }
-    unknown = needed - ARGUMENTS.keys()
+    unknown = (needed | names.keys() & {"control_hidden_states"}) - ARGUMENTS.keys()  # needed, though it has a default
     if unknown or "hidden_states" not in names:
         what = f"needs {', '.join(sorted(unknown))}" if unknown else "takes no hidden_states"
         raise ValueError(f"{type(model).__name__} {what}: it is no video transformer that can be called here")

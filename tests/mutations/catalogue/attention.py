@@ -57,7 +57,7 @@ ATTENTION = (
     Mutation(
         "a bitmask row of one word",
         "selection.py",
-        "torch.sym_max(2, ceil_div(tiles, WORD))",
+        "larger(2, ceil_div(tiles, WORD))",
         "ceil_div(tiles, WORD)",
         ("compile_passes/test_lower_flex.py::test_a_symbolic_grid_is_lowered_in_the_second_graph_and_the_last",),
     ),
