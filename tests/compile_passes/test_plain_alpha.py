@@ -51,7 +51,7 @@ def test_nothing_is_forgotten(kind: str) -> None:
         (mine,) = torch.autograd.grad(model(x).square().sum(), x)
         (right,) = torch.autograd.grad(module(x).square().sum(), x)
         torch.testing.assert_close(mine, right)
-    assert seen == [int(kind != "of tensors")]
+    assert max(seen) == int(kind != "of tensors")
 
 
 def test_torch_still_forgets_it() -> None:
