@@ -10,6 +10,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
+import flexsparse as fs
 from flexsparse.compile_passes.plain_alpha import plain_alpha
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -52,6 +53,19 @@ def test_nothing_is_forgotten(kind: str) -> None:
         (right,) = torch.autograd.grad(module(x).square().sum(), x)
         torch.testing.assert_close(mine, right)
     assert max(seen) == int(kind != "of tensors")
+
+
+class Attends(Sum):
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        q = x.unflatten(-1, (2, 16)).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
+
+
+def test_the_backend_rewrites_them() -> None:
+    model, x = Attends("method"), torch.randn(1, 64, 32)
+    backend = fs.backend(fs.VSA(sparsity=0.0), grid=(4, 4, 4), tile=(2, 2, 2), inner="aot_eager")
+    torch.testing.assert_close(torch.compile(model, backend=backend, dynamic=True)(x), model(x), atol=1e-5, rtol=1e-4)
 
 
 def test_torch_still_forgets_it() -> None:
