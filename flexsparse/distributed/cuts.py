@@ -76,9 +76,8 @@ class Cut:
         """Notes that tokens are cut from now on, or whole again; a graph is told by what is returned."""
         if torch.compiler.is_compiling():
             return marks.CUT(x, cut)
-        if (
-            torch._C._current_graph_task_id() == -1
-        ):  # not where backward redoes a block, which knows nothing of the others
+        redone = torch._C._current_graph_task_id() != -1  # in a backward, of a block that knows nothing of the others
+        if not redone:
             self.state.interceptor.local.cut = cut
         return x
 
@@ -197,9 +196,16 @@ class Ends:
 
 
 def _each(out: Any, function: Any) -> Any:
+    """What a forward returned, a tensor or several, with a function of index and value applied to each."""
     if isinstance(out, Tensor):
         return function(0, out)
-    return type(out)(function(index, x) for index, x in enumerate(out))
+    if not isinstance(out, tuple | list):
+        raise TypeError(
+            f"a module of the plan returned {type(out).__name__}, where a tensor, a tuple or a list was expected: name a "
+            "module in plan= that returns one, such as the last linear map"
+        )
+    new = [function(index, x) for index, x in enumerate(out)]
+    return type(out)._make(new) if hasattr(out, "_make") else type(out)(new)
 
 
 def _cuts(entry: Any) -> bool:
