@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,6 +102,24 @@ def test_the_twin_is_of_another_backend(monkeypatch: pytest.MonkeyPatch) -> None
     gates = [x for name, x in twin.named_parameters() if "to_gate_compress.weight" in name]
     assert len(gates) == 2 and all(x.dtype == torch.float64 and bool(x.abs().min() > 0) for x in gates)
     assert model_check.OTHER["triton"] == "gather"
+
+
+@pytest.mark.parametrize("what", ["fused", "lowered", "sparse"])
+def test_attention_that_took_another_way_is_not_timed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = model.results
+
+    def on_a_gpu(device: Host, impl: str, timed: Any, given: Any, part: str) -> Any:
+        call = SimpleNamespace(**{"fused": True, "lowered": True, "sparse": True, what: False})
+        monkeypatch.setattr(model.fs, "report", lambda timed: SimpleNamespace(calls=[call]))
+        return found(Host(modes=("compiled",)), impl, timed, given, part)
+
+    monkeypatch.setattr(model, "results", on_a_gpu)
+    for timed in model.contenders(case("model", "model_step", layers=2), Host()):
+        if timed.impl == "flexsparse":
+            with pytest.raises(RuntimeError, match="not every self-attention was fused and lowered"):
+                timed.results()
+        else:
+            assert timed.results()
 
 
 def test_a_gradient_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What a module of a plan may return: a tensor, a tuple, a list or a named tuple; anything else is refused."""
+"""What a rank gets of what a plan cuts: of a count of leading tokens, and of what a module returns in several pieces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flexsparse.distributed.cuts import Cut
 from flexsparse.distributed.parallel import SequenceParallel
 from flexsparse.distributed.tokens import Ranks
-from flexsparse.models import Part
+from flexsparse.models import Leading, Part
 
 
 class Pair(NamedTuple):
@@ -22,13 +22,22 @@ class Pair(NamedTuple):
     other: Tensor
 
 
+def cut_of(rank: int) -> Cut:
+    """Of one of two ranks; eight tokens, four for each."""
+    interceptor = SimpleNamespace(known_grid=lambda: (1, 2, 4), local=SimpleNamespace(cut=False))
+    state = SimpleNamespace(runs_dense=lambda: False, interceptor=interceptor)
+    return Cut(SequenceParallel.planned(Ranks("", rank, 2), Ranks()), state, text_first=False)
+
+
 def returned(out: Any) -> Any:
-    """By a module whose first output is cut along dimension 1; this is the second of two ranks."""
-    parallel = SequenceParallel.planned(Ranks("", 1, 2), Ranks())
-    state = SimpleNamespace(runs_dense=lambda: False)
-    state.interceptor = SimpleNamespace(known_grid=lambda: (1, 2, 4), local=SimpleNamespace(cut=False))
-    _, (hook,) = Cut(parallel, state, False).hooks(nn.Identity(), "one", {0: Part(1, 3)})
+    """By a module whose first output is cut along dimension 1; on the second rank."""
+    _, (hook,) = cut_of(1).hooks(nn.Identity(), "one", {0: Part(1, 3)})
     return hook(nn.Identity(), (), out)
+
+
+@pytest.mark.parametrize("count, held", [(0, [0, 0]), (3, [3, 0]), (5, [4, 1]), (8, [4, 4])])
+def test_leading_tokens_are_those_that_a_rank_holds(count: int, held: list[int]) -> None:
+    assert [cut_of(rank).cut(count, Leading()) for rank in (0, 1)] == held
 
 
 def test_each_kind_of_several_stays_what_it_is() -> None:
