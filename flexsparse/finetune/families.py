@@ -5,14 +5,15 @@ Letters: B batch, C channels, T frames, H and W rows and columns of latents, L t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexsparse.finetune.inputs import Batch, Family, FirstFrame
+from flexsparse.finetune.cosmos import cosmos
+from flexsparse.finetune.inputs import Batch, Family, FirstFrame, with_first_frame
 from flexsparse.training.errors import RunError
 
 _SECONDS, _SIDE = 8 / 25, 32  # of one LTX latent: frames of its VAE at 25 frames a second, pixels
@@ -50,19 +51,10 @@ def _allegro_scheduler(config: Any) -> Mapping[str, Any]:
     }
 
 
-def _with_first_frame(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Latents of the first frame, and a mask `[B, 1, T, H, W]` that is 1 there."""
-    if batch.condition is None:
-        raise RunError("the model takes a first frame, and the batch has none")
-    mask = torch.zeros_like(batch.noisy[:, :1])
-    mask[:, :, 0] = 1
-    return batch.condition.to(batch.noisy), mask
-
-
 def _wan(model: nn.Module, config: Any, batch: Batch) -> Tensor:
     noisy = batch.noisy
     if config.in_channels > noisy.shape[1]:
-        condition, mask = _with_first_frame(batch)
+        condition, mask = with_first_frame(batch)
         noisy = torch.cat([noisy, mask.repeat(1, WAN_FRAME.mask, 1, 1, 1), condition], dim=1)
     images = {} if batch.image is None else {"encoder_hidden_states_image": batch.image}
     return model(noisy, batch.timestep, batch.text, **images, return_dict=False)[0]
@@ -219,9 +211,9 @@ def _check_wan(config: Any, tokens: int) -> None:
         )
 
 
-WAN_FRAME = FirstFrame(mask=4, given=True)
+WAN_FRAME = FirstFrame(mask=4, of="clip")
 WAN = Family(text="text_dim", image="image_dim", velocity=_wan, first_frame=WAN_FRAME, check=_check_wan)
-FAMILIES: Mapping[str, Family] = MappingProxyType(
+FAMILIES: Mapping[str, Family | Callable[[Mapping[str, Any]], Family]] = MappingProxyType(
     {
         "WanTransformer3DModel": WAN,
         "SkyReelsV2Transformer3DModel": WAN,
@@ -237,7 +229,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             text_2="text_embed_2_dim",
             tokens=1000,
             velocity=_hunyuan15,
-            first_frame=FirstFrame(mask=1, given=False),
+            first_frame=FirstFrame(mask=1),
             compile=("regional", "off"),
             unused=_unused_hunyuan15,
             vae="AutoencoderKLHunyuanVideo15",
@@ -264,19 +256,26 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "AllegroTransformer3DModel": Family(
             text="caption_channels", velocity=_allegro, scheduler=_allegro_scheduler, vae="AutoencoderKLAllegro"
         ),
+        "CosmosTransformer3DModel": cosmos,
     }
 )
+"""By class; a function where the configuration tells which of several models it is."""
 
 
-def family_of(kind: type[nn.Module]) -> Family:
+def family_of(kind: type[nn.Module], config: Mapping[str, Any]) -> Family:
     """How a class is called.
 
+    Args:
+        kind: the class.
+        config: its configuration.
+
     Raises:
-        RunError: it is not in the table.
+        RunError: it is not in the table, or of its models this one cannot be trained.
     """
     if kind.__name__ not in FAMILIES:
         raise RunError(
             f"--model is a {kind.__name__}, which this recipe cannot call: pass one of {', '.join(FAMILIES)}, or give "
             "finetune(..., family=Family(...)) in Python"
         )
-    return FAMILIES[kind.__name__]
+    found = FAMILIES[kind.__name__]
+    return found if isinstance(found, Family) else found(config)

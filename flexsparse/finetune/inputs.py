@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,11 +80,31 @@ class FirstFrame:
 
     Attributes:
         mask: channels of the mask.
-        given: whether clips bring those latents (image to video); else all are zeros (text to video).
+        latents: whether there are channels of latents beside it; else the first frame takes the place of a noisy one.
+        of: what the first frame is of (image to video): a `clip` brings it, encoded with zeros after it, or it is that of
+            the clip's own `latents`, for a model that sees none after it; None: all are zeros (text to video).
     """
 
     mask: int
-    given: bool
+    latents: bool = True
+    of: Literal["clip", "latents"] | None = None
+
+    def channels(self, latents: int) -> int:
+        """Channels that go in, beside noisy latents of so many or with them."""
+        return (2 if self.latents else 1) * latents + self.mask
+
+
+def with_first_frame(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Latents `[B, C, T, H, W]` of which the first frame counts, and a mask `[B, 1, T, H, W]` that is 1 there.
+
+    Raises:
+        RunError: the batch has no first frame.
+    """
+    if batch.condition is None:
+        raise RunError("the model takes a first frame, and the batch has none: give collate(..., condition=...)")
+    mask = torch.zeros_like(batch.noisy[:, :1])
+    mask[:, :, 0] = 1
+    return batch.condition.to(batch.noisy), mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,14 +151,14 @@ class Takes:
         channels: of each of a clip's embeddings, by name; a name that is not there is not read.
         tokens: of each `[L, D]` embedding that is cut or filled up.
         latents: channels of latents.
-        condition: whether it takes a first frame.
+        condition: what the first frame is of that it takes, as `FirstFrame.of`; None if it takes none.
         required: names that every clip has to bring; others are zeros.
     """
 
     channels: Mapping[str, int]
     tokens: Mapping[str, int] = field(default_factory=dict)
     latents: int
-    condition: bool = False
+    condition: Literal["clip", "latents"] | None = None
     required: tuple[str, ...] = ()
 
     def why_not(self, given: Given) -> str | None:
@@ -185,23 +205,24 @@ def takes_of(family: Family, config: Mapping[str, Any], tokens: int | None, *, v
         family.check(config, count)
     takes, gives = int(config["in_channels"]), int(config.get("out_channels") or config["in_channels"])
     frame = family.first_frame
-    extra = frame is not None and takes == 2 * gives + frame.mask
+    extra = frame is not None and takes == frame.channels(gives)
     if takes > gives and not extra:
-        known = f"only with {2 * gives + frame.mask}, a first frame and its mask" if frame else "not"
+        known = f"only with {frame.channels(gives)}, a first frame and its mask" if frame else "not"
         raise RunError(
             f"--model takes {takes} channels and gives {gives}: more than noise goes in (image to video, control), for which "
             f"models of this class are trained {known}"
         )
-    given = extra and frame is not None and frame.given
-    required = (*((CONDITION,) if given and not vae else ()), *((IMAGE,) if IMAGE in channels else ()))
-    if given and vae and IMAGE in channels:
+    condition = frame.of if extra and frame is not None else None
+    brings = condition == "clip" and not vae
+    required = (*((CONDITION,) if brings else ()), *((IMAGE,) if IMAGE in channels else ()))
+    if condition and vae and IMAGE in channels:
         raise RunError(
             "--vae: --model takes an image's embeddings, and each window of a video would need its own: pass latents, with "
             "'condition' and 'image'"
         )
     lengths = {TEXT: count} | ({TEXT_2: family.tokens_2} if TEXT_2 in channels else {})
     return Takes(
-        channels=channels, tokens=lengths, latents=gives if extra else takes, condition=given, required=required
+        channels=channels, tokens=lengths, latents=gives if extra else takes, condition=condition, required=required
     )
 
 
@@ -222,7 +243,7 @@ def collate(
         t: times `[B]`.
         takes: what the model takes.
         steps: of the objective.
-        condition: latents of the first frame `[B, C, T, H, W]`.
+        condition: latents whose first frame the model is given `[B, C, T, H, W]`.
 
     Raises:
         RunError: an embedding of another width than the model takes.

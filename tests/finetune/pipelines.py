@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 LENGTH = 5  # text tokens that are given, of 8
+PARTS = ("vae", "guider", "safety_checker")
 
 
 def masked(tokens: int) -> Tensor:
@@ -64,7 +65,7 @@ def pipeline_step(
         model: its transformer.
         latents: noise, as the pipeline takes it.
         size: frames, rows and columns, in pixels.
-        given: embeddings and settings; `vae` and `guider` are parts of the pipeline.
+        given: embeddings and settings; those named in `PARTS` are parts of the pipeline.
 
     Returns:
         Its first step.
@@ -77,11 +78,15 @@ def pipeline_step(
         scheduler = diffusers.EulerAncestralDiscreteScheduler(timestep_spacing="trailing")
     elif name == "MochiPipeline":
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    elif name == "CosmosTextToWorldPipeline":
+        scheduler = diffusers.EDMEulerScheduler(sigma_max=1.5)  # at 80, the published one, hardly any signal is left
+    elif name == "Cosmos2VideoToWorldPipeline":
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
     elif name == "CogVideoXPipeline":
         scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
     parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
     parts = {p.name: None for p in parameters if p.default is inspect.Parameter.empty}
-    parts |= {"transformer": model, "scheduler": scheduler} | {n: given.pop(n) for n in ("vae", "guider") if n in given}
+    parts |= {"transformer": model, "scheduler": scheduler} | {n: given.pop(n) for n in PARTS if n in given}
     frames, height, width = size
     pipe = kind(**parts)
     steps, step = [], scheduler.step
@@ -102,3 +107,10 @@ class VaeOfHunyuan15:
 
     temporal_compression_ratio, spatial_compression_ratio = 4, 16
     config = SimpleNamespace(latent_channels=4)
+
+
+class SafetyChecker:
+    """Cosmos pipelines have one, from a package of its own; latents and embeddings are not looked at."""
+
+    def to(self, device: str) -> None:
+        """Nothing to move."""

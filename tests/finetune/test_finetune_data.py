@@ -216,7 +216,8 @@ def test_a_clip_that_does_not_bring_what_the_model_takes_is_skipped(tmp_path):
 )
 def test_configurations_that_cannot_be_trained(name, others, vae, message):
     with pytest.raises(RunError, match=message):
-        takes_of(FAMILIES[ZOO[name].make[0]], _config(name, **others), 8, vae=vae)
+        config = _config(name, **others)
+        takes_of(family_of(type(ZOO[name].model()), config), config, 8, vae=vae)
 
 
 def test_a_family_for_another_configuration():
@@ -226,7 +227,7 @@ def test_a_family_for_another_configuration():
 
 def test_other_families_are_refused():
     with pytest.raises(RunError, match=r"a Linear, which this recipe cannot call: pass one of Wan.*family=Family"):
-        family_of(nn.Linear)
+        family_of(nn.Linear, {})
 
 
 def test_a_model_of_other_channels_or_no_model(tmp_path):
