@@ -119,6 +119,7 @@ class Family:
         image: the key for the channels of an image's embeddings, if it takes them; where the value is None, it does not.
         tokens: text tokens that it is given unless `--text-tokens` says otherwise, or the key for their number.
         tokens_2: tokens of the second text.
+        channels: the keys for the channels of noisy latents and of the output; where the last is None, as many.
         first_frame: what the channels beyond the latents' are, for a class that may have such.
         scheduler: (the model's configuration) to the configuration, with its `_class_name`, of the diffusers scheduler that it
             was published with, where that is a noise schedule; None for flow matching.
@@ -135,6 +136,7 @@ class Family:
     image: str | None = None
     tokens: int | str = 512
     tokens_2: int = 256
+    channels: tuple[str, str] = ("in_channels", "out_channels")
     first_frame: FirstFrame | None = None
     scheduler: Callable[[Any], Mapping[str, Any]] | None = None
     vae: str = "AutoencoderKLWan"
@@ -194,7 +196,8 @@ def takes_of(family: Family, config: Mapping[str, Any], tokens: int | None, *, v
             "that, and pass a folder of latents"
         )
     keys = {TEXT: family.text, TEXT_2: family.text_2, POOLED: family.pooled, IMAGE: family.image}
-    missing = next((key for key in keys.values() if key is not None and key not in config), None)
+    going_in, coming_out = family.channels
+    missing = next((key for key in (*keys.values(), going_in) if key is not None and key not in config), None)
     if missing is not None:
         raise RunError(
             f"--model has no {missing!r} in its configuration: give finetune(..., family=Family(...)) in Python"
@@ -203,7 +206,7 @@ def takes_of(family: Family, config: Mapping[str, Any], tokens: int | None, *, v
     count = tokens or (family.tokens if isinstance(family.tokens, int) else int(config[family.tokens]))
     if family.check is not None:
         family.check(config, count)
-    takes, gives = int(config["in_channels"]), int(config.get("out_channels") or config["in_channels"])
+    takes, gives = int(config[going_in]), int(config.get(coming_out) or config[going_in])
     frame = family.first_frame
     extra = frame is not None and takes == frame.channels(gives)
     if takes > gives and not extra:

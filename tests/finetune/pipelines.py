@@ -38,7 +38,7 @@ class Recorder:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs).arguments
             told = {n: v for n, v in bound.items() if v is not None and n not in ("return_dict", "attention_kwargs")}
-            self.calls.append(told)
+            self.calls.append({n: v.clone() if isinstance(v, Tensor) else v for n, v in told.items()})
             found = forward(*args, **kwargs)
             self.outputs.append(found[0].detach())
             return found
@@ -92,8 +92,9 @@ def pipeline_step(
     steps, step = [], scheduler.step
 
     def recorded(prediction: Tensor, t: Tensor, before: Tensor, *args: Any, **kwargs: Any) -> Any:
+        start = before.clone()  # Kandinsky 5 writes into its latents
         found = step(prediction, t, before, *args, **kwargs)
-        steps.append(Step(before=before, after=found[0], scheduler=scheduler))
+        steps.append(Step(before=start, after=found[0], scheduler=scheduler))
         return found
 
     scheduler.step = recorded
@@ -102,11 +103,8 @@ def pipeline_step(
     return steps[0]
 
 
-class VaeOfHunyuan15:
-    """The numbers that its pipeline reads of its VAE."""
-
-    temporal_compression_ratio, spatial_compression_ratio = 4, 16
-    config = SimpleNamespace(latent_channels=4)
+class Vae(SimpleNamespace):
+    """The numbers that a pipeline reads of its VAE."""
 
 
 class SafetyChecker:

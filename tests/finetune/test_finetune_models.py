@@ -30,7 +30,7 @@ RUN: dict[str, Any] = {
     "tile": (2, 4, 4),
     "text_tokens": 8,
 }
-SMALL = ("hunyuan", "hunyuan15", "ltx")  # one latent is one token
+SMALL = ("hunyuan", "hunyuan15", "ltx", "motif")  # one latent is one token
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ CASES = {
     "ltx": Case("ltx"),
     "mochi": Case("mochi", {"max_sequence_length": 8}),
     "allegro": Case("allegro"),
+    "chronoedit": Case("chronoedit", {"in_channels": 12, "image_dim": 6, "added_kv_proj_dim": 32}),
+    "easyanimate": Case("easyanimate", {"mmdit_layers": 2}),
+    "kandinsky5": Case("kandinsky5", {"visual_cond": True}),
+    "motif": Case("motif", {"in_channels": 9}),
     "cosmos 1": Case("cosmos", run={"steps": 16, "eval_every": 4}),
     "cosmos predict2": Case("cosmos", {"in_channels": 5, "extra_pos_embed_type": None}),
 }
