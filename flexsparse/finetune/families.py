@@ -348,6 +348,15 @@ FAMILIES: Mapping[str, Family | Callable[[Mapping[str, Any]], Family]] = Mapping
 """By class; a function where the configuration tells which of several models it is."""
 
 
+UNTRAINED: Mapping[str, str] = MappingProxyType(
+    {
+        "WanVACETransformer3DModel": "is steered by a control video that clips here do not bring",
+        "LTX2VideoTransformer3DModel": "makes audio with its video, and clips here bring none",
+    }
+)
+"""Why a known class is not trained."""
+
+
 def family_of(kind: type[nn.Module], config: Mapping[str, Any]) -> Family:
     """How a class is called.
 
@@ -359,8 +368,9 @@ def family_of(kind: type[nn.Module], config: Mapping[str, Any]) -> Family:
         RunError: it is not in the table, or of its models this one cannot be trained.
     """
     if kind.__name__ not in FAMILIES:
+        why = UNTRAINED.get(kind.__name__, "this recipe cannot call")
         raise RunError(
-            f"--model is a {kind.__name__}, which this recipe cannot call: pass one of {', '.join(FAMILIES)}, or give "
+            f"--model is a {kind.__name__}, which {why}: pass one of {', '.join(FAMILIES)}, or give "
             "finetune(..., family=Family(...)) in Python"
         )
     found = FAMILIES[kind.__name__]

@@ -236,6 +236,11 @@ def test_a_family_for_another_configuration():
 def test_other_families_are_refused():
     with pytest.raises(RunError, match=r"a Linear, which this recipe cannot call: pass one of Wan.*family=Family"):
         family_of(nn.Linear, {})
+    for name, why in (("wan-vace", "is steered by a control video"), ("ltx2", "makes audio with its video")):
+        with pytest.raises(
+            RunError, match=rf"which {why} .*: pass one of Wan.*family=Family|which {why},.*family=Family"
+        ):
+            family_of(type(ZOO[name].model()), {})
 
 
 def test_a_model_of_other_channels_or_no_model(tmp_path):

@@ -308,6 +308,13 @@ def test_cosmos_1_has_a_vae_of_its_own(folder, monkeypatch):
         measure(settings)
 
 
+@pytest.mark.parametrize("name", ["ltx2", "motif"])
+def test_what_does_not_run_sequence_parallel_is_not_planned_so(folder, name):
+    settings = Settings(model=str(folder(name)), grid=GRID, builder=fs.VSA(top_k=2), gpus=2, ulysses=2)
+    with pytest.raises(PlanError, match=r"ulysses: .* is not known to run sequence parallel: leave it at 1"):
+        measure(settings)
+
+
 def test_each_token_of_a_ti2v_has_a_time(folder):
     """As its pipeline calls it; without, what blocks compute of the time is not counted token by token."""
     how = {"grid": GRID, "builder": fs.VSA(top_k=2), "training": False}
