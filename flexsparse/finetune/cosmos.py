@@ -115,7 +115,7 @@ def cosmos(config: Mapping[str, Any]) -> Family:
     controlled = [name for name in ("controlnet_block_every_n", "img_context_dim_in") if config.get(name)]
     if controlled:
         what = f"has {' and '.join(controlled)} in its configuration: Cosmos Transfer, which a control network steers"
-    elif config["use_crossattn_projection"]:
+    elif config["use_crossattn_projection"] and masked:
         return TEXT_TO_WORLD_25
     elif edm and masked:
         what = "takes given frames with noise of their own (Cosmos 1.0 of video to world)"

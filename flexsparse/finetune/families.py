@@ -232,7 +232,7 @@ def _kandinsky5(model: nn.Module, config: Any, batch: Batch) -> Tensor:
     out = model(
         hidden_states=video,
         encoder_hidden_states=text,
-        timestep=batch.timestep.to(noisy.dtype),
+        timestep=batch.timestep,
         pooled_projections=batch.pooled,
         visual_rope_pos=[torch.arange(size, device=noisy.device) for size in sizes],
         text_rope_pos=torch.arange(text.shape[1], device=noisy.device),
