@@ -187,3 +187,39 @@ def test_a_checkpointed_function_would_be_redone_densely_and_is_refused(kind: ty
         model(x)
     with torch.no_grad():  # nothing is redone
         assert model(x).shape == x.shape
+
+
+class References(nn.Module):
+    """Attention among the video's tokens, then to those of a reference of as many, by projections that are no `nn.Linear`."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.patch = kind, nn.Conv3d(3, 32, (1, 2, 2), (1, 2, 2))
+        self.maps = nn.ModuleList(nn.Conv1d(32, 32, 1) for _ in range(3))
+
+    def project(self, number: int, x: Tensor) -> Tensor:
+        weight = self.maps[number].weight[..., 0]
+        if self.kind == "convolution":
+            return self.maps[number](x.transpose(1, 2)).unflatten(1, (2, 16)).transpose(2, 3)
+        if self.kind == "einsum":
+            return torch.einsum("bsc,hdc->bhsd", x, weight.unflatten(0, (2, 16)))
+        return torch.tensordot(x, weight, dims=([2], [1])).unflatten(2, (2, 16)).transpose(1, 2)
+
+    def attend(self, x: Tensor, other: Tensor) -> Tensor:
+        q, k, v = (self.project(number, tokens) for number, tokens in enumerate((x, other, other)))
+        return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, video: Tensor, reference: Tensor) -> Tensor:
+        x, other = (self.patch(each).flatten(2).transpose(1, 2) for each in (video, reference))
+        x = self.attend(self.attend(x, x), other)
+        return self.attend(x, other)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["convolution", "einsum", "tensordot"])
+def test_attention_to_a_reference_of_as_many_tokens_stays_dense(kind: str) -> None:
+    """It was sparse: a projection that was not known let the search go on to what both sequences are made of."""
+    torch.manual_seed(0)
+    model = fs.wrap(References(kind), fs.VSA(top_k=1), inner="aot_eager")
+    model(clip(), clip(4).flip(0) * 2)
+    assert [call.sparse for call in fs.report(model).calls] == [True, False, False]
