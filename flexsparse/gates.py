@@ -28,6 +28,26 @@ Sizes = tuple[int, int, Tensor]
 """Input channels, H * D, and a weight for dtype and device."""
 
 
+class Gate(nn.Linear):
+    """A linear map with a weight of zero and a bias of ``start``, also where a trainer makes its memory later (`to_empty`).
+
+    Args:
+        inputs: channels that it reads.
+        outputs: channels that it writes.
+        start: its bias.
+        like: a tensor with its dtype and device.
+    """
+
+    def __init__(self, inputs: int, outputs: int, start: float, like: Tensor) -> None:
+        self.start = start  # read when the parameters are made
+        super().__init__(inputs, outputs, dtype=like.dtype, device=like.device)
+
+    def reset_parameters(self) -> None:
+        """As at the start: a wrapped pretrained model begins as pure fine attention."""
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, self.start)
+
+
 def _linear(module: nn.Module, names: Sequence[str]) -> nn.Linear | None:
     for name in names:
         child = getattr(module, name, None)
@@ -111,10 +131,7 @@ def add_gates(model: nn.Module, which: bool | Sequence[str], fine: bool = False)
         module, (inputs, outputs, like) = model.get_submodule(name), cast(Sizes, sizes[name])
         module.__dict__[ADDED] = (NAME, FINE)[: 2 if fine else 1]
         for kind, start in ((NAME, 0.0), (FINE, 1.0))[: 2 if fine else 1]:
-            gate = nn.Linear(inputs, outputs, dtype=like.dtype, device=like.device)
-            nn.init.zeros_(gate.weight)
-            nn.init.constant_(gate.bias, start)
-            module.add_module(kind, gate)
+            module.add_module(kind, Gate(inputs, outputs, start, like))
     return names
 
 

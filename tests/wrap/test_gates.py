@@ -252,3 +252,15 @@ def test_projections_stored_in_what_nothing_is_computed_in(stranger: Stranger) -
         fs.wrap(stranger, fs.VSA(top_k=2), gates=True, compile=False)
     assert not any("flexsparse" in key for module in stranger.modules() for key in vars(module))
     assert not any("gate" in name for name in stranger.state_dict())
+
+
+def test_gates_begin_at_zero_where_memory_is_made_later() -> None:
+    """As trainers with FSDP do: they were random then, as any linear map."""
+    with torch.device("meta"):
+        model = Stranger()
+    fs.wrap(model, fs.VSA(top_k=2), gates=True, fine_gates=True, compile=False).to_empty(device="cpu")
+    for module in model.modules():
+        getattr(module, "reset_parameters", lambda: None)()
+    gates = dict(model.named_parameters())
+    assert all((p == ("fine.bias" in name)).all() for name, p in gates.items() if "to_gate" in name)
+    assert sum("to_gate" in name for name in gates) == 8
