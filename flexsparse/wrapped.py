@@ -225,14 +225,28 @@ def _original(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 def _mark(
     args: tuple[Any, ...], kwargs: dict[str, Any], mark: Callable[..., Tensor], *values: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Send the first floating point argument through a mark."""
-    for index, value in enumerate(args):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return (*args[:index], mark(value, *values), *args[index + 1 :]), kwargs
-    for name, value in kwargs.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return args, {**kwargs, name: mark(value, *values)}
+    """Send the first floating point argument through a mark; where no argument is one, the first in a list, tuple or dict."""
+    for inside in (False, True):
+        for index, value in enumerate(args):
+            if (new := _marked(value, inside, mark, values)) is not None:
+                return (*args[:index], new, *args[index + 1 :]), kwargs
+        for name, value in kwargs.items():
+            if (new := _marked(value, inside, mark, values)) is not None:
+                return args, {**kwargs, name: new}
     raise ValueError("a wrapped module was called without a floating point tensor to tell its graph the grid by")
+
+
+def _marked(value: Any, inside: bool, mark: Callable[..., Tensor], values: tuple[Any, ...]) -> Any:
+    """A value whose first floating point tensor went through a mark; None where it has none."""
+    if isinstance(value, Tensor):
+        return mark(value, *values) if value.is_floating_point() else None
+    if inside and type(value) in (list, tuple, dict):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            if (new := _marked(one, inside, mark, values)) is not None:
+                if isinstance(value, dict):
+                    return {**value, key: new}
+                return type(value)((*value[:key], new, *value[key + 1 :]))
+    return None
 
 
 def _gates(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Gates | None:
