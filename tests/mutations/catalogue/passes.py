@@ -300,4 +300,18 @@ PASSES = (
         "bound = 2 * rms(allowed) + 8 * rms(oracle)",
         ("checking/test_check.py::test_what_is_wrong_is_found", "test_tolerance.py"),
     ),
+    Mutation(
+        "projections by einsum are no maps of tokens",
+        "compile_passes/origins.py",
+        ", torch.einsum, torch.tensordot}",
+        "}",
+        ("wrap/test_written_by_others.py",),
+    ),
+    Mutation(
+        "a sum with a factor loses it",
+        "compile_passes/plain_alpha.py",
+        '(second, node.kwargs["alpha"])',
+        "(second, 1)",
+        ("compile_passes/test_plain_alpha.py",),
+    ),
 )
