@@ -64,6 +64,9 @@ class Known:
         sizes: names of the arguments that are the grid, where the input is a sequence of tokens already.
         text: names of the arguments ``[B, L, ...]`` whose L tokens join the video's in attention.
         text_at: whether they come before or after the video's.
+        trimmed: name of the mask ``[B, L]`` of text that a call with one sample leaves out; "" where none does.
+        history: names of video latents ``[B, C, T, H, W]`` whose tokens come before the video's, and their patch sizes;
+            sizes are rounded up to whole patches.
         ragged: whether a call may have fewer of them (a model that runs each sample by itself, without its padding).
         gates: name patterns of the attention modules that see the video; () to recognise them by their projections.
         plan: where sequence parallelism cuts video tokens, and joins them (`distributed.ulysses`); text is never cut. {} for
@@ -75,6 +78,8 @@ class Known:
     sizes: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
     text_at: Literal["first", "last"] = "last"
+    trimmed: str = ""
+    history: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     ragged: bool = False
     gates: tuple[str, ...] = ()
     plan: Mapping[str, Any] = field(default_factory=dict)
@@ -86,6 +91,11 @@ def _plan(
 ) -> Mapping[str, Any]:
     """A plan: hidden states are cut before the block ``first``, and joined after the module ``last``."""
     return MappingProxyType({**tables, first: {"hidden_states": Part(1, 3)}, last: Whole(1), **(more or {})})
+
+
+def _history(whole: str, half: str, quarter: str) -> Mapping[str, tuple[int, int, int]]:
+    """Patches of ``(1, 2, 2)``, of twice and of four times its sides: older frames take fewer tokens."""
+    return MappingProxyType({whole: (1, 2, 2), half: (2, 4, 4), quarter: (4, 8, 8)})
 
 
 TEXT = ("encoder_hidden_states",)
@@ -119,6 +129,19 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
         "HunyuanVideo15Transformer3DModel": Known(
             text=(*TEXT, "encoder_hidden_states_2", "image_embeds"), gates=HUNYUAN_GATES[:1], plan=_plan(BLOCK, ROTARY)
         ),
+        "HunyuanVideoFramepackTransformer3DModel": Known(
+            text=(*TEXT, "image_embeds"),
+            trimmed="encoder_attention_mask",
+            history=_history("latents_clean", "latents_history_2x", "latents_history_4x"),
+            gates=HUNYUAN_GATES,
+            watched_by="history",
+        ),
+        "HeliosTransformer3DModel": Known(
+            history=_history("latents_history_short", "latents_history_mid", "latents_history_long"),
+            gates=("blocks.*.attn1",),
+            watched_by="history",
+        ),
+        "AnyFlowTransformer3DModel": Known(axes="B T C H W", gates=("blocks.*.attn1",)),
         "LTXVideoTransformer3DModel": Known(sizes=SIZES, gates=ATTN1),
         "LTX2VideoTransformer3DModel": Known(sizes=SIZES, gates=ATTN1, watched_by="audio"),
         "CosmosTransformer3DModel": Known(  # joined early: the time of each token is not cut for what follows
@@ -137,6 +160,11 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
         ),
         "Kandinsky5Transformer3DModel": Known(
             axes="B T H W C", gates=("visual_transformer_blocks.*.self_attention",), plan=KANDINSKY_PLAN
+        ),
+        "Kandinsky6Transformer3DModel": Known(
+            axes="B T H W C",
+            gates=("visual_transformer_blocks.*.video_dec_block.self_attention",),
+            watched_by="audio",
         ),
         "MotifVideoTransformer3DModel": Known(text=(*TEXT, "image_embeds"), gates=HUNYUAN_GATES),
         "MochiTransformer3DModel": Known(

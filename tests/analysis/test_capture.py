@@ -116,8 +116,13 @@ NOT_CALLED = {
     "wan-vace": "WanVACETransformer3DModel needs control_hidden_states",
     "ltx2": "LTX2VideoTransformer3DModel needs audio_encoder_hidden_states, audio_hidden_states",
     "kandinsky5": "Kandinsky5Transformer3DModel has no in_channels",
+    "kandinsky6": "Kandinsky6Transformer3DModel has no in_channels",
+    "anyflow": "AnyFlowTransformer3DModel needs r_timestep",
+    "framepack": "HunyuanVideoFramepackTransformer3DModel needs indices_latents",
 }
 """Models that are called in a way of their own."""
+OPTIONAL = {"wan-animate"}
+"""Models whose own code needs what their signature calls optional: its error is the model's."""
 
 
 @pytest.mark.parametrize("name", NOT_CALLED)
@@ -127,7 +132,7 @@ def test_models_that_cannot_be_called_here_say_why(name: str) -> None:
         model_inputs(model, torch.randn(1, channels_of(model), *GRID), 0.25, 6)
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in NOT_CALLED])
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in {*NOT_CALLED, *OPTIONAL}])
 def test_every_model_can_be_looked_at(name: str) -> None:
     model = ZOO[name].model()
     patch = patch_of(model)

@@ -218,5 +218,10 @@ def test_every_tested_class_has_a_family():
         "easyanimate",
         "kandinsky5",
         "motif",
+        "wan-animate",
+        "anyflow",
+        "helios",
+        "framepack",
+        "kandinsky6",
     }  # docs/models.md says so
     assert {entry.make[0] for name, entry in ZOO.items() if name not in without} == set(FAMILIES)

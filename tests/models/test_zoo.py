@@ -49,7 +49,8 @@ def gradients(model: nn.Module, entry: Entry, *grids: Size) -> dict[str, Tensor]
 
 def wrapped(entry: Entry, builder: Any, way: Any, gates: bool = False, **options: Any) -> nn.Module:
     """The model wrapped; its gates, if any, are not zero."""
-    model = fs.wrap(entry.model(), builder, compile=way, gates=gates, **{"inner": "aot_eager", **options})
+    options = {"inner": entry.inner if way is True else "aot_eager", **options}
+    model = fs.wrap(entry.model(), builder, compile=way, gates=gates, **options)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in fs.gate_parameters(model):
@@ -89,18 +90,18 @@ class Watching:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_layout_says_where_video_and_text_are(name: str) -> None:
-    """In the first block, other text changes the queries of the text's places, and of no other."""
+    """In the first block, other text or history changes the queries of its places, and of no other."""
     entry, watching = ZOO[name], Watching()
     model = wrapped(entry, watching, False)
     inputs = entry.inputs(GRID, 1)
     with torch.no_grad():
         model(**inputs, return_dict=False)
-        other = {name: value + 1 for name, value in inputs.items() if name.startswith("encoder_hidden_states")}
+        other = {name: value + 1 for name, value in inputs.items() if name.startswith(("encoder_hidden", "latents_"))}
         model(**{**inputs, **other}, return_dict=False)
-    assert {(one.grid, one.text_first, one.text_last) for one in watching.layouts} == {(GRID, *entry.text)}
+    assert {(one.grid, one.text_first, one.text_last) for one in watching.layouts} == {(GRID, *entry.extra(GRID))}
     before, after = watching.queries[0], watching.queries[len(watching.queries) // 2]
     changed = (before != after).any(-1).any(1)[0]
-    first, last = entry.text
+    first, last = entry.extra(GRID)
     video = changed[first : changed.shape[0] - last]
     if name != "mochi":  # its time embedding reads the text
         assert not video.any()
@@ -250,6 +251,7 @@ def test_a_mask_with_a_hole_is_never_taken_for_a_prefix(way: Any) -> None:
     ("name", "way", "says"),
     [
         ("hunyuan15", True, r"(?s)breaks the graph.*compile='regional'.*data-dependent"),
+        ("framepack", True, r"(?s)breaks the graph.*compile='regional'.*data-dependent"),
         ("mochi", True, r"(?s)depends on data.*use compile=False"),
         ("mochi", "regional", r"(?s)depends on data.*use compile=False"),
     ],
