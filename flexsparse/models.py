@@ -67,10 +67,11 @@ class Known:
         trimmed: name of the mask ``[B, L]`` of text that a call with one sample leaves out; "" where none does.
         history: names of video latents ``[B, C, T, H, W]`` whose tokens come before the video's, and their patch sizes;
             sizes are rounded up to whole patches.
-        ragged: whether a call may have fewer of them (a model that runs each sample by itself, without its padding).
+        ragged: whether a call may have less text than that (a model that runs each sample by itself, without its padding).
         gates: name patterns of the attention modules that see the video; () to recognise them by their projections.
         plan: where sequence parallelism cuts video tokens, and joins them (`distributed.ulysses`); text is never cut. {} for
             the class's own ``_cp_plan``.
+        refused: why `wrap` refuses the class, and what to do, after "it"; "" for a class that it takes.
         watched_by: what else attends to the video's tokens, so that a rank's part of them is not enough; "" for nothing.
     """
 
@@ -83,6 +84,7 @@ class Known:
     ragged: bool = False
     gates: tuple[str, ...] = ()
     plan: Mapping[str, Any] = field(default_factory=dict)
+    refused: str = ""
     watched_by: str = ""
 
 
@@ -119,6 +121,9 @@ HUNYUAN_BLOCKS = {
     for blocks in ("transformer_blocks", "single_transformer_blocks")
 }
 
+ALONE = "leave it unwrapped, and call flexsparse.sparse_attention in an attention processor of yours"
+FLEX = f"attends to its video through FlexAttention with a mask of its own, which is not replaced: {ALONE}"
+
 KNOWN: Mapping[str, Known] = MappingProxyType(
     {
         "CogVideoXTransformer3DModel": COGVIDEO,
@@ -141,6 +146,7 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
             gates=("blocks.*.attn1",),
             watched_by="history",
         ),
+        "AnyFlowFARTransformer3DModel": Known(refused=FLEX),
         "AnyFlowTransformer3DModel": Known(axes="B T C H W", gates=("blocks.*.attn1",)),
         "LTXVideoTransformer3DModel": Known(sizes=SIZES, gates=ATTN1),
         "LTX2VideoTransformer3DModel": Known(sizes=SIZES, gates=ATTN1, watched_by="audio"),
@@ -151,6 +157,10 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
                 {"transformer_blocks.*": COSMOS_TOKENS},
                 "transformer_blocks.-1",
             )
+        ),
+        "Cosmos3OmniTransformer": Known(
+            refused="attends from its video to text that does not attend back, which is no attention of one sequence: "
+            f"{ALONE} (layout= of the video, kv_layout= with text_first=)"
         ),
         "EasyAnimateTransformer3DModel": Known(
             text=(*TEXT, "encoder_hidden_states_t5"),
@@ -166,6 +176,8 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
             gates=("visual_transformer_blocks.*.video_dec_block.self_attention",),
             watched_by="audio",
         ),
+        "Kandinsky6SRTransformer3DModel": Known(refused=FLEX),
+        "MiniMaxH3Transformer3DModel": Known(gates=("transformer_blocks.*.attn",), watched_by="audio"),
         "MotifVideoTransformer3DModel": Known(text=(*TEXT, "image_embeds"), gates=HUNYUAN_GATES),
         "MochiTransformer3DModel": Known(
             text=TEXT,
@@ -173,6 +185,8 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
             gates=ATTN1,
             plan=_plan(BLOCK, {"rope": {0: Part(0, 3), 1: Part(0, 3)}}),
         ),
+        "SanaVideoTransformer3DModel": Known(refused="has linear attention, which selects nothing: leave it unwrapped"),
+        "WanAnimate2Transformer3DModel": Known(refused=FLEX),
         "WanVACETransformer3DModel": Known(
             plan=_plan(
                 "blocks.0",

@@ -26,7 +26,7 @@ class Entry:
         sparse: names of the attention calls that see the video, in the order of the model's modules.
         whole: whether the model can be compiled as one graph.
         regional: whether its blocks can.
-        inner: what compiles the whole model's graph after our passes in these tests.
+        frozen: modules that are not trained.
     """
 
     make: tuple[str, dict[str, Any]]
@@ -36,7 +36,7 @@ class Entry:
     history: Callable[[Size], int] | None = None
     whole: bool = True
     regional: bool = True
-    inner: str = "aot_eager"
+    frozen: tuple[str, ...] = ()
 
     def extra(self, grid: Size) -> tuple[int, int]:
         """Extra tokens before and after the video's."""
@@ -55,6 +55,8 @@ class Entry:
             for parameter in model.parameters():
                 if not parameter.any():
                     parameter.normal_(std=0.02)
+        for name in self.frozen:
+            model.get_submodule(name).requires_grad_(False)
         return model.eval()
 
 

@@ -49,8 +49,7 @@ def gradients(model: nn.Module, entry: Entry, *grids: Size) -> dict[str, Tensor]
 
 def wrapped(entry: Entry, builder: Any, way: Any, gates: bool = False, **options: Any) -> nn.Module:
     """The model wrapped; its gates, if any, are not zero."""
-    options = {"inner": entry.inner if way is True else "aot_eager", **options}
-    model = fs.wrap(entry.model(), builder, compile=way, gates=gates, **options)
+    model = fs.wrap(entry.model(), builder, compile=way, gates=gates, **{"inner": "aot_eager", **options})
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in fs.gate_parameters(model):

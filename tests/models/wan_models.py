@@ -104,7 +104,10 @@ MODELS: dict[str, Entry] = {
         make=("WanAnimateTransformer3DModel", WAN_ANIMATE),
         inputs=_wan_animate,
         sparse=BLOCKS,
-        inner="inductor",  # its face encoder's backward does not run with aot_eager, unwrapped neither
+        frozen=(
+            "motion_encoder",
+            "face_encoder",
+        ),  # whose backward aot_eager does not run, in an unwrapped model neither
     ),
     "chronoedit": Entry(make=("ChronoEditTransformer3DModel", WAN), inputs=wan_inputs, sparse=BLOCKS),
     "anyflow": Entry(make=("AnyFlowTransformer3DModel", WAN), inputs=_anyflow, sparse=BLOCKS),
