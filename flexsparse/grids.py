@@ -64,8 +64,8 @@ class Text:
         for argument in self.arguments:
             value = argument.of(args, kwargs)
             length = length + (value.shape[LENGTH_AXIS] if isinstance(value, Tensor) else 0)
-        mask = self.trimmed.of(args, kwargs) if self.trimmed is not None else None
-        if isinstance(mask, Tensor) and mask.shape[0] == 1:
+        mask = self.trimmed_by(args, kwargs)
+        if mask is not None:
             length = length - mask.shape[LENGTH_AXIS] + int(mask.sum())
         before = 0
         for argument, patch in self.history:
@@ -74,6 +74,11 @@ class Text:
                 t, h, w = ((size + side - 1) // side for size, side in zip(value.shape[-3:], patch))
                 before = before + t * h * w
         return (before + length, 0) if self.first else (before, length)
+
+    def trimmed_by(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The mask whose hidden text the call leaves out, so that how many tokens it has depends on data; else None."""
+        mask = self.trimmed.of(args, kwargs) if self.trimmed is not None else None
+        return mask if isinstance(mask, Tensor) and mask.shape[0] == 1 else None
 
 
 @dataclass(frozen=True)

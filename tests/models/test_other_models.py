@@ -12,6 +12,7 @@ from docs.pages import blocks, read
 from torch import Tensor, nn
 
 import flexsparse as fs
+from flexsparse.compile_passes import RewriteError
 
 from .entry import Size, random
 from .zoo import ZOO
@@ -203,6 +204,12 @@ def test_one_sample_of_framepack_leaves_its_hidden_text_out(way: Any) -> None:
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
         tokens = {call.shape[2] for call in fs.report(oracle).calls if call.sparse}
         assert tokens == {4 * 8 * 8 + sum(entry.extra(GRID)) - hidden}
+
+
+def test_one_sample_of_framepack_is_no_graph_of_the_whole_model() -> None:
+    model = fs.wrap(ZOO["framepack"].model(), fs.VSA(top_k=2))
+    with pytest.raises(RewriteError, match=r"encoder_attention_mask hides .*depends on data: use .*compile='regional'"):
+        model(**ZOO["framepack"].inputs(GRID, 1))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:

@@ -250,7 +250,6 @@ def test_a_mask_with_a_hole_is_never_taken_for_a_prefix(way: Any) -> None:
     ("name", "way", "says"),
     [
         ("hunyuan15", True, r"(?s)breaks the graph.*compile='regional'.*data-dependent"),
-        ("framepack", True, r"(?s)breaks the graph.*compile='regional'.*data-dependent"),
         ("mochi", True, r"(?s)depends on data.*use compile=False"),
         ("mochi", "regional", r"(?s)depends on data.*use compile=False"),
     ],

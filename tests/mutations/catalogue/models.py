@@ -90,8 +90,8 @@ MODELS = (
     Mutation(
         "text that one sample leaves out is counted",
         "grids.py",
-        "if isinstance(mask, Tensor) and mask.shape[0] == 1:",
-        "if isinstance(mask, Tensor) and mask.shape[0] == 0:",
+        "isinstance(mask, Tensor) and mask.shape[0] == 1",
+        "isinstance(mask, Tensor) and mask.shape[0] == 0",
         ("models/test_other_models.py",),
     ),
     Mutation(
