@@ -14,6 +14,8 @@ import torch
 from torch.nn import functional as F
 
 MULTI_HEAD = F.multi_head_attention_forward
+FAST = (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd)
+"""What torch's modules call in evaluation, without gradients: one op, in which no attention call is seen."""
 _SIGNATURE = inspect.signature(MULTI_HEAD)
 
 

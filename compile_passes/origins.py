@@ -13,7 +13,8 @@ from flexsparse.compile_passes import marks
 from flexsparse.compile_passes.graphs import value_of
 
 LINEAR = {torch._C._nn.linear: (0,), torch.addmm: (1,)}
-PRODUCTS = {operator.matmul, torch.matmul, torch.bmm, torch.mm}
+PRODUCTS = {operator.matmul, torch.matmul, torch.bmm, torch.mm, torch.einsum, torch.tensordot}
+CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 AND = {operator.and_, torch.logical_and, torch.bitwise_and}
 
 
@@ -21,8 +22,14 @@ def _factors(node: Node) -> list[Node] | None:
     """What a node multiplies: of a linear map its input, of a matrix product both; None for another node."""
     if node.target in LINEAR:
         given = [node.args[i] for i in LINEAR[node.target] if i < len(node.args)] or [node.kwargs.get("input")]
+    elif node.target in CONVOLUTIONS:  # of single tokens; others mix neighbours, after the projections
+        weight = value_of(node.args[1] if len(node.args) > 1 else node.kwargs["weight"])
+        if any(size != 1 for size in weight.shape[2:]):
+            return None
+        given = [node.args[0] if node.args else node.kwargs["input"]]
     elif node.target in PRODUCTS or (node.op == "call_method" and node.target in ("matmul", "bmm", "mm")):
         given = [*node.args, *node.kwargs.values()]
+        given = [one for each in given for one in (each if isinstance(each, list | tuple) else [each])]  # einsum's
     else:
         return None
     return [x for x in given if isinstance(x, Node)]
@@ -65,6 +72,9 @@ def _through_views(node: Node) -> Node:
         "view",
         "reshape",
         "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
         "transpose",
         "permute",
         "clone",

@@ -128,6 +128,9 @@ class RewriteSDPA:
                 self._call(gm.graph, node, environment)
             elif node.target is multi_head.MULTI_HEAD:
                 self._multi_head(gm.graph, node, environment)
+            elif node.target in multi_head.FAST:
+                x = value_of(node.args[0])
+                self._leave(node, x, x, "it is torch's fast path: give torch.backends.mha.set_fastpath_enabled(False)")
             elif isinstance(node.target, torch._ops.HigherOrderOperator):
                 self._descend(gm, node, environment)
 
@@ -192,7 +195,7 @@ class RewriteSDPA:
         rest = (gate, environment["grid"], environment.get("schedules", ()), mask, fine_gate)
         arguments = (call.query, call.key, call.value, *rest)
         with graph.inserting_before(node):
-            new = graph.call_function(self.attend, arguments, {"scale": call.scale, **choice})
+            new = graph.call_function(self.attend, arguments, {"scale": _number(call.scale), **choice})
         replace(node, new)
 
     def _multi_head(self, graph: Graph, node: Node, environment: dict[str, Any]) -> None:
@@ -228,6 +231,12 @@ class RewriteSDPA:
         with graph.inserting_before(node):
             new = graph.call_function(flexsparse_multi_head, node.args, {**node.kwargs, **extra})
         replace(node, new)
+
+
+def _number(scale: Any) -> float | None:
+    """A scale for ops. Where sizes are symbolic, torch makes an input of a module's float. The graph is for its value."""
+    value = value_of(scale)
+    return None if value is None else float(value)  # adds a guard
 
 
 def _attention_nodes(gm: GraphModule) -> list[Node]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flexsparse.attention import case_of
 from flexsparse.backends import NAMES, choose
+from flexsparse.builder_state import Watch, watched
 from flexsparse.calls import CallParts, autocast_dtype
 from flexsparse.compile_passes import (
     FoldTiling,
@@ -95,7 +96,7 @@ class Backend:
         self.fuse_selection, self.lower_flex, self.keep_tiles = fuse_selection, lower_flex, keep_tiles
         self.fold_tiling = fold_tiling and lower_flex
         self.inner, self.wrapped = inner, wrapped
-        self.calls, self.tally = Report(), Tally()
+        self.calls, self.tally, self.watch = Report(), Tally(), Watch()
 
     def layouts_of(self, geometry: Geometry) -> tuple[TileLayout, TileLayout]:
         """The layouts of queries and keys; one object where their tiles are the same."""
@@ -173,10 +174,14 @@ class Backend:
     def compile_dense(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any]) -> Any:
         """Compile a graph as it is, by the inner compiler."""
         plain_alpha(gm)
-        if self.inner == "aot_eager":
-            return compile_eagerly(gm, list(example_inputs), None)
-        return compile_guarded(gm, list(example_inputs), _inductor_options(options), None)
+        return self._inner(gm, example_inputs, _inductor_options(options), None)
 
+    def _inner(self, gm: torch.fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any], joint: Any) -> Any:
+        if self.inner == "aot_eager":
+            return compile_eagerly(gm, list(inputs), joint)
+        return compile_guarded(gm, list(inputs), config, joint)
+
+    @watched
     def compile(
         self,
         gm: torch.fx.GraphModule,
@@ -249,10 +254,7 @@ class Backend:
         lower = LowerFlex() if self.lower_flex else None
         fold = FoldTiling() if self.fold_tiling else None
         joint = InOrder([each for each in (lower, fold, ShareOperands()) if each is not None])
-        if self.inner == "aot_eager":
-            compiled = compile_eagerly(gm, list(example_inputs), joint)
-        else:
-            compiled = compile_guarded(gm, list(example_inputs), config, joint)
+        compiled = self._inner(gm, example_inputs, config, joint)
         if lower is not None:
             self._note_lowering(lower, met)
         met.annotate(notes=_said_of_order(keep, set() if fold is None else fold.folded))

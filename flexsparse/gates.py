@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 NAME = "to_gate_compress"
@@ -20,6 +22,32 @@ K_NAMES = ("to_k", "k_proj", "key", "to_key", "wk", "k")
 FUSED_NAMES = ("to_qkv", "qkv", "qkv_proj", "in_proj", "wqkv", "c_attn")
 
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""In which a gate may be computed."""
+Sizes = tuple[int, int, Tensor]
+"""Input channels, H * D, and a weight for dtype and device."""
+
+
+class Gate(nn.Linear):
+    """A linear map with a weight of zero and a bias of ``start``, also where a trainer makes its memory later (`to_empty`).
+
+    Args:
+        inputs: channels that it reads.
+        outputs: channels that it writes.
+        start: its bias.
+        like: a tensor with its dtype and device.
+    """
+
+    def __init__(self, inputs: int, outputs: int, start: float, like: Tensor) -> None:
+        self.start = start  # read when the parameters are made
+        super().__init__(inputs, outputs, dtype=like.dtype, device=like.device)
+
+    def reset_parameters(self) -> None:
+        """As at the start: a wrapped pretrained model begins as pure fine attention."""
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, self.start)
+
+
 def _linear(module: nn.Module, names: Sequence[str]) -> nn.Linear | None:
     for name in names:
         child = getattr(module, name, None)
@@ -29,7 +57,7 @@ def _linear(module: nn.Module, names: Sequence[str]) -> nn.Linear | None:
     return None
 
 
-def gate_sizes(module: nn.Module) -> tuple[int, int, Tensor] | None:
+def gate_sizes(module: nn.Module) -> Sizes | None:
     """(input channels, H * D, a weight for dtype and device) of a self-attention module's gate; None for another module.
 
     Self-attention is recognised by its projections: fused qkv, or q and k that read the same number of channels, and no
@@ -79,8 +107,8 @@ def add_gates(model: nn.Module, which: bool | Sequence[str], fine: bool = False)
         fine: whether they get a gate on the fine output too, `to_gate_fine`.
 
     Raises:
-        ValueError: a pattern without a match, a chosen module without projections to read sizes from, no module at all, a
-            module that has one of this name.
+        ValueError: a pattern without a match, a chosen module without projections to read sizes from or with ones that are
+            stored in a dtype that nothing is computed in, no module at all, a module that has one of this name.
     """
     names = gate_names(model, which)
     for name in names:
@@ -90,28 +118,48 @@ def add_gates(model: nn.Module, which: bool | Sequence[str], fine: bool = False)
                     f"gates: {name} has a {kind} of its own, which its own code may use and a new one would replace: leave it "
                     f"out of gates=, or save its weights, delete it (del model.{name}.{kind}), wrap, and set them again"
                 )
-    for name in names:
-        module = model.get_submodule(name)
-        sizes = gate_sizes(module)
-        if sizes is None:
+    sizes = {name: gate_sizes(model.get_submodule(name)) for name in names}
+    for name, found in sizes.items():  # before anything is added
+        if found is None:
             raise ValueError(f"gates names {name}, which has no q, k or qkv projection to read a gate's sizes from")
-        inputs, outputs, like = sizes
+        if found[2].dtype not in DTYPES:
+            raise ValueError(
+                f"gates are on, but {name} stores its projections as {found[2].dtype}, which no gate can be computed in: wrap "
+                "before weights are stored so (enable_layerwise_casting, quantisation)"
+            )
+    for name in names:
+        module, (inputs, outputs, like) = model.get_submodule(name), cast(Sizes, sizes[name])
         module.__dict__[ADDED] = (NAME, FINE)[: 2 if fine else 1]
         for kind, start in ((NAME, 0.0), (FINE, 1.0))[: 2 if fine else 1]:
-            gate = nn.Linear(inputs, outputs, dtype=like.dtype, device=like.device)
-            nn.init.zeros_(gate.weight)
-            nn.init.constant_(gate.bias, start)
-            module.add_module(kind, gate)
+            module.add_module(kind, Gate(inputs, outputs, start, like))
     return names
 
 
 def gate_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Linear]]:
-    """Every gate of a model: the name of its attention module, its own, and itself."""
+    """Every gate of a model: the name of its attention module, its own, and itself.
+
+    Raises:
+        ValueError: something else has taken the place of a gate of ours (an adapter).
+    """
     for name, module in model.named_modules():
         for kind in (NAME, FINE):
-            gate = module._modules.get(kind)
+            gate = _trained(module._modules.get(kind))
             if isinstance(gate, nn.Linear):
                 yield name, kind, gate
+            elif kind in module.__dict__.get(ADDED, ()):
+                raise ValueError(
+                    f"the gate {name}.{kind} was replaced by {type(gate).__name__}: merge that adapter, or leave gates out of "
+                    "its target_modules; to train gates with an adapter, name them in modules_to_save"
+                )
+
+
+def _trained(gate: Any) -> Any:
+    """The gate that is computed: under peft's ``modules_to_save`` the active adapter's copy, and not the frozen one."""
+    copies = getattr(gate, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        return gate
+    active = [name for name in gate.active_adapters if name in copies]
+    return copies[active[0]] if len(active) == 1 and not gate.disable_adapters else gate.original_module
 
 
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:

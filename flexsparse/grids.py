@@ -174,6 +174,13 @@ class GeometryReader:
             self.grid.check(args, kwargs)
 
     @property
+    def fixed(self) -> Geometry | None:
+        """The geometry of every call, where none of it is read from the input; else None."""
+        if not isinstance(self.grid, FixedGrid) or (self.text.fixed is None and self.text.arguments):
+            return None
+        return (*self.grid.grid, *(self.text.fixed or (0, 0)))
+
+    @property
     def from_input(self) -> bool:
         """Whether the grid is read from the model's input, by a rule of ours."""
         return isinstance(self.grid, VideoInput | SizeArguments)

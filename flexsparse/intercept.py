@@ -6,6 +6,8 @@ forward: every module of a wrapped model enters the mode itself then, with the g
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 import sys
 import threading
@@ -30,6 +32,10 @@ ANY: Lengths = (-1,)
 """Of a module that says itself that it is cross-attention, and may split what it is given."""
 
 
+REDONE = (torch.utils.checkpoint.__file__, torch.autograd.function.__file__)
+"""Files of torch whose frames above a call show that backward may redo it."""
+
+
 class _Local(threading.local):
     """What holds for the thread that runs the model; backward of a CUDA graph runs in a thread of its own.
 
@@ -48,17 +54,22 @@ class _Local(threading.local):
 
 
 class Interceptor:
-    """Makes attention calls sparse while a model runs uncompiled."""
+    """Makes attention calls sparse while a model runs uncompiled.
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
+    Args:
+        backend: what describes and computes them.
+        fixed: the geometry of every call, where there is one only: of parts of the model that run by themselves, too.
+    """
+
+    def __init__(self, backend: Backend, fixed: Geometry | None = None) -> None:
+        self.backend, self.fixed = backend, fixed
         self.local = _Local()
         self.backward_grid: Geometry | None = None
         self.sparse_names: set[str] = set()
         self.mode = _Mode(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Interceptor:
-        return Interceptor(self.backend)
+        return Interceptor(self.backend, self.fixed)
 
     def current_grid(self) -> Geometry:
         """The grid of the forward that is running, or that backward is redoing.
@@ -71,16 +82,17 @@ class Interceptor:
             return grid
         raise RuntimeError(
             "a part of a wrapped model runs outside of the model's forward, where the grid is not known: call the whole "
-            "model, or give wrap(..., grid=(T, H, W))"
+            "model, or give wrap(..., grid=(T, H, W)); where backward redoes a checkpointed block, let the loss depend on what "
+            "the model returns"
         )
 
     def known_grid(self) -> Geometry | None:
-        """As `current_grid`; None outside of both."""
+        """As `current_grid`; None outside of both, where there is more than one grid."""
         if self.local.grid is not None:
             return self.local.grid
         if torch._C._current_graph_task_id() != -1 and self.backward_grid is not None:
             return self.backward_grid
-        return self.backend.geometry
+        return self.fixed
 
     @contextmanager
     def forward(self, grid: Geometry) -> Iterator[None]:
@@ -189,9 +201,10 @@ class Interceptor:
             return SDPA(*args, **kwargs)
         if _redone_without_us():
             raise RuntimeError(
-                f"{name} computes its attention inside of a checkpointed function; backward redoes that function without the "
-                "model around it, where its attention would be dense and its gradients wrong. Checkpoint a module (such as the "
-                "attention block) and not a function, or let wrap(..., compile=True) compile the model"
+                f"{name} computes its attention inside of a checkpointed function (or another autograd.Function); backward "
+                "redoes that function without the model around it, where its attention would be dense and its gradients wrong. "
+                "Checkpoint a module (such as the attention block) and not a function, or let wrap(..., compile=True) compile "
+                "the model with torch.utils.checkpoint"
             )
         gate = self.local.gate
         if backend.gates:
@@ -234,9 +247,13 @@ class Interceptor:
         """Tie the forward's grid to its outputs, so that backward knows it before it redoes a block."""
 
         def tie(x: Any) -> Any:
+            if dataclasses.is_dataclass(x) and not isinstance(x, type):  # one that torch does not know
+                for entry in dataclasses.fields(x):
+                    object.__setattr__(x, entry.name, tied(getattr(x, entry.name)))
             return _Remember.apply(x, self, grid) if isinstance(x, Tensor) and x.requires_grad else x
 
-        return torch.utils._pytree.tree_map(tie, out) if torch.is_grad_enabled() else out
+        tied = functools.partial(torch.utils._pytree.tree_map, tie)
+        return tied(out) if torch.is_grad_enabled() else out
 
 
 def key_mask(mask: Tensor | None) -> Tensor | None:
@@ -258,11 +275,12 @@ def _redone_without_us() -> bool:
     """Whether backward will redo this call from outside of every module of the model.
 
     True where a checkpoint's frame stands between the call and the module that it is in: what is redone is then a
-    function, which enters no module and so not the mode.
+    function, which enters no module and so not the mode. A checkpoint of somebody else's (latent-diffusion's and DeepSpeed's
+    `CheckpointFunction`) is an `autograd.Function`, whose backward computes with what was before us whatever it is for.
     """
     frame, checkpointed = sys._getframe(1), False
     while frame is not None and frame.f_code is not Interceptor.call.__code__:
-        checkpointed |= frame.f_code.co_filename == torch.utils.checkpoint.__file__
+        checkpointed |= frame.f_code.co_filename in REDONE
         frame = frame.f_back  # type: ignore[assignment]
     return checkpointed and (torch.is_grad_enabled() if frame is None else bool(frame.f_locals["gradients"]))
 

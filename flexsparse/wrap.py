@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from flexsparse.compiler import Backend
 from flexsparse.gate_files import warn_of_dropped_gates
-from flexsparse.gates import ADDED, add_gates, gate_names
+from flexsparse.gates import ADDED, Gate, add_gates, gate_names
 from flexsparse.grids import FixedGrid, GridFunction, geometry_reader
 from flexsparse.models import known
 from flexsparse.reporting import Report
@@ -163,7 +163,7 @@ def wrap(
     if gates:
         add_gates(model, _gated(model, gates, backend.rules), fine_gates)
     for name, module in list(model.named_modules()):
-        if module is model or isinstance(module, nn.ModuleList | nn.ModuleDict):
+        if module is model or isinstance(module, nn.ModuleList | nn.ModuleDict | Gate):
             continue
         builtin = type(module).__module__.startswith("torch.nn.modules") and not any(True for _ in module.children())
         if ADDED in module.__dict__ or (compile is not True and not builtin):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.fx.experimental._config
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
 
 from flexsparse.compile_passes import RewriteError, marks
 from flexsparse.compiler import Backend, no_match
@@ -52,7 +52,7 @@ class State:
         self.dense = False
         self.tokens = 0
         self.ends: Any = None
-        self.interceptor = Interceptor(backend)
+        self.interceptor = Interceptor(backend, reader.fixed)
         self.compiled: dict[Any, Callable[..., Any]] = {}
         self.checked: dict[Geometry, int] = {}
         self.labels: dict[tuple[str, tuple[int | None, ...]], str] = {}
@@ -205,12 +205,20 @@ def _fresh(function: types.FunctionType | Callable[..., Any], name: str) -> Call
 
 
 def _distinct_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Sizes that happen to be equal get symbols of their own: 16 frames and 16 channels would tie the grid to the model."""
+    """Sizes that happen to be equal get symbols of their own: 16 frames and 16 channels would tie the grid to the model.
+
+    And torch's own multi-head attention shows its calls in evaluation, too: else it is one op there, dense and in no report.
+    """
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            return function(*args, **kwargs)
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+                return function(*args, **kwargs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
 
     return call
 
@@ -343,6 +351,12 @@ def _clear_errors(compiled: Callable[..., Any], *args: Any) -> Any:
         if isinstance(error.inner_exception, RewriteError):
             raise error.inner_exception from None
         raise
+    except FailOnRecompileLimitHit as error:
+        raise RewriteError(
+            "this model was to be compiled once more than torch._dynamo.config.recompile_limit="
+            f"{torch._dynamo.config.recompile_limit} allows: sizes of 1 (an image, a batch of one), gradients on and off, "
+            "autocast and dtypes have graphs of their own; raise the limit, or find with TORCH_LOGS=recompiles what changes"
+        ) from error
     except Unsupported as error:
         raise RewriteError(
             "the model's own code breaks the graph, and attention that torch then runs uncompiled would stay dense unseen: use "

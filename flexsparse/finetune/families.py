@@ -5,18 +5,20 @@ Letters: B batch, C channels, T frames, H and W rows and columns of latents, L t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexsparse.finetune.inputs import Batch, Family, FirstFrame
+from flexsparse.finetune.cosmos import cosmos
+from flexsparse.finetune.inputs import Batch, Family, FirstFrame, with_first_frame
 from flexsparse.training.errors import RunError
 
 _SECONDS, _SIDE = 8 / 25, 32  # of one LTX latent: frames of its VAE at 25 frames a second, pixels
 _GUIDANCE = 6.0  # what HunyuanVideo's distilled guidance is used with
+_KANDINSKY_SIDE = 8  # pixels of a latent of Kandinsky 5
 _IMAGE_TOKENS = 729  # HunyuanVideo-1.5's, all zeros for text to video
 
 
@@ -50,19 +52,10 @@ def _allegro_scheduler(config: Any) -> Mapping[str, Any]:
     }
 
 
-def _with_first_frame(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Latents of the first frame, and a mask `[B, 1, T, H, W]` that is 1 there."""
-    if batch.condition is None:
-        raise RunError("the model takes a first frame, and the batch has none")
-    mask = torch.zeros_like(batch.noisy[:, :1])
-    mask[:, :, 0] = 1
-    return batch.condition.to(batch.noisy), mask
-
-
 def _wan(model: nn.Module, config: Any, batch: Batch) -> Tensor:
     noisy = batch.noisy
     if config.in_channels > noisy.shape[1]:
-        condition, mask = _with_first_frame(batch)
+        condition, mask = with_first_frame(batch)
         noisy = torch.cat([noisy, mask.repeat(1, WAN_FRAME.mask, 1, 1, 1), condition], dim=1)
     images = {} if batch.image is None else {"encoder_hidden_states_image": batch.image}
     return model(noisy, batch.timestep, batch.text, **images, return_dict=False)[0]
@@ -81,12 +74,17 @@ def _hunyuan(model: nn.Module, config: Any, batch: Batch) -> Tensor:
     )[0]
 
 
+def _without_frame(config: Any, noisy: Tensor) -> Tensor:
+    """Text to video, of a model that takes a first frame and its mask: both are zeros after the noisy latents."""
+    zeros = noisy.new_zeros(len(noisy), config.in_channels - noisy.shape[1], *noisy.shape[2:])
+    return torch.cat([noisy, zeros], dim=1)
+
+
 def _hunyuan15(model: nn.Module, config: Any, batch: Batch) -> Tensor:
     """Text to video: the condition, its mask and the image are zeros. Its time's embedding has the dtype of the time."""
     noisy = batch.noisy
-    zeros = noisy.new_zeros(len(noisy), config.in_channels - noisy.shape[1], *noisy.shape[2:])
     return model(
-        hidden_states=torch.cat([noisy, zeros], dim=1),
+        hidden_states=_without_frame(config, noisy),
         timestep=batch.timestep.to(noisy.dtype),
         encoder_hidden_states=batch.text,
         encoder_attention_mask=batch.mask,
@@ -199,6 +197,67 @@ def _allegro_rotary(config: Any, noisy: Tensor) -> tuple[tuple[Tensor, ...], tup
     return tuple(found[:3]), tuple(positions)
 
 
+def _easyanimate(model: nn.Module, config: Any, batch: Batch) -> Tensor:
+    """Without a mask of its text, and without T5's text: its pipeline gives one text, of one encoder."""
+    return model(batch.noisy, batch.timestep, encoder_hidden_states=batch.text, return_dict=False)[0]
+
+
+def _unused_easyanimate(model: Any) -> list[nn.Module]:
+    """The projection of a text that is not given, and what the last block makes of the text, which nothing reads."""
+    last = model.transformer_blocks[-1]
+    found = (model.text_proj_t5, last.attn1.to_add_out, last.txt_ff)
+    return [module for module in found if module is not None]
+
+
+def _check_easyanimate(config: Any, tokens: int) -> None:
+    if config["out_channels"] > config["in_channels"]:
+        raise RunError(
+            f"--model takes {config['in_channels']} channels and gives {config['out_channels']}, a variance among them: pass "
+            "an EasyAnimate that was trained with flow matching (version 5.1)"
+        )
+
+
+def _kandinsky5(model: nn.Module, config: Any, batch: Batch) -> Tensor:
+    """Channels last. There is no mask of the text: of what was filled up, all that the batch does not need is left out.
+
+    Text to video: where the model takes a first frame and its mask, both are zeros.
+    """
+    noisy, text = batch.noisy, batch.text[:, : max(1, int(batch.lengths.max()))]
+    patch = config.patch_size
+    sizes = [size // side for size, side in zip(noisy.shape[2:], patch)]
+    small = all(480 <= _KANDINSKY_SIDE * size <= 854 for size in noisy.shape[3:])  # in pixels
+    video = noisy.movedim(1, -1)
+    if config.visual_cond:
+        video = torch.cat([video, torch.zeros_like(video), torch.zeros_like(video[..., :1])], dim=-1)
+    out = model(
+        hidden_states=video,
+        encoder_hidden_states=text,
+        timestep=batch.timestep,
+        pooled_projections=batch.pooled,
+        visual_rope_pos=[torch.arange(size, device=noisy.device) for size in sizes],
+        text_rope_pos=torch.arange(text.shape[1], device=noisy.device),
+        scale_factor=(1, 2, 2) if small else (1, 3.16, 3.16),
+        return_dict=True,
+    ).sample
+    return out.movedim(-1, 1)
+
+
+def _motif(model: nn.Module, config: Any, batch: Batch) -> Tensor:
+    """Text to video: no image, and the condition and its mask are zeros."""
+    return model(
+        hidden_states=_without_frame(config, batch.noisy),
+        timestep=batch.timestep,
+        encoder_hidden_states=batch.text,
+        encoder_attention_mask=batch.mask.bool(),
+        return_dict=False,
+    )[0]
+
+
+def _unused_motif(model: Any) -> list[nn.Module]:
+    """What an image's embeddings would go through."""
+    return [] if model.image_embed_dim is None else [model.image_embedder]
+
+
 def _check_hunyuan15(config: Any, tokens: int) -> None:
     if config.get("task_type") != "t2v" or config.get("use_meanflow"):
         raise RunError(
@@ -219,9 +278,9 @@ def _check_wan(config: Any, tokens: int) -> None:
         )
 
 
-WAN_FRAME = FirstFrame(mask=4, given=True)
+WAN_FRAME = FirstFrame(mask=4, of="clip")
 WAN = Family(text="text_dim", image="image_dim", velocity=_wan, first_frame=WAN_FRAME, check=_check_wan)
-FAMILIES: Mapping[str, Family] = MappingProxyType(
+FAMILIES: Mapping[str, Family | Callable[[Mapping[str, Any]], Family]] = MappingProxyType(
     {
         "WanTransformer3DModel": WAN,
         "SkyReelsV2Transformer3DModel": WAN,
@@ -237,7 +296,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             text_2="text_embed_2_dim",
             tokens=1000,
             velocity=_hunyuan15,
-            first_frame=FirstFrame(mask=1, given=False),
+            first_frame=FirstFrame(mask=1),
             compile=("regional", "off"),
             unused=_unused_hunyuan15,
             vae="AutoencoderKLHunyuanVideo15",
@@ -264,19 +323,60 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "AllegroTransformer3DModel": Family(
             text="caption_channels", velocity=_allegro, scheduler=_allegro_scheduler, vae="AutoencoderKLAllegro"
         ),
+        "ChronoEditTransformer3DModel": WAN,
+        "CosmosTransformer3DModel": cosmos,
+        "EasyAnimateTransformer3DModel": Family(
+            text="text_embed_dim",
+            tokens=256,
+            velocity=_easyanimate,
+            vae="AutoencoderKLMagvit",
+            unused=_unused_easyanimate,
+            check=_check_easyanimate,
+        ),
+        "Kandinsky5Transformer3DModel": Family(
+            text="in_text_dim",
+            pooled="in_text_dim2",
+            channels=("in_visual_dim", "out_visual_dim"),
+            velocity=_kandinsky5,
+            vae="AutoencoderKLHunyuanVideo",
+        ),
+        "MotifVideoTransformer3DModel": Family(
+            text="text_embed_dim", velocity=_motif, first_frame=FirstFrame(mask=1), unused=_unused_motif
+        ),
     }
 )
+"""By class; a function where the configuration tells which of several models it is."""
 
 
-def family_of(kind: type[nn.Module]) -> Family:
+UNTRAINED: Mapping[str, str] = MappingProxyType(
+    {
+        "WanVACETransformer3DModel": "is steered by a control video that clips here do not bring",
+        "LTX2VideoTransformer3DModel": "makes audio with its video, and clips here bring none",
+        "Kandinsky6Transformer3DModel": "makes audio with its video, and clips here bring none",
+        "WanAnimateTransformer3DModel": "is steered by a pose and a face that clips here do not bring",
+        "AnyFlowTransformer3DModel": "learns to go from one time to another, for which there is no objective here",
+        "HeliosTransformer3DModel": "continues earlier frames, which clips here do not bring",
+        "HunyuanVideoFramepackTransformer3DModel": "continues earlier frames, which clips here do not bring",
+    }
+)
+"""Why a known class is not trained."""
+
+
+def family_of(kind: type[nn.Module], config: Mapping[str, Any]) -> Family:
     """How a class is called.
 
+    Args:
+        kind: the class.
+        config: its configuration.
+
     Raises:
-        RunError: it is not in the table.
+        RunError: it is not in the table, or of its models this one cannot be trained.
     """
     if kind.__name__ not in FAMILIES:
+        why = UNTRAINED.get(kind.__name__, "this recipe cannot call")
         raise RunError(
-            f"--model is a {kind.__name__}, which this recipe cannot call: pass one of {', '.join(FAMILIES)}, or give "
+            f"--model is a {kind.__name__}, which {why}: pass one of {', '.join(FAMILIES)}, or give "
             "finetune(..., family=Family(...)) in Python"
         )
-    return FAMILIES[kind.__name__]
+    found = FAMILIES[kind.__name__]
+    return found if isinstance(found, Family) else found(config)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,11 +80,31 @@ class FirstFrame:
 
     Attributes:
         mask: channels of the mask.
-        given: whether clips bring those latents (image to video); else all are zeros (text to video).
+        latents: whether there are channels of latents beside it; else the first frame takes the place of a noisy one.
+        of: what the first frame is of (image to video): a `clip` brings it, encoded with zeros after it, or it is that of
+            the clip's own `latents`, for a model that sees none after it; None: all are zeros (text to video).
     """
 
     mask: int
-    given: bool
+    latents: bool = True
+    of: Literal["clip", "latents"] | None = None
+
+    def channels(self, latents: int) -> int:
+        """Channels that go in, beside noisy latents of so many or with them."""
+        return (2 if self.latents else 1) * latents + self.mask
+
+
+def with_first_frame(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Latents `[B, C, T, H, W]` of which the first frame counts, and a mask `[B, 1, T, H, W]` that is 1 there.
+
+    Raises:
+        RunError: the batch has no first frame.
+    """
+    if batch.condition is None:
+        raise RunError("the model takes a first frame, and the batch has none: give collate(..., condition=...)")
+    mask = torch.zeros_like(batch.noisy[:, :1])
+    mask[:, :, 0] = 1
+    return batch.condition.to(batch.noisy), mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +119,7 @@ class Family:
         image: the key for the channels of an image's embeddings, if it takes them; where the value is None, it does not.
         tokens: text tokens that it is given unless `--text-tokens` says otherwise, or the key for their number.
         tokens_2: tokens of the second text.
+        channels: the keys for the channels of noisy latents and of the output; where the last is None, as many.
         first_frame: what the channels beyond the latents' are, for a class that may have such.
         scheduler: (the model's configuration) to the configuration, with its `_class_name`, of the diffusers scheduler that it
             was published with, where that is a noise schedule; None for flow matching.
@@ -115,6 +136,7 @@ class Family:
     image: str | None = None
     tokens: int | str = 512
     tokens_2: int = 256
+    channels: tuple[str, str] = ("in_channels", "out_channels")
     first_frame: FirstFrame | None = None
     scheduler: Callable[[Any], Mapping[str, Any]] | None = None
     vae: str = "AutoencoderKLWan"
@@ -131,14 +153,14 @@ class Takes:
         channels: of each of a clip's embeddings, by name; a name that is not there is not read.
         tokens: of each `[L, D]` embedding that is cut or filled up.
         latents: channels of latents.
-        condition: whether it takes a first frame.
+        condition: what the first frame is of that it takes, as `FirstFrame.of`; None if it takes none.
         required: names that every clip has to bring; others are zeros.
     """
 
     channels: Mapping[str, int]
     tokens: Mapping[str, int] = field(default_factory=dict)
     latents: int
-    condition: bool = False
+    condition: Literal["clip", "latents"] | None = None
     required: tuple[str, ...] = ()
 
     def why_not(self, given: Given) -> str | None:
@@ -174,7 +196,8 @@ def takes_of(family: Family, config: Mapping[str, Any], tokens: int | None, *, v
             "that, and pass a folder of latents"
         )
     keys = {TEXT: family.text, TEXT_2: family.text_2, POOLED: family.pooled, IMAGE: family.image}
-    missing = next((key for key in keys.values() if key is not None and key not in config), None)
+    going_in, coming_out = family.channels
+    missing = next((key for key in (*keys.values(), going_in) if key is not None and key not in config), None)
     if missing is not None:
         raise RunError(
             f"--model has no {missing!r} in its configuration: give finetune(..., family=Family(...)) in Python"
@@ -183,25 +206,26 @@ def takes_of(family: Family, config: Mapping[str, Any], tokens: int | None, *, v
     count = tokens or (family.tokens if isinstance(family.tokens, int) else int(config[family.tokens]))
     if family.check is not None:
         family.check(config, count)
-    takes, gives = int(config["in_channels"]), int(config.get("out_channels") or config["in_channels"])
+    takes, gives = int(config[going_in]), int(config.get(coming_out) or config[going_in])
     frame = family.first_frame
-    extra = frame is not None and takes == 2 * gives + frame.mask
+    extra = frame is not None and takes == frame.channels(gives)
     if takes > gives and not extra:
-        known = f"only with {2 * gives + frame.mask}, a first frame and its mask" if frame else "not"
+        known = f"only with {frame.channels(gives)}, a first frame and its mask" if frame else "not"
         raise RunError(
             f"--model takes {takes} channels and gives {gives}: more than noise goes in (image to video, control), for which "
             f"models of this class are trained {known}"
         )
-    given = extra and frame is not None and frame.given
-    required = (*((CONDITION,) if given and not vae else ()), *((IMAGE,) if IMAGE in channels else ()))
-    if given and vae and IMAGE in channels:
+    condition = frame.of if extra and frame is not None else None
+    brings = condition == "clip" and not vae
+    required = (*((CONDITION,) if brings else ()), *((IMAGE,) if IMAGE in channels else ()))
+    if condition and vae and IMAGE in channels:
         raise RunError(
             "--vae: --model takes an image's embeddings, and each window of a video would need its own: pass latents, with "
             "'condition' and 'image'"
         )
     lengths = {TEXT: count} | ({TEXT_2: family.tokens_2} if TEXT_2 in channels else {})
     return Takes(
-        channels=channels, tokens=lengths, latents=gives if extra else takes, condition=given, required=required
+        channels=channels, tokens=lengths, latents=gives if extra else takes, condition=condition, required=required
     )
 
 
@@ -222,7 +246,7 @@ def collate(
         t: times `[B]`.
         takes: what the model takes.
         steps: of the objective.
-        condition: latents of the first frame `[B, C, T, H, W]`.
+        condition: latents whose first frame the model is given `[B, C, T, H, W]`.
 
     Raises:
         RunError: an embedding of another width than the model takes.

@@ -1,4 +1,4 @@
-"""What a model learns to predict: a velocity (flow matching), or what its noise schedule says.
+"""What a model learns to predict: a velocity (flow matching), or what its noise schedule or its preconditioners (EDM) say.
 
 Schedules are those of diffusers: a model's pipeline has a folder `scheduler`, and each family names the one it was published
 with. Latents are float `[B, C, T, H, W]`, times float `[B]` in [0, 1]: 0 is clean, 1 is noise.
@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from flexsparse.training.errors import RunError
 SCHEDULER = "scheduler"
 _FILE = "scheduler_config.json"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+FLOW, EDM_KIND = "flow matching", "EDM"
 
 
 class Objective(Protocol):
@@ -130,6 +131,64 @@ class NoiseSchedule:
         return (prediction - target).square().mean()
 
 
+@dataclass(frozen=True, kw_only=True)
+class EDM:
+    """Karras et al., arXiv 2206.00364, table 1: a network between the preconditioners of `EDMEulerScheduler`.
+
+    Clean latents have variance 1, as for the other objectives; EDM's own are `sigma_data` times these. At time t they have
+    noise of `sigma = sigma_data * t / (1 - t)`, so that noise and signal stand as in flow matching, and logit-normal times are
+    log-normal sigmas.
+
+    Attributes:
+        sigma_data: standard deviation of EDM's own latents.
+        sigma_min: the least noise.
+        sigma_max: the most.
+        prediction: `epsilon` or `v_prediction`: the same but for its sign.
+    """
+
+    sigma_data: float
+    sigma_min: float
+    sigma_max: float
+    prediction: str
+
+    @property
+    def steps(self) -> int:
+        """Of times in thousandths; a model of EDM is told the logarithm of sigma."""
+        return 1000
+
+    @property
+    def name(self) -> str:
+        return f"{self.prediction} between the preconditioners of EDM"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def time(self, number: int, shift: float) -> Tensor:
+        """Logit-normal."""
+        return FlowMatching().time(number, shift)
+
+    def told(self, t: Tensor) -> Tensor:
+        least, most = (sigma / (sigma + self.sigma_data) for sigma in (self.sigma_min, self.sigma_max))
+        return t.clamp(least, most)
+
+    def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """As the network is given it, of variance 1."""
+        signal, share = self._mix(t)
+        return signal * clean + share * noise
+
+    def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """That of the network itself: EDM's weight makes it so at each sigma."""
+        signal, share = self._mix(t)
+        target = share * clean - signal * noise
+        return (prediction - (target if self.prediction == "epsilon" else -target)).square().mean()
+
+    def _mix(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares of clean latents and of noise, whose squares add up to 1."""
+        t = t.view(-1, 1, 1, 1, 1)
+        return (1 - t) / (t.square() + (1 - t).square()).sqrt(), t / (t.square() + (1 - t).square()).sqrt()
+
+
 def model_folder(given: str) -> Path:
     """The folder of the transformer itself, where the one of a whole pipeline is given."""
     folder = Path(given)
@@ -153,27 +212,52 @@ def objective_of(given: str, published: Mapping[str, Any] | None, shift: float =
     if given != TINY and path.is_file():
         try:
             config = json.loads(path.read_text())
-            flows = _is_flow(config)
+            have = _kind(config)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"{str(path)!r} is no scheduler's configuration ({' '.join(str(error).split())}): mend it, or move it away"
             ) from error
-        if flows != (published is None):
-            have, want = ("flow matching", "a noise schedule") if flows else ("a noise schedule", "flow matching")
+        want = FLOW if published is None else _kind(published)
+        if have != want:
             raise RunError(
                 f"{str(path)!r} is {have}, and models of this class were trained with {want}: put the model's own scheduler "
                 "there, or move it away"
             )
-        if flows:
+        if have == FLOW:
             return FlowMatching(steps=int(config.get("num_train_timesteps", 1000)))
-    if config is None:
+    if config is None or published is None:
         return FlowMatching()
+    where = str(path) if config is not published else "the family's"
+    if _kind(config) == EDM_KIND:
+        return _edm({**published, **config}, where, published)
     if shift != 1:
         raise RunError(
             f"--time-shift {shift:g}: --model was trained on the noise schedule of its scheduler, which has a shift of its "
             "own: leave it out"
         )
-    return NoiseSchedule(scheduler=_scheduler(config, str(path) if config is not published else "the family's"))
+    return NoiseSchedule(scheduler=_scheduler(config, where))
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    """What a scheduler's configuration is of, for people."""
+    if config["_class_name"].startswith("EDM"):
+        return EDM_KIND
+    return FLOW if _is_flow(config) else "a noise schedule"
+
+
+def _edm(config: Mapping[str, Any], where: str, published: Mapping[str, Any]) -> EDM:
+    """Sigma_data is the family's: its call tells the model sigmas of it."""
+    if config["sigma_data"] != published["sigma_data"] or config["prediction_type"] not in ("epsilon", "v_prediction"):
+        raise RunError(
+            f"{where} scheduler has sigma_data {config['sigma_data']} and prediction_type {config['prediction_type']!r}: "
+            f"{published['sigma_data']}, and epsilon or v_prediction, are needed: put the model's own scheduler there"
+        )
+    return EDM(
+        sigma_data=config["sigma_data"],
+        sigma_min=config["sigma_min"],
+        sigma_max=config["sigma_max"],
+        prediction=config["prediction_type"],
+    )
 
 
 def _is_flow(config: Mapping[str, Any]) -> bool:

@@ -84,7 +84,7 @@ def finetune(
     together(accelerator, lambda: check_folder(folder, resume=options.resume, force=options.force), main)
     clips = clip_files.find_clips(settings)
     kind, config = (None, {}) if settings.model == TINY else describe_model(settings.model)
-    family = family or (WAN if kind is None else family_of(kind))
+    family = family or (WAN if kind is None else family_of(kind, config))
     published = None if family.scheduler is None else family.scheduler(config)
     objective = objective_of(settings.model, published, settings.time_shift)
     if options.compile not in family.compile:

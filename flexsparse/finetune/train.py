@@ -114,12 +114,14 @@ class Training:
         """What samples are trained on, on the device; noise is drawn from each sample's random numbers."""
         clean = torch.stack([sample.clean for sample in samples]).to(self.accelerator.device)
         condition, encoder = None, self.task.encoder
-        if self.task.takes.condition and encoder is None:
+        if self.task.takes.condition == "clip" and encoder is None:
             condition = torch.stack([sample.given[CONDITION] for sample in samples]).to(clean.device)
-        elif self.task.takes.condition and encoder is not None:
+        elif self.task.takes.condition == "clip" and encoder is not None:
             condition = encoder.first_frame(clean)
         if encoder is not None:
             clean = encoder(clean)
+        if self.task.takes.condition == "latents":
+            condition = clean
         noise = torch.stack([torch.randn(clean.shape[1:], generator=sample.random) for sample in samples])
         return Latents(clean=clean, noise=noise.to(clean.device), condition=condition)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from flexsparse.grids import Grid
+from flexsparse.models import known
 from flexsparse.planning.counting import Counts, PlanError, count, fake
 from flexsparse.planning.models import Source, build, example, find, grid_of, heads_of
 from flexsparse.planning.settings import Settings
@@ -43,6 +46,15 @@ def check_heads(settings: Settings, heads: int) -> None:
         raise PlanError(f"ulysses is {settings.ulysses}, but the model has {heads} heads: give at most one GPU a head")
 
 
+def _check_ulysses(model: nn.Module) -> None:
+    """Raise a `PlanError` for a class that `fs.distributed.ulysses` refuses without a plan of the user's."""
+    about = known(model)
+    if about.watched_by or not (about.plan or getattr(model, "_cp_plan", None)):
+        raise PlanError(
+            f"ulysses: {type(model).__name__} is not known to run sequence parallel: leave it at 1, and spread samples instead"
+        )
+
+
 def measure(settings: Settings) -> Measured:
     """Run the model on fake tensors.
 
@@ -56,6 +68,8 @@ def measure(settings: Settings) -> Measured:
     training, gates = settings.training, settings.gates
     with fake():
         model = build(source, settings.torch_dtype)
+        if settings.ulysses > 1:
+            _check_ulysses(model)
         grid = settings.grid or grid_of(model, source, settings.pixels or (1, 1, 1))
         inputs = example(model, grid, settings.batch, settings.torch_dtype, settings.text)
         how: dict[str, Any] = {"builder": settings.builder, "tile": settings.tile, "gates": gates, "training": training}

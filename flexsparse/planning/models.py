@@ -6,6 +6,7 @@ Only configurations are read: the model is made on fake tensors, and no weights 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -42,6 +43,7 @@ class Kind:
 
 
 TEXT = "encoder_hidden_states"
+_FPS, _AUDIO_LATENTS = 24, 25  # frames and audio latents a second, of LTX-2
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "WanTransformer3DModel": Kind(text={TEXT: 512}),
@@ -54,6 +56,13 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "LTXVideoTransformer3DModel": Kind(text={TEXT: 128}, vae=(8, 32, 32)),
         "MochiTransformer3DModel": Kind(text={TEXT: 256}, vae=(6, 8, 8)),
         "AllegroTransformer3DModel": Kind(text={TEXT: 512}, vae=None, stacked=True),
+        "WanVACETransformer3DModel": Kind(text={TEXT: 512}),
+        "ChronoEditTransformer3DModel": Kind(text={TEXT: 512}),
+        "CosmosTransformer3DModel": Kind(text={TEXT: 512}),
+        "LTX2VideoTransformer3DModel": Kind(text={TEXT: 1024, f"audio_{TEXT}": 1024}, vae=(8, 32, 32)),
+        "EasyAnimateTransformer3DModel": Kind(text={TEXT: 256}),
+        "Kandinsky5Transformer3DModel": Kind(text={TEXT: 512}),
+        "MotifVideoTransformer3DModel": Kind(text={TEXT: 512}),
     }
 )
 
@@ -79,12 +88,24 @@ class Source:
     @property
     def latent(self) -> Grid | None:
         """Pixels of a latent along (t, h, w), the first frame by itself; None where frames are counted otherwise."""
-        own = WAN_TI2V if _is_ti2v(self.kind, self.config) else KINDS[self.kind].vae
+        own = KINDS[self.kind].vae
+        if _is_ti2v(self.kind, self.config):
+            own = WAN_TI2V
+        elif _is_cosmos_1(self.kind, self.config):
+            own = COSMOS_1
         return own if own is None else self.scales or own
 
 
 WAN_TI2V = (4, 16, 16)
 """Of Wan2.2-TI2V's VAE, whose latents have 48 channels."""
+
+
+COSMOS_1 = (8, 8, 8)
+"""Of the VAE of Cosmos 1.0; later ones have Wan's."""
+
+
+def _is_cosmos_1(kind: str, config: Mapping[str, Any]) -> bool:
+    return kind == "CosmosTransformer3DModel" and config.get("extra_pos_embed_type", "learnable") is not None
 
 
 def _is_ti2v(kind: str, config: Mapping[str, Any]) -> bool:
@@ -232,10 +253,14 @@ def example(model: nn.Module, grid: Grid, batch: int, dtype: torch.dtype, text: 
     config: Any = model.config
     kind = KINDS[type(model).__name__]
     lengths = {**kind.text, **({} if text is None else {TEXT: text})}
+    if _is_ltx2(model):  # one prompt, for video and audio
+        lengths[f"audio_{TEXT}"] = lengths[TEXT]
     extra = (1,) if kind.stacked else ()
+    width = _text_width(config)
     widths = {
-        TEXT: _first(config, "text_dim", "text_embed_dim", "caption_channels"),
+        TEXT: width,
         f"{TEXT}_2": config.get("text_embed_2_dim"),
+        f"audio_{TEXT}": width,
         "image_embeds": config.get("image_embed_dim"),
     }
     per_token = (math.prod(grid),) if _is_ti2v(type(model).__name__, config) else ()  # as its pipeline gives it
@@ -244,7 +269,11 @@ def example(model: nn.Module, grid: Grid, batch: int, dtype: torch.dtype, text: 
     for name, length in lengths.items():
         found[name] = torch.empty((batch, *extra, length, widths[name]), dtype=dtype)
     names = _names(model)
-    masks = {"encoder_attention_mask": lengths[TEXT], "encoder_attention_mask_2": lengths.get(f"{TEXT}_2", 0)}
+    masks = {
+        "encoder_attention_mask": lengths[TEXT],
+        "encoder_attention_mask_2": lengths.get(f"{TEXT}_2", 0),
+        "audio_encoder_attention_mask": lengths[TEXT],
+    }
     with unset_fake_temporarily():
         kind_of_mask = torch.float32 if kind.stacked else torch.int64
         for name, length in masks.items():
@@ -253,18 +282,62 @@ def example(model: nn.Module, grid: Grid, batch: int, dtype: torch.dtype, text: 
         if "image_embeds" in found:
             found["image_embeds"] = torch.zeros(found["image_embeds"].shape, dtype=dtype)
     if "pooled_projections" in names:
-        found["pooled_projections"] = torch.empty((batch, config["pooled_projection_dim"]), dtype=dtype)
+        pooled = _first(config, "pooled_projection_dim", "in_text_dim2")
+        found["pooled_projections"] = torch.empty((batch, pooled), dtype=dtype)
     if config.get("guidance_embeds"):
         found["guidance"] = torch.empty(batch, dtype=dtype)
     if config.get("image_dim"):
         found["encoder_hidden_states_image"] = torch.empty((batch, 257, config["image_dim"]), dtype=dtype)
     found |= {name: size for name, size in zip(("num_frames", "height", "width"), grid) if name in names}
+    found |= _more(model, found["hidden_states"], grid, lengths[TEXT])
     return found
+
+
+def _more(model: nn.Module, video: torch.Tensor, grid: Grid, text: int) -> dict[str, Any]:
+    """What only one class is given."""
+    config: Any = model.config
+    batch, dtype, kind = len(video), video.dtype, type(model).__name__
+    if kind == "WanVACETransformer3DModel":
+        return {"control_hidden_states": video.new_empty((batch, config["vace_in_channels"], *video.shape[2:]))}
+    if kind == "Kandinsky5Transformer3DModel":
+        positions = [torch.arange(size) for size in grid]
+        return {"visual_rope_pos": positions, "text_rope_pos": torch.arange(text)}
+    if _is_ltx2(model):
+        frames = max(1, round(_AUDIO_LATENTS * ((grid[0] - 1) * 8 + 1) / _FPS))
+        audio = torch.empty((batch, frames, config["audio_in_channels"]), dtype=dtype)
+        return {"audio_hidden_states": audio, "audio_num_frames": frames}
+    if kind != "CosmosTransformer3DModel":
+        return {}
+    found: dict[str, Any] = {}
+    if config["in_channels"] > config["out_channels"]:
+        found["condition_mask"] = video[:, :1] * 0
+        found["timestep"] = torch.zeros(batch, 1, video.shape[2], 1, 1)
+    if config["concat_padding_mask"]:
+        if importlib.util.find_spec("torchvision") is None:
+            raise PlanError(
+                f"{kind} has concat_padding_mask, for which diffusers needs torchvision: pip install torchvision"
+            )
+        found["padding_mask"] = torch.zeros(1, 1, *video.shape[3:], dtype=dtype)
+    return found
+
+
+def _is_ltx2(model: nn.Module) -> bool:
+    return type(model).__name__ == "LTX2VideoTransformer3DModel"
+
+
+def _text_width(config: Any) -> int:
+    if config.get("use_crossattn_projection"):  # Cosmos-Predict2.5, whose other width is behind the projection
+        return int(config["crossattn_proj_in_channels"])
+    return _first(config, "text_dim", "text_embed_dim", "caption_channels", "in_text_dim")
 
 
 def _video(model: nn.Module, grid: Grid, batch: int) -> tuple[int, ...]:
     config: Any = model.config
-    channels: int = config["in_channels"]
+    channels = _first(config, "in_channels", "in_visual_dim")
+    if config.get("visual_cond"):  # Kandinsky 5: a first frame and its mask
+        channels = 2 * channels + 1
+    if type(model).__name__ == "CosmosTransformer3DModel":  # its mask is an argument of its own
+        channels = config["out_channels"]
     reader = geometry_reader(model, None).grid
     if not isinstance(reader, VideoInput):
         return (batch, math.prod(grid), channels)

@@ -113,12 +113,9 @@ def test_what_cannot_be_watched() -> None:
 
 
 NOT_CALLED = {
-    "wan-vace": "WanVACETransformer3DModel needs control_hidden_states",
-    "ltx2": "LTX2VideoTransformer3DModel needs audio_encoder_hidden_states, audio_hidden_states",
-    "kandinsky5": "Kandinsky5Transformer3DModel has no in_channels",
-    "kandinsky6": "Kandinsky6Transformer3DModel has no in_channels",
     "anyflow": "AnyFlowTransformer3DModel needs r_timestep",
     "framepack": "HunyuanVideoFramepackTransformer3DModel needs indices_latents",
+    "kandinsky6": "Kandinsky6Transformer3DModel's configuration lacks a width",
 }
 """Models that are called in a way of their own."""
 OPTIONAL = {"wan-animate"}
@@ -139,12 +136,77 @@ def test_every_model_can_be_looked_at(name: str) -> None:
     latents = torch.randn(1, channels_of(model), *(size * side for size, side in zip(GRID, patch)))
     inputs = model_inputs(model, latents, 0.25, 6)
     found = inspect(fs.wrap(model, BSA, compile=False), inputs, sample=2)
-    assert [layer.name for layer in found.layers] == list(ZOO[name].sparse)
+    assert sorted(layer.name for layer in found.layers) == sorted(ZOO[name].sparse)
     assert {layer.layout.grid for layer in found.layers} == {GRID}
     assert {call.name for call in found.calls if call.sparse} == set(ZOO[name].sparse)
     for layer in found.layers:
         assert float(layer.recall.min()) > 0 and bool(layer.kept_queries is not None)
         assert float(layer.mass.sum(-1).sub(1).abs().max()) < 1e-5
+
+
+COSMOS = {"in_channels": 5, "extra_pos_embed_type": None}
+COSMOS_25 = COSMOS | {
+    "use_crossattn_projection": True,
+    "crossattn_proj_in_channels": 24,
+    "encoder_hidden_states_channels": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "others", "size"),
+    [
+        ("cosmos", {}, (3, 8, 12)),
+        ("cosmos", COSMOS_25, (3, 8, 12)),
+        ("easyanimate", {}, (3, 8, 12)),
+        ("kandinsky5", {}, (3, 8, 12)),
+        ("kandinsky5", {"visual_cond": True, "num_visual_blocks": 1}, (1, 60, 60)),
+        ("motif", {"image_embed_dim": 12}, (3, 8, 12)),
+        ("chronoedit", {}, (3, 8, 12)),
+    ],
+)
+def test_a_model_is_called_as_in_fine_tuning(name: str, others: dict, size: tuple) -> None:
+    """Which the tests of fine-tuning compare with its pipeline: times, positions, layouts, masks."""
+    import diffusers
+
+    pytest.importorskip("accelerate")
+    from finetune.pipelines import Recorder
+
+    from flexsparse.finetune.families import family_of
+    from flexsparse.finetune.inputs import Batch
+
+    kind, config = ZOO[name].make
+    model = getattr(diffusers, kind)(**{**config, **others})
+    latents = torch.randn(1, channels_of(model), *size)
+    ours = model_inputs(model, latents, 0.75, 6)
+    recorder = Recorder(model)
+    text, pooled = torch.zeros_like(ours["encoder_hidden_states"]), ours.get("pooled_projections")
+    batch = Batch(noisy=latents, t=torch.tensor([0.75]), text=text, lengths=torch.tensor([6]), pooled=pooled)
+    family_of(type(model), model.config).velocity(model, model.config, batch)
+    theirs = recorder.calls[0]
+    theirs.pop("padding_mask", None)  # in pixels; both are zeros, and not used without torchvision
+    assert theirs.keys() == {key for key, value in ours.items() if value is not None} - {"return_dict", "padding_mask"}
+    for key, value in theirs.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(ours[key].to(value.dtype), value, msg=lambda m, key=key: f"{key}: {m}")
+        elif key == "visual_rope_pos":
+            assert all(torch.equal(mine, other) for mine, other in zip(ours[key], value, strict=True))
+        else:
+            assert ours[key] == value
+
+
+def test_audio_and_control_are_neutral() -> None:
+    """LTX-2's video does not see its audio; WanVACE's control is of a grey video, all of which is to be made."""
+    model = ZOO["ltx2"].model()
+    inputs = model_inputs(model, torch.randn(1, 4, *GRID), 0.5, 6)
+    with torch.no_grad():
+        heard, other = (model(**{**inputs, "audio_hidden_states": torch.full((1, 1, 4), x)})[0] for x in (0.0, 3.0))
+    assert torch.equal(heard, other)
+    vace = ZOO["wan-vace"].model()
+    control = model_inputs(vace, torch.randn(1, 4, 3, 8, 8), 0.5, 6)["control_hidden_states"]
+    assert control.shape == (1, 8, 3, 8, 8) and not control.any()
+    config = {**ZOO["wan-vace"].make[1], "vace_in_channels": 72}
+    control = model_inputs(type(vace)(**config), torch.randn(1, 4, 3, 8, 8), 0.5, 6)["control_hidden_states"]
+    assert not control[:, :8].any() and bool((control[:, 8:] == 1).all()) and control.shape[1] == 72
 
 
 def test_consisid_is_called_as_cogvideox() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 LENGTH = 5  # text tokens that are given, of 8
+PARTS = ("vae", "guider", "safety_checker")
 
 
 def masked(tokens: int) -> Tensor:
@@ -37,7 +38,7 @@ class Recorder:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs).arguments
             told = {n: v for n, v in bound.items() if v is not None and n not in ("return_dict", "attention_kwargs")}
-            self.calls.append(told)
+            self.calls.append({n: v.clone() if isinstance(v, Tensor) else v for n, v in told.items()})
             found = forward(*args, **kwargs)
             self.outputs.append(found[0].detach())
             return found
@@ -64,7 +65,7 @@ def pipeline_step(
         model: its transformer.
         latents: noise, as the pipeline takes it.
         size: frames, rows and columns, in pixels.
-        given: embeddings and settings; `vae` and `guider` are parts of the pipeline.
+        given: embeddings and settings; those named in `PARTS` are parts of the pipeline.
 
     Returns:
         Its first step.
@@ -77,18 +78,23 @@ def pipeline_step(
         scheduler = diffusers.EulerAncestralDiscreteScheduler(timestep_spacing="trailing")
     elif name == "MochiPipeline":
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    elif name == "CosmosTextToWorldPipeline":
+        scheduler = diffusers.EDMEulerScheduler(sigma_max=1.5)  # at 80, the published one, hardly any signal is left
+    elif name == "Cosmos2VideoToWorldPipeline":
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
     elif name == "CogVideoXPipeline":
         scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
     parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
     parts = {p.name: None for p in parameters if p.default is inspect.Parameter.empty}
-    parts |= {"transformer": model, "scheduler": scheduler} | {n: given.pop(n) for n in ("vae", "guider") if n in given}
+    parts |= {"transformer": model, "scheduler": scheduler} | {n: given.pop(n) for n in PARTS if n in given}
     frames, height, width = size
     pipe = kind(**parts)
     steps, step = [], scheduler.step
 
     def recorded(prediction: Tensor, t: Tensor, before: Tensor, *args: Any, **kwargs: Any) -> Any:
+        start = before.clone()  # Kandinsky 5 writes into its latents
         found = step(prediction, t, before, *args, **kwargs)
-        steps.append(Step(before=before, after=found[0], scheduler=scheduler))
+        steps.append(Step(before=start, after=found[0], scheduler=scheduler))
         return found
 
     scheduler.step = recorded
@@ -97,8 +103,12 @@ def pipeline_step(
     return steps[0]
 
 
-class VaeOfHunyuan15:
-    """The numbers that its pipeline reads of its VAE."""
+class Vae(SimpleNamespace):
+    """The numbers that a pipeline reads of its VAE."""
 
-    temporal_compression_ratio, spatial_compression_ratio = 4, 16
-    config = SimpleNamespace(latent_channels=4)
+
+class SafetyChecker:
+    """Cosmos pipelines have one, from a package of its own; latents and embeddings are not looked at."""
+
+    def to(self, device: str) -> None:
+        """Nothing to move."""

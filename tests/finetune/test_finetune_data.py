@@ -205,6 +205,14 @@ def test_a_clip_that_does_not_bring_what_the_model_takes_is_skipped(tmp_path):
             True,
             "--vae: --model takes an image's embeddings",
         ),
+        (
+            "easyanimate",
+            {"out_channels": 8},
+            False,
+            "takes 4 channels and gives 8, a variance among them: pass an Easy",
+        ),
+        ("easyanimate", {"in_channels": 9}, False, "takes 9 channels and gives 4"),
+        ("kandinsky5", {}, True, "--vae: --model takes latents of an AutoencoderKLHunyuanVideo"),
         ("cogvideox", {"in_channels": 8}, False, "takes 8 channels and gives 4"),
         ("cogvideox", {"max_text_seq_length": 9}, False, r"--text-tokens 8: .* after 9 text tokens"),
         ("cogvideox", {}, True, "--vae: --model takes latents of an AutoencoderKLCogVideoX"),
@@ -216,7 +224,8 @@ def test_a_clip_that_does_not_bring_what_the_model_takes_is_skipped(tmp_path):
 )
 def test_configurations_that_cannot_be_trained(name, others, vae, message):
     with pytest.raises(RunError, match=message):
-        takes_of(FAMILIES[ZOO[name].make[0]], _config(name, **others), 8, vae=vae)
+        config = _config(name, **others)
+        takes_of(family_of(type(ZOO[name].model()), config), config, 8, vae=vae)
 
 
 def test_a_family_for_another_configuration():
@@ -226,7 +235,12 @@ def test_a_family_for_another_configuration():
 
 def test_other_families_are_refused():
     with pytest.raises(RunError, match=r"a Linear, which this recipe cannot call: pass one of Wan.*family=Family"):
-        family_of(nn.Linear)
+        family_of(nn.Linear, {})
+    for name, why in (("wan-vace", "is steered by a control video"), ("ltx2", "makes audio with its video")):
+        with pytest.raises(
+            RunError, match=rf"which {why} .*: pass one of Wan.*family=Family|which {why},.*family=Family"
+        ):
+            family_of(type(ZOO[name].model()), {})
 
 
 def test_a_model_of_other_channels_or_no_model(tmp_path):

@@ -30,29 +30,30 @@ RUN: dict[str, Any] = {
     "tile": (2, 4, 4),
     "text_tokens": 8,
 }
-SMALL = ("hunyuan", "hunyuan15", "ltx")  # one latent is one token
+SMALL = ("hunyuan", "hunyuan15", "ltx", "motif")  # one latent is one token
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model of the zoo, with changes to its configuration."""
+    """A model of the zoo, with changes to its configuration and to `RUN`."""
 
     name: str
     others: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path, clips: Path) -> tuple[str, str]:
         """Writes the model, and one clip twice with all that it may take."""
         kind, config = ZOO[self.name].make
         model = Entry(make=(kind, {**config, **self.others}), inputs=ZOO[self.name].inputs, sparse=()).model()
         model.save_pretrained(folder)
-        takes = takes_of(family_of(type(model)), model.config, RUN["text_tokens"], vae=False)
+        takes = takes_of(family_of(type(model), model.config), model.config, RUN["text_tokens"], vae=False)
         side = (4, 8, 8) if self.name in SMALL else (4, 16, 16)
         g = torch.Generator().manual_seed(0)
         colours = torch.randn(takes.latents, 1, 1, 1, generator=g).sign() * 1.5  # what a few steps can learn
         clip = {"latents": colours + 0.1 * torch.randn(takes.latents, *side, generator=g)}
         for name, width in takes.channels.items():
             clip[name] = torch.randn(*([5] * (EMBEDDINGS[name] - 1)), width, generator=g)
-        if takes.condition:
+        if takes.condition == "clip":
             clip["condition"] = torch.randn(takes.latents, *side, generator=g)
         clips.mkdir()
         for name in ("a", "b"):
@@ -70,23 +71,35 @@ CASES = {
     "ltx": Case("ltx"),
     "mochi": Case("mochi", {"max_sequence_length": 8}),
     "allegro": Case("allegro"),
+    "chronoedit": Case("chronoedit", {"in_channels": 12, "image_dim": 6, "added_kv_proj_dim": 32}),
+    "easyanimate": Case("easyanimate", {"mmdit_layers": 2}),
+    "kandinsky5": Case("kandinsky5", {"visual_cond": True}),
+    "motif": Case("motif", {"in_channels": 9}),
+    "cosmos 1": Case("cosmos", run={"steps": 16, "eval_every": 4}),
+    "cosmos predict2": Case("cosmos", {"in_channels": 5, "extra_pos_embed_type": None}),
 }
 
 
 def _held_out(model, model_folder: str, data: str) -> list[float]:
     """The losses of a validation, of a model that was loaded again."""
     told = settings(**RUN, model=model_folder, data=data)
-    family = family_of(type(model).__mro__[0])
+    family = family_of(type(model).__mro__[0], model.config)
     published = None if family.scheduler is None else family.scheduler(model.config)
     objective = objective_of(model_folder, published)
     sample = Samples(told, find_clips(told)).held_out()[0]
     takes = takes_of(family, model.config, told.text_tokens, vae=False)
     clean, noise = sample.clean[None], torch.randn(1, *sample.clean.shape, generator=sample.random)
-    condition = sample.given["condition"][None] if takes.condition else None
+    condition = {None: None, "clip": sample.given.get("condition"), "latents": sample.clean}[takes.condition]
     losses = []
     for level in told.noise_levels:
         t = objective.told(torch.tensor([level]))
-        batch = collate([sample.given], objective.noisy(clean, noise, t), t, takes, condition=condition)
+        batch = collate(
+            [sample.given],
+            objective.noisy(clean, noise, t),
+            t,
+            takes,
+            condition=condition[None] if condition is not None else None,
+        )
         with torch.no_grad():
             losses.append(float(objective.loss(family.velocity(model, model.config, batch), clean, noise, t)))
     return losses
@@ -96,7 +109,8 @@ def _held_out(model, model_folder: str, data: str) -> list[float]:
 def test_a_model_learns_and_what_is_written_loads_again(tmp_path, case, method):
     model_folder, data = CASES[case].save(tmp_path / "model", tmp_path / "clips")
     folder = tmp_path / "run"
-    result = tuned(folder, model=model_folder, data=data, method=method, save_every=8, **RUN)
+    told = RUN | CASES[case].run
+    result = tuned(folder, model=model_folder, data=data, method=method, save_every=told["steps"], **told)
     first, *_, last = (point["mean"] for point in result.curves.held_out)
     assert last < 0.97 * first, "held out is the very latents that were trained"
     assert not result.bad

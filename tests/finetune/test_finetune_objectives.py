@@ -7,8 +7,9 @@ import pytest
 import torch
 from models.zoo import ZOO
 
+from flexsparse.finetune.cosmos import EDM_SCHEDULER
 from flexsparse.finetune.families import FAMILIES
-from flexsparse.finetune.objectives import FlowMatching, NoiseSchedule, objective_of
+from flexsparse.finetune.objectives import EDM, FlowMatching, NoiseSchedule, objective_of
 from flexsparse.training.errors import RunError
 
 COGVIDEOX, ALLEGRO = (
@@ -86,6 +87,28 @@ def test_allegro_learns_noise(tmp_path):
     assert float(objective.loss(noise, clean, noise, t)) == 0 < float(objective.loss(clean, clean, noise, t))
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_edm_learns_what_its_scheduler_asks_for(tmp_path, prediction):
+    """Of diffusers' scheduler: the network's input, and the prediction that its output makes clean latents of."""
+    config = EDM_SCHEDULER | {"prediction_type": prediction}
+    objective, scheduler = objective_of(_folder(tmp_path, config), EDM_SCHEDULER), diffusers.EDMEulerScheduler(**config)
+    assert isinstance(objective, EDM) and objective.about["prediction"] == prediction
+    clean, noise = _tensors()
+    t = torch.tensor([0.1, 0.5, 0.9])
+    sigma = (0.5 * t / (1 - t)).view(-1, 1, 1, 1, 1)
+    own = 0.5 * clean + sigma * noise  # in latents of standard deviation sigma_data
+    noisy = objective.noisy(clean, noise, t)
+    torch.testing.assert_close(noisy, scheduler.precondition_inputs(own, sigma))
+    left = scheduler.precondition_outputs(own, torch.zeros_like(own), sigma)
+    whole = scheduler.precondition_outputs(own, torch.ones_like(own), sigma) - left
+    perfect = (0.5 * clean - left) / whole
+    assert float(objective.loss(perfect, clean, noise, t)) == pytest.approx(0, abs=1e-10)
+    assert float(objective.loss(-perfect, clean, noise, t)) > 1
+    torch.testing.assert_close(objective.loss(perfect + 2, clean, noise, t), torch.tensor(4.0))
+    assert objective.told(torch.tensor([0.0, 0.75, 1.0])).tolist() == pytest.approx([0.002 / 0.502, 0.75, 80 / 80.5])
+    assert objective.time(3, 2.0) == FlowMatching().time(3, 2.0)
+
+
 @pytest.mark.parametrize("sampler", ["EulerAncestralDiscrete", "EulerDiscrete", "DPMSolverMultistep", "DDIM", "PNDM"])
 def test_a_scheduler_folder_counts_whatever_its_sampler_is(tmp_path, sampler):
     """Only betas and the prediction matter in training: Euler's own noise is not what a model was given."""
@@ -131,6 +154,13 @@ def test_flow_matching_schedulers(tmp_path, config):
     [
         (COGVIDEOX, None, r"is a noise schedule, and models of this class were trained with flow matching"),
         ("{", COGVIDEOX, r"is no scheduler's configuration \(.*: mend it, or move it away"),
+        (EDM_SCHEDULER, None, r"is EDM, and models of this class were trained with flow matching"),
+        (COGVIDEOX, EDM_SCHEDULER, r"is a noise schedule, and models of this class were trained with EDM"),
+        (
+            EDM_SCHEDULER | {"sigma_data": 1.0},
+            EDM_SCHEDULER,
+            r"has sigma_data 1\.0 and prediction_type 'epsilon': 0\.5",
+        ),
         ({}, COGVIDEOX, r"is no scheduler's configuration \('_class_name'\)"),
         ({"_class_name": "Nothing"}, COGVIDEOX, r"scheduler is Nothing with prediction_type None"),
         (

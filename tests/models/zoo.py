@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from . import cross_models, joint_models, wan_models
-from .cross_models import ALLEGRO, LTX
+from .cross_models import ALLEGRO, COSMOS, KANDINSKY5, LTX, LTX2
 from .entry import TEXT, Entry, Size
-from .joint_models import COGVIDEOX, HUNYUAN, HUNYUAN15, MOCHI
+from .joint_models import COGVIDEOX, EASYANIMATE, HUNYUAN, HUNYUAN15, MOCHI, MOTIF
 from .wan_models import WAN
 
-__all__ = ["ALLEGRO", "COGVIDEOX", "HUNYUAN", "HUNYUAN15", "LTX", "MOCHI", "TEXT", "WAN", "ZOO", "Entry", "Size"]
+__all__ = [
+    "ALLEGRO",
+    "COGVIDEOX",
+    "COSMOS",
+    "EASYANIMATE",
+    "HUNYUAN",
+    "HUNYUAN15",
+    "KANDINSKY5",
+    "LTX",
+    "LTX2",
+    "MOCHI",
+    "MOTIF",
+    "TEXT",
+    "WAN",
+    "ZOO",
+    "Entry",
+    "Size",
+]
 
 ZOO: dict[str, Entry] = {**wan_models.MODELS, **joint_models.MODELS, **cross_models.MODELS}

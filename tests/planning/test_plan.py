@@ -297,6 +297,24 @@ def test_pixels_of_a_latent_are_those_of_the_vae_beside_it(folder, tmp_path, cha
         assert grid_of(build(source, torch.bfloat16), source, (9, 64, 96)) == (3, 64 // side, 96 // side)
 
 
+def test_cosmos_1_has_a_vae_of_its_own(folder, monkeypatch):
+    for changes, frames in (({}, 17), ({"extra_pos_embed_type": None}, 9)):
+        source = find(str(folder("cosmos", **changes)))
+        with fake():
+            assert grid_of(build(source, torch.bfloat16), source, (frames, 64, 96)) == (3, 4, 6)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    settings = Settings(model=str(folder("cosmos", concat_padding_mask=True)), grid=GRID, builder=fs.VSA(top_k=2))
+    with pytest.raises(PlanError, match=r"has concat_padding_mask, for which diffusers needs torchvision: pip install"):
+        measure(settings)
+
+
+@pytest.mark.parametrize("name", ["ltx2", "motif"])
+def test_what_does_not_run_sequence_parallel_is_not_planned_so(folder, name):
+    settings = Settings(model=str(folder(name)), grid=GRID, builder=fs.VSA(top_k=2), gpus=2, ulysses=2)
+    with pytest.raises(PlanError, match=r"ulysses: .* is not known to run sequence parallel: leave it at 1"):
+        measure(settings)
+
+
 def test_each_token_of_a_ti2v_has_a_time(folder):
     """As its pipeline calls it; without, what blocks compute of the time is not counted token by token."""
     how = {"grid": GRID, "builder": fs.VSA(top_k=2), "training": False}

@@ -213,3 +213,54 @@ def test_files_that_do_not_fit_change_nothing(gated: Stranger, tmp_path: Path) -
     assert fs.load_gates(gated, path, strict=False) == ["blocks.0.to_gate_compress"]
     with pytest.raises(ValueError, match="has no gates: wrap it with gates=True"):
         fs.save_gates(fs.unwrap(gated), path)
+
+
+def test_gates_that_an_adapter_trains_are_the_ones_that_are_saved(gated: Stranger, tmp_path: Path) -> None:
+    """peft leaves the gate frozen and trains a copy; an optimizer of `gate_parameters` trained nothing."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["proj"], modules_to_save=["to_gate_compress"])
+    adapted = peft.get_peft_model(gated, config)
+    trained = {id(p) for p in adapted.parameters() if p.requires_grad}
+    gates = fs.gate_parameters(adapted)
+    assert len(gates) == 4 and all(id(p) in trained for p in gates)
+    with torch.no_grad():
+        for p in gates:
+            p.fill_(0.5)
+        video = torch.randn(1, 3, 4, 16, 16)
+        on = adapted(video)
+        with adapted.disable_adapter():
+            assert not torch.allclose(adapted(video), on)
+    fs.save_gates(gated, tmp_path / "gates.safetensors")
+    plain = fs.wrap(copy.deepcopy(fs.unwrap(gated)), fs.VSA(top_k=2), gates=True, compile=False)
+    fs.load_gates(plain, tmp_path / "gates.safetensors")
+    assert all((p == 0.5).all() for p in fs.gate_parameters(plain))
+
+
+def test_an_adapter_over_a_gate_is_an_error(gated: Stranger, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(gated, peft.LoraConfig(r=2, target_modules="all-linear"))
+    for call in (lambda: fs.gate_parameters(gated), lambda: fs.save_gates(gated, tmp_path / "gates.safetensors")):
+        with pytest.raises(
+            ValueError, match=r"to_gate_compress was replaced by Linear: merge .*target_modules.*modules_to_save"
+        ):
+            call()
+
+
+def test_projections_stored_in_what_nothing_is_computed_in(stranger: Stranger) -> None:
+    stranger.blocks[1].qkv.to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"blocks\.1 stores its projections as torch\.float8_e4m3fn.*wrap before"):
+        fs.wrap(stranger, fs.VSA(top_k=2), gates=True, compile=False)
+    assert not any("flexsparse" in key for module in stranger.modules() for key in vars(module))
+    assert not any("gate" in name for name in stranger.state_dict())
+
+
+def test_gates_begin_at_zero_where_memory_is_made_later() -> None:
+    """As trainers with FSDP do: they were random then, as any linear map."""
+    with torch.device("meta"):
+        model = Stranger()
+    fs.wrap(model, fs.VSA(top_k=2), gates=True, fine_gates=True, compile=False).to_empty(device="cpu")
+    for module in model.modules():
+        getattr(module, "reset_parameters", lambda: None)()
+    gates = dict(model.named_parameters())
+    assert all((p == ("fine.bias" in name)).all() for name, p in gates.items() if "to_gate" in name)
+    assert sum("to_gate" in name for name in gates) == 8

@@ -345,31 +345,6 @@ def test_min_tokens_and_extra_tokens() -> None:
     assert "below min_tokens=1000" in str(fs.report(model))
 
 
-class Halved(nn.Module):
-    """Checkpoints a function of its own and not a module."""
-
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.qkv, self.reentrant = nn.Linear(16, 48), reentrant
-
-    def attention(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.utils.checkpoint.checkpoint(self.attention, x, use_reentrant=self.reentrant)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpointed_function_would_be_redone_densely_and_is_refused(reentrant: bool) -> None:
-    model = fs.wrap(nn.Sequential(Halved(reentrant)), fs.VSA(top_k=1), grid=(4, 8, 8), compile=False)
-    x = torch.randn(1, 256, 16, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"inside of a checkpointed function.*Checkpoint a module"):
-        model(x)
-    with torch.no_grad():  # nothing is redone
-        assert model(x).shape == x.shape
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_a_wrapped_forward_shows_its_arguments(stranger: Stranger, way: Any) -> None:
     """Pipelines, peft and hooks look at signatures."""

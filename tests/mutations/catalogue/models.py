@@ -148,7 +148,7 @@ MODELS = (
         "intercept.py",
         'bool(frame.f_locals["gradients"])',
         "torch.is_grad_enabled()",
-        ("wrap/test_stranger.py::test_a_checkpointed_function_would_be_redone_densely_and_is_refused",),
+        ("wrap/test_written_by_others.py::test_a_checkpointed_function_would_be_redone_densely_and_is_refused",),
     ),
     Mutation(
         "an uncompiled call under autocast",

@@ -1,0 +1,125 @@
+"""A builder of a user's own that changes after a graph was compiled: what the graph reads anew, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import flexsparse as fs
+from flexsparse.builder_state import held_by
+from flexsparse.masks.base import keep_top
+
+from .conftest import Stranger
+
+
+def clip(T: int = 4) -> Tensor:
+    return torch.randn(1, 3, T, 16, 16, generator=torch.Generator().manual_seed(T))
+
+
+class First:
+    """The first tiles, as many as a number says, be it a tensor."""
+
+    def __init__(self, n: Any) -> None:
+        self.n, self.traced, self.cache = n, 0, {}
+
+    def select(self, q: Tensor, k: Tensor, layout: fs.TileLayout, **_: Any) -> fs.TileSelection:
+        self.traced += 1
+        order = -torch.arange(layout.num_tiles, device=q.device).float()
+        return fs.TileSelection.from_mask(keep_top(order.expand(*q.shape[:2], layout.num_tiles, -1), self.n), layout)
+
+
+class Learnt(nn.Module):
+    """The tiles with the highest score of weights of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(16, 16)
+
+    def select(self, q: Tensor, k: Tensor, layout: fs.TileLayout, **_: Any) -> fs.TileSelection:
+        q, k = (layout.to_tiles(x).unflatten(2, (layout.num_tiles, -1)).mean(3) for x in (q, k))
+        return fs.TileSelection.from_mask(keep_top(self.map(q) @ k.transpose(-1, -2), 2), layout)
+
+
+def same_as_uncompiled(model: nn.Module, plain: nn.Module, T: int = 4) -> None:
+    torch.testing.assert_close(model(clip(T)), plain(clip(T)), atol=1e-5, rtol=0)
+
+
+def both(builder: Any) -> tuple[nn.Module, nn.Module]:
+    """Compiled, and uncompiled by another builder object, as select of that one runs at every call."""
+    torch.manual_seed(1)
+    model = Stranger(depth=1)
+    plain = fs.wrap(copy.deepcopy(model), copy.deepcopy(builder), compile=False)
+    return fs.wrap(model, builder, inner="aot_eager"), plain
+
+
+@torch.no_grad()
+def test_a_number_that_has_changed_is_refused() -> None:
+    """The graph would have kept four tiles without a word."""
+    builder = First(4)
+    model, plain = both(builder)
+    same_as_uncompiled(model, plain)
+    same_as_uncompiled(model, plain, 8)  # what it counts itself while it is traced is no change
+    same_as_uncompiled(model, plain)
+    builder.cache["of an uncompiled call"] = clip()
+    same_as_uncompiled(model, plain)
+    builder.n = 1
+    for T in (4, 8):
+        with pytest.raises(
+            RuntimeError, match=r"First\.n was 4 when this graph was compiled and is 1 now.*tensor.*wrap the"
+        ):
+            model(clip(T))
+    fs.wrap(fs.unwrap(model), builder, inner="aot_eager")
+    same_as_uncompiled(model, fs.wrap(fs.unwrap(plain), First(1), compile=False))
+
+
+def test_a_tensor_is_changed_in_place() -> None:
+    builder, one = First(torch.tensor(4)), First(torch.tensor(1))
+    model, plain = both(builder)
+    same_as_uncompiled(model, plain)
+    builder.n.fill_(1)
+    same_as_uncompiled(model, fs.wrap(fs.unwrap(plain), one, compile=False))
+    builder.n = torch.tensor(4)
+    with pytest.raises(
+        RuntimeError, match=r"First\.n was a tensor \(\) when this graph was compiled and is another tensor"
+    ):
+        model(clip())
+
+
+def test_a_builder_with_weights() -> None:
+    builder = Learnt()
+    model, plain = both(builder)
+    same_as_uncompiled(model, plain)
+    new = torch.randn(16, 16)
+    with torch.no_grad():
+        builder.map.weight.copy_(new)
+        fs.wrap(fs.unwrap(plain), copy.deepcopy(builder), compile=False)
+    same_as_uncompiled(model, plain)
+    builder.map.weight = nn.Parameter(new)
+    with pytest.raises(RuntimeError, match=r"Learnt\.map\.weight was a tensor \(16, 16\)"):
+        model(clip())
+
+
+def test_torch_compile_with_the_backend() -> None:
+    builder = First(4)
+    torch.manual_seed(1)
+    model = torch.compile(Stranger(), backend=fs.backend(builder, grid=(4, 8, 8), inner="aot_eager"))
+    model(clip())
+    builder.n = 2
+    with pytest.raises(RuntimeError, match=r"First\.n was 4"):
+        model(clip())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fs.VSA(sparsity=fs.SparsitySchedule(target=0.9)),
+        lambda: fs.PerHead(builders=(fs.BSA(), fs.VSA(top_k=1, within=fs.FrameCausal(chunk=4))), heads=(0, 1)),
+    ],
+)
+def test_what_cannot_change_is_not_watched(make: Callable[[], Any]) -> None:
+    assert not held_by([make()])

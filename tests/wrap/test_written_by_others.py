@@ -1,0 +1,225 @@
+"""Models written in ways of their own: other checkpoints than torch's, scales that modules hold, outputs of any kind."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import flexsparse as fs
+from flexsparse.compile_passes import RewriteError
+
+from .conftest import Stranger
+
+
+def clip(T: int = 4) -> Tensor:
+    return torch.randn(1, 3, T, 16, 16, generator=torch.Generator().manual_seed(T))
+
+
+def test_torchs_own_layer_has_no_fast_path_in_evaluation() -> None:
+    """One block of the model's own beside it was enough for it to stay dense unseen."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch = nn.Conv3d(3, 32, (1, 2, 2), (1, 2, 2))
+            self.own = Stranger().blocks[0]
+            self.layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.own(self.patch(x).flatten(2).transpose(1, 2)))
+
+    torch.manual_seed(0)
+    model = Model().eval().requires_grad_(False)
+    plain = fs.wrap(copy.deepcopy(model), fs.VSA(top_k=1), compile=False)
+    backend = fs.backend(fs.VSA(top_k=1), grid=(4, 8, 8), inner="aot_eager")
+    torch.compile(copy.deepcopy(model), backend=backend)(clip())
+    assert [call.sparse for call in backend.report().calls] == [True, False]
+    assert "torch.backends.mha.set_fastpath_enabled(False)" in str(backend.report())
+    fs.wrap(model, fs.VSA(top_k=1), inner="aot_eager")
+    torch.testing.assert_close(model(clip()), plain(clip()), atol=1e-5, rtol=0)
+    assert fs.report(model).sparse_calls == 2
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@torch.no_grad()
+def test_a_scale_that_a_module_holds(stranger: Stranger) -> None:
+    """Where sizes are symbolic, torch makes an input of it: the second resolution did not compile."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.scale = nn.Linear(32, 96), 0.3
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+            return F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
+
+    stranger.blocks = nn.ModuleList([Scaled()])
+    plain = fs.wrap(copy.deepcopy(stranger), fs.VSA(top_k=2), compile=False)
+    fs.wrap(stranger, fs.VSA(top_k=2), inner="aot_eager")
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for T in (4, 8, 12):
+        torch.testing.assert_close(stranger(clip(T)), plain(clip(T)), atol=1e-5, rtol=0)
+    assert graphs["unique_graphs"] == before + 2
+    stranger.blocks[0].scale = plain.blocks[0].scale = 3.0
+    torch.testing.assert_close(stranger(clip(12)), plain(clip(12)), atol=1e-5, rtol=0)
+
+
+def test_too_many_recompilations_are_one_error(stranger: Stranger) -> None:
+    fs.wrap(stranger, fs.VSA(top_k=1), inner="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=1):
+        stranger(clip())
+        with (
+            torch.no_grad(),
+            pytest.raises(RewriteError, match=r"once more than torch\._dynamo\.config\.recompile_limit=1 allows"),
+        ):
+            stranger(clip())
+
+
+def test_a_part_runs_by_itself_where_the_grid_is_given(stranger: Stranger) -> None:
+    fs.wrap(stranger, fs.VSA(top_k=2), compile=False)
+    tokens = torch.randn(1, 256, 32)
+    with pytest.raises(
+        RuntimeError, match=r"runs outside of the model's forward.*give wrap\(\.\.\., grid=\(T, H, W\)\)"
+    ):
+        stranger.blocks[0](tokens)
+    dense = fs.unwrap(stranger).blocks[0](tokens)
+    for top_k, same in ((4, True), (2, False)):
+        model = copy.deepcopy(fs.wrap(stranger, fs.VSA(top_k=top_k), grid=(4, 8, 8), compile=False))
+        assert torch.allclose(model.blocks[0](tokens), dense, atol=1e-5) == same
+        fs.unwrap(stranger)
+
+
+@dataclasses.dataclass(frozen=True)
+class Out:
+    samples: list[Tensor]
+
+
+def test_blocks_are_redone_whatever_the_model_returns(stranger: Stranger) -> None:
+    class Checkpointed(Stranger):
+        again = True
+
+        def forward(self, x: Tensor) -> Any:
+            h = self.patch(x).flatten(2).transpose(1, 2)
+            for block in self.blocks:
+                h = torch.utils.checkpoint.checkpoint(block, h, use_reentrant=False) if self.again else block(h)
+            return Out([self.head(h)])
+
+    stranger.__class__ = Checkpointed
+    fs.wrap(stranger, fs.VSA(top_k=2), compile=False)
+    found = []
+    for stranger.again in (True, False):
+        loss = sum(stranger(clip(T)).samples[0].square().sum() for T in (4, 8))
+        found.append(torch.autograd.grad(loss, list(stranger.parameters())))
+    torch.testing.assert_close(*found)
+
+
+class Halved(nn.Module):
+    """Checkpoints a function of its own and not a module."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.qkv, self.reentrant = nn.Linear(16, 48), reentrant
+
+    def attention(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.attention, x, use_reentrant=self.reentrant)
+
+
+class OwnCheckpoint(torch.autograd.Function):
+    """As latent-diffusion's `CheckpointFunction`, which many video models carry a copy of."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, x: Tensor) -> Tensor:
+        ctx.run = run
+        ctx.save_for_backward(x)
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            out = ctx.run(x)
+        return None, *torch.autograd.grad(out, x, grad)
+
+
+class HalvedByItself(Halved):
+    def forward(self, x: Tensor) -> Tensor:
+        return OwnCheckpoint.apply(self.attention, x)
+
+
+class Outside(nn.Module):
+    """What is redone is a module here, whose forward is ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = Halved(False)
+        self.inside.forward = self.inside.attention  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return OwnCheckpoint.apply(self.inside, x)
+
+
+def test_a_module_checkpointed_by_a_function_of_its_own_is_redone_sparse() -> None:
+    model = fs.wrap(nn.Sequential(Outside()), fs.VSA(top_k=1), grid=(4, 8, 8), compile=False)  # parts run by themselves
+    x = torch.randn(1, 256, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    (checkpointed,) = torch.autograd.grad(model(x).square().sum(), x)
+    (plain,) = torch.autograd.grad(model[0].inside(x).square().sum(), x)
+    torch.testing.assert_close(checkpointed, plain)
+
+
+@pytest.mark.parametrize("kind", [Halved, HalvedByItself])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_function_would_be_redone_densely_and_is_refused(kind: type[Halved], reentrant: bool) -> None:
+    model = fs.wrap(nn.Sequential(kind(reentrant)), fs.VSA(top_k=1), grid=(4, 8, 8), compile=False)
+    x = torch.randn(1, 256, 16, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"inside of a checkpointed function.*Checkpoint a module"):
+        model(x)
+    with torch.no_grad():  # nothing is redone
+        assert model(x).shape == x.shape
+
+
+class References(nn.Module):
+    """Attention among the video's tokens, then to those of a reference of as many, by projections that are no `nn.Linear`."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.patch = kind, nn.Conv3d(3, 32, (1, 2, 2), (1, 2, 2))
+        self.maps = nn.ModuleList(nn.Conv1d(32, 32, 1) for _ in range(3))
+
+    def project(self, number: int, x: Tensor) -> Tensor:
+        weight = self.maps[number].weight[..., 0]
+        if self.kind == "convolution":
+            return self.maps[number](x.transpose(1, 2)).unflatten(1, (2, 16)).transpose(2, 3)
+        if self.kind == "einsum":
+            return torch.einsum("bsc,hdc->bhsd", x, weight.unflatten(0, (2, 16)))
+        return torch.tensordot(x, weight, dims=([2], [1])).unflatten(2, (2, 16)).transpose(1, 2)
+
+    def attend(self, x: Tensor, other: Tensor) -> Tensor:
+        q, k, v = (self.project(number, tokens) for number, tokens in enumerate((x, other, other)))
+        return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, video: Tensor, reference: Tensor) -> Tensor:
+        x, other = (self.patch(each).flatten(2).transpose(1, 2) for each in (video, reference))
+        x = self.attend(self.attend(x, x), other)
+        return self.attend(x, other)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["convolution", "einsum", "tensordot"])
+def test_attention_to_a_reference_of_as_many_tokens_stays_dense(kind: str) -> None:
+    """It was sparse: a projection that was not known let the search go on to what both sequences are made of."""
+    torch.manual_seed(0)
+    model = fs.wrap(References(kind), fs.VSA(top_k=1), inner="aot_eager")
+    model(clip(), clip(4).flip(0) * 2)
+    assert [call.sparse for call in fs.report(model).calls] == [True, False, False]
