@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import re
@@ -171,6 +172,8 @@ class RewriteSDPA:
 
     def _call(self, graph: Graph, node: Node, environment: dict[str, Any]) -> None:
         call = SDPACall.of(node.args, node.kwargs)
+        # a default of a function in between may be a symbol in a dynamic graph: asking whether it is zero guards it
+        call = dataclasses.replace(call, dropout_p=value_of(call.dropout_p))
         q, k, v = (value_of(x) for x in (call.query, call.key, call.value))
         if "grid" not in environment:
             self._leave(node, q, k, "the graph does not say the grid")

@@ -41,14 +41,19 @@ def gates_of_heads(gates: Gates, q: Tensor, layout: TileLayout) -> Gates:
 
 
 def gate_heads(gate: Tensor, q: Tensor, layout: TileLayout, rest: float) -> Tensor:
-    """A gate ``[B, S, H * D]`` as ``[B, H, S, D]``, in q's dtype; one of the video's tokens only gets ``rest`` for others.
+    """A gate ``[B, S, H * D]`` as ``[B, H, S, D]``, in q's dtype; extra tokens that it does not have get ``rest``.
+
+    It may be of the video's tokens only, or of those and the extra ones before them (history, which the video's own stream
+    of a block with a separate one for text holds).
 
     Raises:
         ValueError: the gate has other sizes than the attention's queries.
     """
     B, H, S, D = q.shape
-    if gate.dim() == 3 and gate.shape[1] != S and gate.shape[1] == layout.num_tokens:
-        gate = torch.nn.functional.pad(gate, (0, 0, layout.text_first, layout.text_last), value=rest)
+    if gate.dim() == 3 and gate.shape[1] != S:
+        first = 0 if gate.shape[1] == layout.text_first + layout.num_tokens else layout.text_first
+        if gate.shape[1] + first + layout.text_last == S:
+            gate = torch.nn.functional.pad(gate, (0, 0, first, layout.text_last), value=rest)
     if gate.dim() != 3 or gate.shape[0] != B or gate.shape[1] != S or gate.shape[2] != H * D:
         raise ValueError(
             f"the gate is {tuple(gate.shape)}, the attention's queries are {tuple(q.shape)}: a gate reads the hidden states "

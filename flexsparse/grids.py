@@ -40,16 +40,20 @@ class Argument:
 
 @dataclass(frozen=True)
 class Text:
-    """Reads how many text tokens join the video's. Sizes may be symbolic.
+    """Reads how many extra tokens, text and history, join the video's. Sizes may be symbolic.
 
     Attributes:
-        arguments: those that are ``[B, L, ...]``.
-        first: whether the tokens come before the video's.
+        arguments: those that are text ``[B, L, ...]``.
+        first: whether the text comes before the video.
+        trimmed: the mask ``[B, L]`` of text that a call with one sample leaves out, or None.
+        history: those that are video latents ``[B, C, T, H, W]`` before the video, and their patch sizes.
         fixed: (text_first, text_last) where they are given.
     """
 
     arguments: tuple[Argument, ...] = ()
     first: bool = False
+    trimmed: Argument | None = None
+    history: tuple[tuple[Argument, Grid], ...] = ()
     fixed: tuple[int, int] | None = None
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
@@ -60,7 +64,21 @@ class Text:
         for argument in self.arguments:
             value = argument.of(args, kwargs)
             length = length + (value.shape[LENGTH_AXIS] if isinstance(value, Tensor) else 0)
-        return (length, 0) if self.first else (0, length)
+        mask = self.trimmed_by(args, kwargs)
+        if mask is not None:
+            length = length - mask.shape[LENGTH_AXIS] + int(mask.sum())
+        before = 0
+        for argument, patch in self.history:
+            value = argument.of(args, kwargs)
+            if isinstance(value, Tensor):
+                t, h, w = ((size + side - 1) // side for size, side in zip(value.shape[-3:], patch))
+                before = before + t * h * w
+        return (before + length, 0) if self.first else (before, length)
+
+    def trimmed_by(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The mask whose hidden text the call leaves out, so that how many tokens it has depends on data; else None."""
+        mask = self.trimmed.of(args, kwargs) if self.trimmed is not None else None
+        return mask if isinstance(mask, Tensor) and mask.shape[0] == 1 else None
 
 
 @dataclass(frozen=True)
@@ -216,11 +234,21 @@ def geometry_reader(
         ValueError: a grid that is no triple of positive ints; no grid given, and no way found to read one.
     """
     about, names = known(model), _arguments(model)
-    missing = [name for name in (*about.sizes, *about.text) if name not in names]
+    trimmed = (about.trimmed,) if about.trimmed else ()
+    missing = [name for name in (*about.sizes, *about.text, *about.history, *trimmed) if name not in names]
     if missing:  # the table is of another version of the class
-        about = Known()
-    arguments = tuple(Argument(name, names.index(name)) for name in about.text)
-    reader = Text(arguments, about.text_at == "first", text)
+        about, trimmed = Known(), ()
+
+    def argument(name: str) -> Argument:
+        return Argument(name, names.index(name))
+
+    reader = Text(
+        arguments=tuple(argument(name) for name in about.text),
+        first=about.text_at == "first",
+        trimmed=argument(trimmed[0]) if trimmed else None,
+        history=tuple((argument(name), patch) for name, patch in about.history.items()),
+        fixed=text,
+    )
     if callable(grid):
         found: GridFunction = grid
     elif grid is not None:

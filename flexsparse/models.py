@@ -64,10 +64,14 @@ class Known:
         sizes: names of the arguments that are the grid, where the input is a sequence of tokens already.
         text: names of the arguments ``[B, L, ...]`` whose L tokens join the video's in attention.
         text_at: whether they come before or after the video's.
-        ragged: whether a call may have fewer of them (a model that runs each sample by itself, without its padding).
+        trimmed: name of the mask ``[B, L]`` of text that a call with one sample leaves out; "" where none does.
+        history: names of video latents ``[B, C, T, H, W]`` whose tokens come before the video's, and their patch sizes;
+            sizes are rounded up to whole patches.
+        ragged: whether a call may have less text than that (a model that runs each sample by itself, without its padding).
         gates: name patterns of the attention modules that see the video; () to recognise them by their projections.
         plan: where sequence parallelism cuts video tokens, and joins them (`distributed.ulysses`); text is never cut. {} for
             the class's own ``_cp_plan``.
+        refused: why `wrap` refuses the class, and what to do, after "it"; "" for a class that it takes.
         watched_by: what else attends to the video's tokens, so that a rank's part of them is not enough; "" for nothing.
     """
 
@@ -75,9 +79,12 @@ class Known:
     sizes: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
     text_at: Literal["first", "last"] = "last"
+    trimmed: str = ""
+    history: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     ragged: bool = False
     gates: tuple[str, ...] = ()
     plan: Mapping[str, Any] = field(default_factory=dict)
+    refused: str = ""
     watched_by: str = ""
 
 
@@ -86,6 +93,11 @@ def _plan(
 ) -> Mapping[str, Any]:
     """A plan: hidden states are cut before the block ``first``, and joined after the module ``last``."""
     return MappingProxyType({**tables, first: {"hidden_states": Part(1, 3)}, last: Whole(1), **(more or {})})
+
+
+def _history(whole: str, half: str, quarter: str) -> Mapping[str, tuple[int, int, int]]:
+    """Patches of ``(1, 2, 2)``, of twice and of four times its sides: older frames take fewer tokens."""
+    return MappingProxyType({whole: (1, 2, 2), half: (2, 4, 4), quarter: (4, 8, 8)})
 
 
 TEXT = ("encoder_hidden_states",)
@@ -109,6 +121,9 @@ HUNYUAN_BLOCKS = {
     for blocks in ("transformer_blocks", "single_transformer_blocks")
 }
 
+ALONE = "leave it unwrapped, and call flexsparse.sparse_attention in an attention processor of yours"
+FLEX = f"attends to its video through FlexAttention with a mask of its own, which is not replaced: {ALONE}"
+
 KNOWN: Mapping[str, Known] = MappingProxyType(
     {
         "CogVideoXTransformer3DModel": COGVIDEO,
@@ -119,6 +134,20 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
         "HunyuanVideo15Transformer3DModel": Known(
             text=(*TEXT, "encoder_hidden_states_2", "image_embeds"), gates=HUNYUAN_GATES[:1], plan=_plan(BLOCK, ROTARY)
         ),
+        "HunyuanVideoFramepackTransformer3DModel": Known(
+            text=(*TEXT, "image_embeds"),
+            trimmed="encoder_attention_mask",
+            history=_history("latents_clean", "latents_history_2x", "latents_history_4x"),
+            gates=HUNYUAN_GATES,
+            watched_by="history",
+        ),
+        "HeliosTransformer3DModel": Known(
+            history=_history("latents_history_short", "latents_history_mid", "latents_history_long"),
+            gates=("blocks.*.attn1",),
+            watched_by="history",
+        ),
+        "AnyFlowFARTransformer3DModel": Known(refused=FLEX),
+        "AnyFlowTransformer3DModel": Known(axes="B T C H W", gates=("blocks.*.attn1",)),
         "LTXVideoTransformer3DModel": Known(sizes=SIZES, gates=ATTN1),
         "LTX2VideoTransformer3DModel": Known(sizes=SIZES, gates=ATTN1, watched_by="audio"),
         "CosmosTransformer3DModel": Known(  # joined early: the time of each token is not cut for what follows
@@ -129,6 +158,10 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
                 "transformer_blocks.-1",
             )
         ),
+        "Cosmos3OmniTransformer": Known(
+            refused="attends from its video to text that does not attend back, which is no attention of one sequence: "
+            f"{ALONE} (layout= of the video, kv_layout= with text_first=)"
+        ),
         "EasyAnimateTransformer3DModel": Known(
             text=(*TEXT, "encoder_hidden_states_t5"),
             text_at="first",
@@ -138,6 +171,13 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
         "Kandinsky5Transformer3DModel": Known(
             axes="B T H W C", gates=("visual_transformer_blocks.*.self_attention",), plan=KANDINSKY_PLAN
         ),
+        "Kandinsky6Transformer3DModel": Known(
+            axes="B T H W C",
+            gates=("visual_transformer_blocks.*.video_dec_block.self_attention",),
+            watched_by="audio",
+        ),
+        "Kandinsky6SRTransformer3DModel": Known(refused=FLEX),
+        "MiniMaxH3Transformer3DModel": Known(gates=("transformer_blocks.*.attn",), watched_by="audio"),
         "MotifVideoTransformer3DModel": Known(text=(*TEXT, "image_embeds"), gates=HUNYUAN_GATES),
         "MochiTransformer3DModel": Known(
             text=TEXT,
@@ -145,6 +185,8 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
             gates=ATTN1,
             plan=_plan(BLOCK, {"rope": {0: Part(0, 3), 1: Part(0, 3)}}),
         ),
+        "SanaVideoTransformer3DModel": Known(refused="has linear attention, which selects nothing: leave it unwrapped"),
+        "WanAnimate2Transformer3DModel": Known(refused=FLEX),
         "WanVACETransformer3DModel": Known(
             plan=_plan(
                 "blocks.0",

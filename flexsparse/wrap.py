@@ -105,11 +105,14 @@ def wrap(
         The model: same class, same state dict besides the gates.
 
     Raises:
-        ValueError: an argument that makes no sense for this model; at a call, a grid that the builder cannot meet.
+        ValueError: a class that is known not to become sparse; an argument that makes no sense for this model; at a call, a
+            grid that the builder cannot meet.
         RewriteError: at the first call, that no attention could be made sparse, with what was seen.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}: give a torch.nn.Module (a pipeline's .transformer)")
+    if known(model).refused:
+        raise ValueError(f"{type(model).__name__} cannot be made sparse: it {known(model).refused}")
     _check_uncompiled(model)
     if any(STATE in module.__dict__ for module in model.modules()):
         raise ValueError(f"{_wrapped_part(model)} is wrapped already: call flexsparse.unwrap(model) first")

@@ -75,6 +75,12 @@ class State:
     def geometry_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Geometry:
         """The call's geometry, checked; a given grid that is not the input's raises."""
         self.reader.check(args, kwargs)
+        text = self.reader.text
+        if self.compile is True and text.trimmed is not None and text.trimmed_by(args, kwargs) is not None:
+            raise RewriteError(
+                f"{type(module).__name__} leaves out the text that {text.trimmed.name} hides where there is one sample, and "
+                "how many tokens it has depends on data: use wrap(..., compile='regional') or compile=False"
+            )
         geometry = _numbers(self.reader, module, args, kwargs)
         if self.own is not None:
             try:

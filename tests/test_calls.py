@@ -12,12 +12,13 @@ LAYOUT = fs.TileLayout(grid=(2, 4, 6), tile=(2, 4, 4), text_first=3, text_last=7
 N, H, D = LAYOUT.num_tokens, 2, 4
 
 
-def test_a_gate_of_the_video_is_padded_where_the_text_is() -> None:
+@pytest.mark.parametrize("before", [0, LAYOUT.text_first], ids=["the video's", "with history before it"])
+def test_a_gate_of_the_video_is_padded_where_the_text_is(before: int) -> None:
     q = torch.randn(1, H, LAYOUT.seq_len, D)
-    gates = torch.randn(1, N, H * D), torch.randn(1, N, H * D)
+    gates = torch.randn(1, before + N, H * D), torch.randn(1, before + N, H * D)
     coarse, fine = gates_of_heads(gates, q, LAYOUT)
     assert coarse is not None and fine is not None
-    video = slice(LAYOUT.text_first, LAYOUT.text_first + N)
+    video = slice(LAYOUT.text_first - before, LAYOUT.text_first + N)
     for found, given, rest in ((coarse, gates[0], 0), (fine, gates[1], 1)):
         assert torch.equal(found[:, :, video].transpose(1, 2).flatten(2), given)
         assert (found[:, :, : video.start] == rest).all() and (found[:, :, video.stop :] == rest).all()

@@ -352,6 +352,11 @@ UNTRAINED: Mapping[str, str] = MappingProxyType(
     {
         "WanVACETransformer3DModel": "is steered by a control video that clips here do not bring",
         "LTX2VideoTransformer3DModel": "makes audio with its video, and clips here bring none",
+        "Kandinsky6Transformer3DModel": "makes audio with its video, and clips here bring none",
+        "WanAnimateTransformer3DModel": "is steered by a pose and a face that clips here do not bring",
+        "AnyFlowTransformer3DModel": "learns to go from one time to another, for which there is no objective here",
+        "HeliosTransformer3DModel": "continues earlier frames, which clips here do not bring",
+        "HunyuanVideoFramepackTransformer3DModel": "continues earlier frames, which clips here do not bring",
     }
 )
 """Why a known class is not trained."""

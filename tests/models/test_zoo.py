@@ -89,18 +89,18 @@ class Watching:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_layout_says_where_video_and_text_are(name: str) -> None:
-    """In the first block, other text changes the queries of the text's places, and of no other."""
+    """In the first block, other text or history changes the queries of its places, and of no other."""
     entry, watching = ZOO[name], Watching()
     model = wrapped(entry, watching, False)
     inputs = entry.inputs(GRID, 1)
     with torch.no_grad():
         model(**inputs, return_dict=False)
-        other = {name: value + 1 for name, value in inputs.items() if name.startswith("encoder_hidden_states")}
+        other = {name: value + 1 for name, value in inputs.items() if name.startswith(("encoder_hidden", "latents_"))}
         model(**{**inputs, **other}, return_dict=False)
-    assert {(one.grid, one.text_first, one.text_last) for one in watching.layouts} == {(GRID, *entry.text)}
+    assert {(one.grid, one.text_first, one.text_last) for one in watching.layouts} == {(GRID, *entry.extra(GRID))}
     before, after = watching.queries[0], watching.queries[len(watching.queries) // 2]
     changed = (before != after).any(-1).any(1)[0]
-    first, last = entry.text
+    first, last = entry.extra(GRID)
     video = changed[first : changed.shape[0] - last]
     if name != "mochi":  # its time embedding reads the text
         assert not video.any()

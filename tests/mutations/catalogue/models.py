@@ -69,9 +69,30 @@ MODELS = (
     Mutation(
         "a joint gate shifted",
         "calls.py",
-        "(0, 0, layout.text_first, layout.text_last), value=rest",
-        "(0, 0, layout.text_last, layout.text_first), value=rest",
+        "(0, 0, first, layout.text_last), value=rest",
+        "(0, 0, layout.text_last, first), value=rest",
         ("test_calls.py",),
+    ),
+    Mutation(
+        "a gate of history and video taken for the video's",
+        "calls.py",
+        "first = 0 if gate.shape[1] == layout.text_first + layout.num_tokens else layout.text_first",
+        "first = layout.text_first",
+        ("models/test_zoo.py::test_uncompiled_training_with_gates_equals_the_oracle",),
+    ),
+    Mutation(
+        "history that its last patch does not fill",
+        "grids.py",
+        "((size + side - 1) // side for",
+        "(size // side for",
+        ("models/test_zoo.py::test_uncompiled_all_tiles_equal_dense_and_fewer_do_not",),
+    ),
+    Mutation(
+        "text that one sample leaves out is counted",
+        "grids.py",
+        "isinstance(mask, Tensor) and mask.shape[0] == 1",
+        "isinstance(mask, Tensor) and mask.shape[0] == 0",
+        ("models/test_other_models.py",),
     ),
     Mutation(
         "text's fine output gated away",
