@@ -248,6 +248,7 @@ def model_inputs(model: nn.Module, latents: Tensor, time: float, text: int) -> d
     needed = {
         name for name, p in names.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     }
+    needed |= names.keys() & {"pose_hidden_states"}  # of WanAnimate, though it has a default
     unknown = needed - ARGUMENTS.keys()
     if unknown or "hidden_states" not in names:
         what = f"needs {', '.join(sorted(unknown))}" if unknown else "takes no hidden_states"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 
-from models.zoo import TEXT, ZOO
+from models.zoo import NOT_CALLED, TEXT, ZOO
 
 import flexsparse as fs
 from flexsparse.analysis import SparseCall, inspect, measures, view, watch
@@ -112,16 +112,6 @@ def test_what_cannot_be_watched() -> None:
         pass
 
 
-NOT_CALLED = {
-    "anyflow": "AnyFlowTransformer3DModel needs r_timestep",
-    "framepack": "HunyuanVideoFramepackTransformer3DModel needs indices_latents",
-    "kandinsky6": "Kandinsky6Transformer3DModel's configuration lacks a width",
-}
-"""Models that are called in a way of their own."""
-OPTIONAL = {"wan-animate"}
-"""Models whose own code needs what their signature calls optional: its error is the model's."""
-
-
 @pytest.mark.parametrize("name", NOT_CALLED)
 def test_models_that_cannot_be_called_here_say_why(name: str) -> None:
     model = ZOO[name].model()
@@ -129,7 +119,7 @@ def test_models_that_cannot_be_called_here_say_why(name: str) -> None:
         model_inputs(model, torch.randn(1, channels_of(model), *GRID), 0.25, 6)
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in {*NOT_CALLED, *OPTIONAL}])
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in NOT_CALLED])
 def test_every_model_can_be_looked_at(name: str) -> None:
     model = ZOO[name].model()
     patch = patch_of(model)

@@ -6,11 +6,14 @@ import ast
 import re
 from pathlib import Path
 
+import diffusers
 import pytest
-from models.zoo import ZOO  # tests/ is on the path
+from models.zoo import NOT_CALLED, ZOO  # tests/ is on the path
 
 import flexsparse as fs
+from flexsparse.finetune.families import FAMILIES
 from flexsparse.models import KNOWN, Known
+from flexsparse.planning.models import KINDS
 from flexsparse.wrap import OWN_OPTIONS
 
 from .pages import DOCS, blocks, read, rows
@@ -19,6 +22,12 @@ SOURCES = [DOCS.parent / name for name in ("flexsparse", "masks", "compile_passe
 YES = {True: "yes", False: "no"}
 HOLE = "\0"
 MESSAGES = [block.text.strip() for block in blocks(read("troubleshooting.md"), "text")]
+
+
+def spread(kind: str) -> bool:
+    """Whether `fs.distributed.ulysses` takes a class without a plan of the user's."""
+    about = KNOWN.get(kind, Known())
+    return not about.watched_by and bool(about.plan or getattr(getattr(diffusers, kind), "_cp_plan", None))
 
 
 def test_the_table_of_models_is_that_of_the_tests() -> None:
@@ -34,6 +43,10 @@ def test_the_table_of_models_is_that_of_the_tests() -> None:
             "`compile=True`": YES[entry.whole],
             '`"regional"`': YES[entry.regional],
             "`False`": "yes",  # test_zoo runs each of them uncompiled
+            "`ulysses`": YES[spread(entry.make[0])],
+            "`finetune`": YES[entry.make[0] in FAMILIES],
+            "`plan`": YES[entry.make[0] in KINDS],
+            "`inspect`": YES[name not in NOT_CALLED],
         }
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "LTX2",
     "MOCHI",
     "MOTIF",
+    "NOT_CALLED",
     "TEXT",
     "WAN",
     "ZOO",
@@ -28,3 +29,11 @@ __all__ = [
 ]
 
 ZOO: dict[str, Entry] = {**wan_models.MODELS, **joint_models.MODELS, **cross_models.MODELS}
+
+NOT_CALLED = {
+    "anyflow": "AnyFlowTransformer3DModel needs r_timestep",
+    "framepack": "HunyuanVideoFramepackTransformer3DModel needs indices_latents",
+    "kandinsky6": "Kandinsky6Transformer3DModel's configuration lacks a width",
+    "wan-animate": "WanAnimateTransformer3DModel needs pose_hidden_states",
+}
+"""Models that `flexsparse inspect` does not call, and what it says."""
