@@ -31,6 +31,8 @@ from flexsparse.tally import Ran
 STATE = "_flexsparse"
 OWN = "_flexsparse_own"
 """Where a module keeps the forward that it was given last: hooks may have put theirs over it."""
+FEW = 3
+"""Graphs of one form in which numbers that modules hold are constants."""
 
 
 class Hook:
@@ -190,8 +192,37 @@ def _numbers(reader: GeometryReader, module: nn.Module, args: tuple[Any, ...], k
 def _compiled(
     function: Callable[..., Any], name: str, backend: Callable[..., Any], options: dict[str, Any]
 ) -> Callable[..., Any]:
-    """A function compiled as one graph: after a break torch may run a frame uncompiled, and its attention dense."""
-    return _distinct_sizes(torch.compile(_fresh(function, name), backend=backend, **{"fullgraph": True, **options}))
+    """A function compiled as one graph: after a break torch may run a frame uncompiled, and its attention dense.
+
+    Torch's settings meanwhile:
+
+    - Sizes that happen to be equal get symbols of their own: 16 frames and 16 channels would tie the grid to the model.
+    - Numbers that modules hold (an epsilon) are constants of the first graphs. Where all sizes are symbolic torch makes inputs
+      of them, and compiles everything a second time when it finds that it cannot. Where they change, graphs become many: from
+      then on they are inputs.
+    - Torch's own multi-head attention shows its calls in evaluation, too: else it is one op there, dense and in no report.
+    """
+    graphs = 0
+
+    def counted(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return backend(gm, inputs, **kwargs)
+
+    compiled = torch.compile(_fresh(function, name), backend=counted, **{"fullgraph": True, **options})
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        numbers = torch._dynamo.config.patch(specialize_float=graphs < FEW or torch._dynamo.config.specialize_float)
+        try:
+            with torch.fx.experimental._config.patch(use_duck_shape=False), numbers:  # type: ignore[attr-defined]
+                return compiled(*args, **kwargs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+    return call
 
 
 def _fresh(function: types.FunctionType | Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -202,25 +233,6 @@ def _fresh(function: types.FunctionType | Callable[..., Any], name: str) -> Call
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_name=f"{function.__name__}: {name}")
     return types.FunctionType(code, function.__globals__, function.__name__)
-
-
-def _distinct_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Sizes that happen to be equal get symbols of their own: 16 frames and 16 channels would tie the grid to the model.
-
-    And torch's own multi-head attention shows its calls in evaluation, too: else it is one op there, dense and in no report.
-    """
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-                return function(*args, **kwargs)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-
-    return call
 
 
 def _original(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

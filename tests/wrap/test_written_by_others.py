@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flexsparse as fs
+from flexsparse import wrapped
 from flexsparse.compile_passes import RewriteError
+from flexsparse.compiler import Backend
 
 from .conftest import Stranger
 
@@ -70,6 +72,57 @@ def test_a_scale_that_a_module_holds(stranger: Stranger) -> None:
     assert graphs["unique_graphs"] == before + 2
     stranger.blocks[0].scale = plain.blocks[0].scale = 3.0
     torch.testing.assert_close(stranger(clip(12)), plain(clip(12)), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_numbers_that_modules_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Constants: as inputs of a graph of symbolic sizes they had all of it compiled twice. Inputs once they have changed."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = 0.5
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.shift
+
+    graphs: list[int] = []
+    compile_ = Backend.compile
+    monkeypatch.setattr(Backend, "compile", lambda *args, **kwargs: graphs.append(1) or compile_(*args, **kwargs))
+    monkeypatch.setattr(wrapped, "FEW", 1)
+    model = Stranger(depth=1)
+    model.patch = nn.Sequential(model.patch, Shifted())
+    plain = fs.wrap(copy.deepcopy(model), fs.VSA(top_k=1), compile=False)
+    fs.wrap(model, fs.VSA(top_k=1), inner="aot_eager")
+    for T in (4, 8, 12):
+        model(clip(T))
+    assert len(graphs) == 2
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for step in range(4):
+            model.patch[1].shift = plain.patch[1].shift = step / 8
+            torch.testing.assert_close(model(clip(12)), plain(clip(12)), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("few", [1, wrapped.FEW])
+def test_numbers_that_a_call_gives(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time of another value at each step, at one resolution and at others: no graph for each."""
+
+    class Timed(Stranger):
+        def forward(self, x: Tensor, time: float) -> Tensor:  # type: ignore[override]
+            return super().forward(x * time)
+
+    monkeypatch.setattr(wrapped, "FEW", few)
+    torch.manual_seed(0)
+    model = Timed(depth=1)
+    plain = fs.wrap(copy.deepcopy(model), fs.VSA(top_k=1), compile=False)
+    fs.wrap(model, fs.VSA(top_k=1), inner="aot_eager")
+    for T in (4, 8):
+        for step in range(4 * few):
+            given = (clip(T), 1 - step / 16)
+            torch.testing.assert_close(model(*given), plain(*given), atol=1e-5, rtol=0)
+    assert len(fs.report(model).calls) == 1
 
 
 def test_too_many_recompilations_are_one_error(stranger: Stranger) -> None:
