@@ -51,7 +51,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m bench.cpu
+	$(BIN)/python -m bench.cpu --profile
 	$(BIN)/python -m bench.table
 	$(BIN)/python -m bench.passes
 	$(BIN)/python -m bench.saved
