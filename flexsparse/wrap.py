@@ -13,24 +13,14 @@ from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FSDPModule
 
 from flexsparse.compiler import Backend
+from flexsparse.forwards import STATE, hidden_by, override, remove_hooks, restore
 from flexsparse.gate_files import warn_of_dropped_gates
 from flexsparse.gates import ADDED, Gate, add_gates, gate_names
 from flexsparse.grids import FixedGrid, GridFunction, geometry_reader
 from flexsparse.models import known
 from flexsparse.reporting import Report
 from flexsparse.rules import BuilderRules, dense_patterns
-from flexsparse.wrapped import (
-    STATE,
-    State,
-    compile_module,
-    compile_region,
-    hidden_by,
-    model_forward,
-    module_forward,
-    override,
-    remove_hooks,
-    restore,
-)
+from flexsparse.wrapped import State, compile_module, compile_region, model_forward, module_forward
 
 Model = TypeVar("Model", bound=nn.Module)
 OWN_OPTIONS = (

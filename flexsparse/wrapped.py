@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import operator
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,27 +15,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.fx.experimental._config
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
 
 from flexsparse.compile_passes import RewriteError, marks
 from flexsparse.compiler import Backend, no_match
+from flexsparse.forwards import OWN, STATE, takes_the_arguments_of
 from flexsparse.gates import ADDED, FINE, NAME
 from flexsparse.grids import Geometry, GeometryReader
 from flexsparse.intercept import Gates, Interceptor, other_sequences, two_sequences
+from flexsparse.one_graph import clear_errors, one_graph
 from flexsparse.reporting import Call
 from flexsparse.tally import Ran
-
-STATE = "_flexsparse"
-OWN = "_flexsparse_own"
-"""Where a module keeps the forward that it was given last: hooks may have put theirs over it."""
-FEW = 3
-"""Graphs of one form in which numbers that modules hold are constants."""
-
-
-class Hook:
-    """A hook of ours on a module: `unwrap` removes it. An object, so that a copied model's hooks follow the copy's state."""
 
 
 class State:
@@ -138,7 +127,7 @@ class State:
         """The compiled form of the model for a geometry."""
         key, options = self.variant(geometry, self.options)
         if key not in self.compiled:
-            self.compiled[key] = _compiled(_traced_model, str(key), self.backend, options)
+            self.compiled[key] = one_graph(_traced_model, str(key), self.backend, options)
         return self.compiled[key]
 
     def region(self, module: nn.Module, geometry: Geometry, options: dict[str, Any]) -> Callable[..., Any]:
@@ -150,20 +139,20 @@ class State:
             def compile_region(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
                 return self.backend.compile(gm, inputs, kwargs, f"{label}::", within, self.interceptor.local.cut)
 
-            self.compiled[label, key] = _compiled(_traced_region, f"{label} {key}", compile_region, options)
+            self.compiled[label, key] = one_graph(_traced_region, f"{label} {key}", compile_region, options)
         return self.compiled[label, key]
 
     def whole_dense(self) -> Callable[..., Any]:
         """The compiled form of the model as it was."""
         if "dense" not in self.compiled:
-            self.compiled["dense"] = _compiled(_original, "dense", self._compile_dense, self.options)
+            self.compiled["dense"] = one_graph(_original, "dense", self._compile_dense, self.options)
         return self.compiled["dense"]
 
     def region_dense(self, module: nn.Module, options: dict[str, Any]) -> Callable[..., Any]:
         """The compiled form of a class of modules as it was."""
         kind = type(module).__name__
         if ("dense", kind) not in self.compiled:
-            self.compiled["dense", kind] = _compiled(_original, f"dense {kind}", self._compile_dense, options)
+            self.compiled["dense", kind] = one_graph(_original, f"dense {kind}", self._compile_dense, options)
         return self.compiled["dense", kind]
 
     def _compile_dense(self, gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -187,52 +176,6 @@ def _numbers(reader: GeometryReader, module: nn.Module, args: tuple[Any, ...], k
         return tuple(operator.index(size) for size in sizes)  # type: ignore[return-value]
     except TypeError:
         raise ValueError(f"the grid function returned {sizes}: return ints (divide sizes by //)") from None
-
-
-def _compiled(
-    function: Callable[..., Any], name: str, backend: Callable[..., Any], options: dict[str, Any]
-) -> Callable[..., Any]:
-    """A function compiled as one graph: after a break torch may run a frame uncompiled, and its attention dense.
-
-    Torch's settings meanwhile:
-
-    - Sizes that happen to be equal get symbols of their own: 16 frames and 16 channels would tie the grid to the model.
-    - Numbers that modules hold (an epsilon) are constants of the first graphs. Where all sizes are symbolic torch makes inputs
-      of them, and compiles everything a second time when it finds that it cannot. Where they change, graphs become many: from
-      then on they are inputs.
-    - Torch's own multi-head attention shows its calls in evaluation, too: else it is one op there, dense and in no report.
-    """
-    graphs = 0
-
-    def counted(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return backend(gm, inputs, **kwargs)
-
-    compiled = torch.compile(_fresh(function, name), backend=counted, **{"fullgraph": True, **options})
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        numbers = torch._dynamo.config.patch(specialize_float=graphs < FEW or torch._dynamo.config.specialize_float)
-        try:
-            with torch.fx.experimental._config.patch(use_duck_shape=False), numbers:  # type: ignore[attr-defined]
-                return compiled(*args, **kwargs)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-
-    return call
-
-
-def _fresh(function: types.FunctionType | Callable[..., Any], name: str) -> Callable[..., Any]:
-    """A copy with a code object and a name of its own.
-
-    Dynamo counts recompilations per code object, and remembers by name which sizes of an earlier one have changed.
-    """
-    assert isinstance(function, types.FunctionType)
-    code = function.__code__.replace(co_name=f"{function.__name__}: {name}")
-    return types.FunctionType(code, function.__globals__, function.__name__)
 
 
 def _original(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -335,7 +278,7 @@ def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
                 return state.whole_dense()(module, args, kwargs)
     before = state.backend.tally.snapshot()
     if state.compile is True:
-        out = _clear_errors(state.whole(geometry), module, args, kwargs)
+        out = clear_errors(state.whole(geometry), module, args, kwargs)
     else:
         with state.interceptor.forward(geometry):
             out = _spread(state, module, args, kwargs)
@@ -367,28 +310,6 @@ def _check_sparse(state: State, module: nn.Module, geometry: Geometry, ran: Ran)
         return
     if not ran.sparse and (ran.others or not backend.calls.sparse_calls or state.compile is True):
         raise RewriteError(no_match(type(module).__name__, backend.layout_of(geometry), backend.calls))
-
-
-def _clear_errors(compiled: Callable[..., Any], *args: Any) -> Any:
-    """Call compiled code; our own error is raised as it is, not inside of torch's, and a graph break says the remedy."""
-    try:
-        return compiled(*args)
-    except BackendCompilerFailed as error:
-        if isinstance(error.inner_exception, RewriteError):
-            raise error.inner_exception from None
-        raise
-    except FailOnRecompileLimitHit as error:
-        raise RewriteError(
-            "this model was to be compiled once more than torch._dynamo.config.recompile_limit="
-            f"{torch._dynamo.config.recompile_limit} allows: sizes of 1 (an image, a batch of one), gradients on and off, "
-            "autocast and dtypes have graphs of their own; raise the limit, or find with TORCH_LOGS=recompiles what changes"
-        ) from error
-    except Unsupported as error:
-        raise RewriteError(
-            "the model's own code breaks the graph, and attention that torch then runs uncompiled would stay dense unseen: use "
-            "wrap(..., compile='regional') if the break is outside of the blocks, compile=False if it is inside, or mend it. "
-            f"torch says: {error}"
-        ) from error
 
 
 def module_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -426,69 +347,8 @@ def compile_region(module: nn.Module, options: dict[str, Any]) -> None:
         state.backend.tally.others += 1
         compiled = state.region(self, geometry, options)
         with state.interceptor.suspended():
-            return _clear_errors(compiled, self, *geometry, args, kwargs)
+            return clear_errors(compiled, self, *geometry, args, kwargs)
 
     # forward, and not _compiled_call_impl, which would skip the module's hooks: FSDP2 gathers parameters in one
-    _takes_the_arguments_of(call, module.forward)
+    takes_the_arguments_of(call, module.forward)
     module.__dict__["forward"] = module.__dict__[OWN] = types.MethodType(call, module)
-
-
-def override(module: nn.Module, state: State, name: str, forward: Callable[..., Any]) -> None:
-    """Give a module a forward of its own; `restore` takes it away."""
-    before = module.forward
-    was_instance = "forward" in module.__dict__
-
-    def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, args, kwargs)
-
-    _takes_the_arguments_of(replaced, before)
-    module.__dict__[STATE] = state
-    module.__dict__["_flexsparse_name"] = name
-    module.__dict__["_flexsparse_forward"] = before
-    module.__dict__["_flexsparse_restore"] = was_instance
-    module.__dict__["forward"] = module.__dict__[OWN] = types.MethodType(replaced, module)
-
-
-def _takes_the_arguments_of(function: Any, forward: Callable[..., Any]) -> None:
-    """Let a function show the signature of a bound forward: tools look at it (`functools.wraps` would lose an argument)."""
-    owner = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    given = inspect.signature(forward)
-    parameters = [owner.replace(kind=inspect.Parameter.POSITIONAL_ONLY), *given.parameters.values()]
-    function.__signature__ = given.replace(parameters=parameters)
-    function.__doc__ = forward.__doc__
-
-
-def hidden_by(module: nn.Module) -> str | None:
-    """What replaced a module's forward after `override` and is not taken into account by `restore`; None where nothing did."""
-    forward = module.__dict__.get("forward")
-    if forward == module.__dict__[OWN] or module.__dict__.get("_old_forward") == module.__dict__[OWN]:
-        return None
-    return getattr(forward, "__module__", None) or type(forward).__name__
-
-
-def restore(module: nn.Module) -> None:
-    """Undo `override`; a hook of accelerate's that was put over it stays, over the forward that was there before."""
-    before, own = module.__dict__.pop("_flexsparse_forward"), module.__dict__.pop(OWN)
-    was_instance = module.__dict__.pop("_flexsparse_restore")
-    if module.__dict__.get("_old_forward") == own:
-        module.__dict__["_old_forward"] = before
-    elif was_instance:
-        module.__dict__["forward"] = before
-    else:
-        module.__dict__.pop("forward", None)
-    for name in (STATE, "_flexsparse_name", "compile"):
-        module.__dict__.pop(name, None)
-    module._compiled_call_impl = None
-    for name in module.__dict__.pop(ADDED, ()):
-        module._modules.pop(name, None)
-
-
-def remove_hooks(module: nn.Module) -> None:
-    """Take every `Hook` off a module."""
-    for hooks, others in (
-        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-        (module._forward_hooks, module._forward_hooks_with_kwargs),
-    ):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
-            del hooks[key]
-            others.pop(key, None)

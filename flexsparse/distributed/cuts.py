@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from flexsparse.compile_passes import marks
 from flexsparse.distributed.parallel import SequenceParallel
 from flexsparse.distributed.tokens import Segment, Segments, bounds, gather_tokens, own_part, parts, segments_of
+from flexsparse.forwards import Hook
 from flexsparse.intercept import NO_TOKENS
 from flexsparse.models import Joined, Leading
-from flexsparse.wrapped import Hook
 
 
 class Cut:

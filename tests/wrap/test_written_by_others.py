@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flexsparse as fs
-from flexsparse import wrapped
+from flexsparse import one_graph
 from flexsparse.compile_passes import RewriteError
 from flexsparse.compiler import Backend
 
@@ -89,7 +89,7 @@ def test_numbers_that_modules_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[int] = []
     compile_ = Backend.compile
     monkeypatch.setattr(Backend, "compile", lambda *args, **kwargs: graphs.append(1) or compile_(*args, **kwargs))
-    monkeypatch.setattr(wrapped, "FEW", 1)
+    monkeypatch.setattr(one_graph, "FEW", 1)
     model = Stranger(depth=1)
     model.patch = nn.Sequential(model.patch, Shifted())
     plain = fs.wrap(copy.deepcopy(model), fs.VSA(top_k=1), compile=False)
@@ -105,7 +105,7 @@ def test_numbers_that_modules_hold(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.no_grad()
 @pytest.mark.slow
-@pytest.mark.parametrize("few", [1, wrapped.FEW])
+@pytest.mark.parametrize("few", [1, one_graph.FEW])
 def test_numbers_that_a_call_gives(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A time of another value at each step, at one resolution and at others: no graph for each."""
 
@@ -113,7 +113,7 @@ def test_numbers_that_a_call_gives(few: int, monkeypatch: pytest.MonkeyPatch) ->
         def forward(self, x: Tensor, time: float) -> Tensor:  # type: ignore[override]
             return super().forward(x * time)
 
-    monkeypatch.setattr(wrapped, "FEW", few)
+    monkeypatch.setattr(one_graph, "FEW", few)
     torch.manual_seed(0)
     model = Timed(depth=1)
     plain = fs.wrap(copy.deepcopy(model), fs.VSA(top_k=1), compile=False)

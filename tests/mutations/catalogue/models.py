@@ -187,7 +187,7 @@ MODELS = (
     ),
     Mutation(
         "torch's fast path in evaluation",
-        "wrapped.py",
+        "one_graph.py",
         "torch.backends.mha.set_fastpath_enabled(False)",
         "pass",
         ("wrap/test_written_by_others.py::test_torchs_own_layer_has_no_fast_path_in_evaluation",),

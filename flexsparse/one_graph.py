@@ -1,0 +1,85 @@
+"""How the functions of a wrapped model are compiled: each as one graph, and its errors in our words."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx.experimental._config
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
+
+from flexsparse.compile_passes import RewriteError
+
+FEW = 3
+"""Graphs of one form in which numbers that modules hold are constants."""
+
+
+def one_graph(
+    function: Callable[..., Any], name: str, backend: Callable[..., Any], options: dict[str, Any]
+) -> Callable[..., Any]:
+    """A function compiled as one graph: after a break torch may run a frame uncompiled, and its attention dense.
+
+    Torch's settings meanwhile:
+
+    - Sizes that happen to be equal get symbols of their own: 16 frames and 16 channels would tie the grid to the model.
+    - Numbers that modules hold (an epsilon) are constants of the first graphs. Where all sizes are symbolic torch makes inputs
+      of them, and compiles everything a second time when it finds that it cannot. Where they change, graphs become many: from
+      then on they are inputs.
+    - Torch's own multi-head attention shows its calls in evaluation, too: else it is one op there, dense and in no report.
+    """
+    graphs = 0
+
+    def counted(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return backend(gm, inputs, **kwargs)
+
+    compiled = torch.compile(_fresh(function, name), backend=counted, **{"fullgraph": True, **options})
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        numbers = torch._dynamo.config.patch(specialize_float=graphs < FEW or torch._dynamo.config.specialize_float)
+        try:
+            with torch.fx.experimental._config.patch(use_duck_shape=False), numbers:  # type: ignore[attr-defined]
+                return compiled(*args, **kwargs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+    return call
+
+
+def _fresh(function: types.FunctionType | Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A copy with a code object and a name of its own.
+
+    Dynamo counts recompilations per code object, and remembers by name which sizes of an earlier one have changed.
+    """
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace(co_name=f"{function.__name__}: {name}")
+    return types.FunctionType(code, function.__globals__, function.__name__)
+
+
+def clear_errors(compiled: Callable[..., Any], *args: Any) -> Any:
+    """Call compiled code; our own error is raised as it is, not inside of torch's, and a graph break says the remedy."""
+    try:
+        return compiled(*args)
+    except BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, RewriteError):
+            raise error.inner_exception from None
+        raise
+    except FailOnRecompileLimitHit as error:
+        raise RewriteError(
+            "this model was to be compiled once more than torch._dynamo.config.recompile_limit="
+            f"{torch._dynamo.config.recompile_limit} allows: sizes of 1 (an image, a batch of one), gradients on and off, "
+            "autocast and dtypes have graphs of their own; raise the limit, or find with TORCH_LOGS=recompiles what changes"
+        ) from error
+    except Unsupported as error:
+        raise RewriteError(
+            "the model's own code breaks the graph, and attention that torch then runs uncompiled would stay dense unseen: use "
+            "wrap(..., compile='regional') if the break is outside of the blocks, compile=False if it is inside, or mend it. "
+            f"torch says: {error}"
+        ) from error
