@@ -23,7 +23,7 @@ from flexsparse.models import known
 _LTX_SECONDS, _LTX_SIDE = 8 / 25, 32  # of one latent: frames of its VAE at 25 frames a second, pixels
 _LTX2_FPS, _COSMOS_FPS = 24.0, (30, 16)  # frames a second that pipelines assume; of Cosmos 1.0, of Predict2
 _SIGMA_DATA = 0.5  # of Cosmos 1.0
-_KANDINSKY_SIDE = 8  # pixels of a latent
+_KANDINSKY_SIDE = 8  # pixels of a latent of Kandinsky 5
 _GUIDANCE = 6000.0  # HunyuanVideo's distilled guidance, 6, as its pipeline scales it
 
 
@@ -112,11 +112,6 @@ class Inputs:
         """Kandinsky 5's, along each axis."""
         return [torch.arange(size, device=self.latents.device) for size in self.grid]
 
-    def scale(self) -> tuple[float, float, float]:
-        """Kandinsky 5's, of positions: its pipeline's for about 480 rows and columns of pixels, or for others."""
-        small = all(480 <= _KANDINSKY_SIDE * size <= 854 for size in self.latents.shape[3:])
-        return (1, 2, 2) if small else (1, 3.16, 3.16)
-
     def frame_rate(self) -> float | None:
         """Of LTX-2, of Cosmos 1.0 and of Predict2; Predict2.5 is told none."""
         if "Cosmos" not in self.kind:
@@ -157,6 +152,12 @@ class Inputs:
         return embeddings.get_3d_rotary_pos_embed(head_dim, crop, (H, W), T, device=device)
 
 
+def kandinsky_scale(rows: int, columns: int) -> tuple[float, float, float]:
+    """Of Kandinsky 5's positions, by latents: its pipeline's for about 480 rows and columns of pixels, or for others."""
+    small = all(480 <= _KANDINSKY_SIDE * size <= 854 for size in (rows, columns))
+    return (1, 2, 2) if small else (1, 3.16, 3.16)
+
+
 ARGUMENTS: Mapping[str, Callable[[Inputs], Any]] = MappingProxyType(
     {
         "hidden_states": Inputs.video,
@@ -181,7 +182,7 @@ ARGUMENTS: Mapping[str, Callable[[Inputs], Any]] = MappingProxyType(
         "isolate_modalities": lambda i: True,  # LTX-2: the video does not see the audio
         "fps": Inputs.frame_rate,
         "visual_rope_pos": Inputs.positions,
-        "scale_factor": Inputs.scale,
+        "scale_factor": lambda i: kandinsky_scale(*i.latents.shape[3:]),
         "text_rope_pos": lambda i: torch.arange(i.text, device=i.latents.device),
         "condition_mask": lambda i: torch.zeros_like(i.latents[:, :1]) if i.cosmos_masked else None,
         "padding_mask": lambda i: i.latents.new_zeros(1, 1, *i.latents.shape[3:]),

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexsparse.analysis.inputs import kandinsky_scale
 from flexsparse.finetune.cosmos import cosmos
 from flexsparse.finetune.inputs import Batch, Family, FirstFrame, with_first_frame
 from flexsparse.training.errors import RunError
 
 _SECONDS, _SIDE = 8 / 25, 32  # of one LTX latent: frames of its VAE at 25 frames a second, pixels
 _GUIDANCE = 6.0  # what HunyuanVideo's distilled guidance is used with
-_KANDINSKY_SIDE = 8  # pixels of a latent of Kandinsky 5
 _IMAGE_TOKENS = 729  # HunyuanVideo-1.5's, all zeros for text to video
 
 
@@ -225,7 +225,6 @@ def _kandinsky5(model: nn.Module, config: Any, batch: Batch) -> Tensor:
     noisy, text = batch.noisy, batch.text[:, : max(1, int(batch.lengths.max()))]
     patch = config.patch_size
     sizes = [size // side for size, side in zip(noisy.shape[2:], patch)]
-    small = all(480 <= _KANDINSKY_SIDE * size <= 854 for size in noisy.shape[3:])  # in pixels
     video = noisy.movedim(1, -1)
     if config.visual_cond:
         video = torch.cat([video, torch.zeros_like(video), torch.zeros_like(video[..., :1])], dim=-1)
@@ -236,7 +235,7 @@ def _kandinsky5(model: nn.Module, config: Any, batch: Batch) -> Tensor:
         pooled_projections=batch.pooled,
         visual_rope_pos=[torch.arange(size, device=noisy.device) for size in sizes],
         text_rope_pos=torch.arange(text.shape[1], device=noisy.device),
-        scale_factor=(1, 2, 2) if small else (1, 3.16, 3.16),
+        scale_factor=kandinsky_scale(*noisy.shape[3:]),
         return_dict=True,
     ).sample
     return out.movedim(-1, 1)
