@@ -19,7 +19,7 @@ from bench.cases import DENSE, Case
 from bench.problem import Problem, forward, make
 from flexsparse.masks.base import keep_top, pool, tile_scores
 from flexsparse.ops import gathered
-from flexsparse.selection import ascending_lists
+from flexsparse.tile_bits import ascending_lists
 
 PIECES = (
     "tiling",

@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from flexsparse.block_lists import tile_mask_mod
 from flexsparse.compile_passes import epilogue, gathers
 from flexsparse.compile_passes.epilogue import combine, find_epilogue
 from flexsparse.compile_passes.graphs import finish, graph_modules, is_attribute
 from flexsparse.ops.tile_attention import result_like, templates_refuse
-from flexsparse.selection import tile_mask_mod
 
 FORWARD = torch.ops.higher_order.flex_attention
 BACKWARD = torch.ops.higher_order.flex_attention_backward

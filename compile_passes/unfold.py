@@ -26,6 +26,7 @@ class Parts(Protocol):
 
     Attributes:
         tables: ``(grid, device, order)`` to the index tensors of a grid that is known in numbers.
+        index: the same, made in the graph.
         tiles: ``(q, k, v, mask, grid, tables, order)`` to q, k and v in tile order.
         plan: ``(q, k, tiles, grid, tables, order, ratios, mask, gated, scale, builder)`` to a list of tensors and sizes: the
             coarse stage.
@@ -33,6 +34,7 @@ class Parts(Protocol):
     """
 
     tables: Callable[..., Any]
+    index: Callable[..., Any]
     tiles: Callable[..., Any]
     plan: Callable[..., Any]
     fine: Callable[..., Any]
@@ -47,7 +49,7 @@ class UnfoldAttention:
 
     After::
 
-        tiles = parts.tiles(q, k, v, mask, grid, tables)     # tables: buffers where the grid is known in numbers, else None
+        tiles = parts.tiles(q, k, v, mask, grid, tables)     # tables: buffers, or made by the first call's parts.index
         ...                                     # aten nodes of parts.plan: pool, scores, select, softmax, coarse output
         o = parts.fine(q, tiles, planned, (gate, fine_gate), grid, tables, scale=s, backend=b)
 
@@ -65,6 +67,7 @@ class UnfoldAttention:
     def __init__(self, attend: Callable[..., Any], parts: Parts) -> None:
         self.attend, self.parts = attend, parts
         self.matches = 0
+        self._tables: dict[Any, tuple[Node, ...]] = {}
 
     def uuid(self) -> str:
         """Hash of this pass's source and parameters, for caches of compiled graphs."""
@@ -73,6 +76,7 @@ class UnfoldAttention:
     def __call__(self, gm: GraphModule) -> GraphModule:
         """Unfold every call of a graph and of the graphs nested in it, in place."""
         self.matches = 0
+        self._tables.clear()
         self._walk(gm, [], nested=False)
         if hasattr(gm, "_param_name_to_source"):  # Dynamo's graphs say of every buffer where it comes from
             for name, _ in gm.named_buffers(remove_duplicate=False):
@@ -114,7 +118,9 @@ class UnfoldAttention:
             tables = (
                 None if nested else tables_of(gm, self.parts, sizes, device, order)
             )  # a nested graph has no buffers
-        table_examples = None if tables is None else tuple(as_fake(fake, value_of(t)) for t in tables)
+            if tables is None:
+                tables = self._made(gm, node, grid, device, order, fake)
+        table_examples = tuple(as_fake(fake, value_of(table)) for table in tables)
         with fake, torch.autocast(device.type, enabled=False):
             # detached: what autograd saved here would count among the tensors that a checkpointed region saves
             examples = [x.detach().to(dtype) for x in examples]
@@ -144,7 +150,7 @@ class UnfoldAttention:
                 part = graph.call_function(operator.getitem, (tiles, index))
                 part.meta = dict(node.meta, example_value=example)
                 parts.append(part)
-            operands = [q, k, *parts, *grid, *((None,) if tables is None else tables), *ratios, mask]
+            operands = [q, k, *parts, *grid, *tables, *ratios, mask]
             planned = _inline(gm, traced, operands, {**node.meta, CALL: choice.get("name")})
             new = graph.call_function(
                 self.parts.fine, (q, tuple(parts), planned, (gate, fine_gate), grid, tables), choice
@@ -152,6 +158,23 @@ class UnfoldAttention:
         new.meta = dict(node.meta)
         remove(node, new)
         self.matches += 1
+
+    def _made(
+        self, gm: GraphModule, node: Node, grid: Any, device: torch.device, order: str, fake: Any
+    ) -> tuple[Node, ...]:
+        """A layout's index tensors, made by a graph itself: once, as each op costs every trace milliseconds."""
+        key = (gm, grid, device, order)
+        if key not in self._tables:
+            with fake:
+                examples = self.parts.index(tuple(value_of(size) for size in grid), device, order)
+            made = gm.graph.call_function(self.parts.index, (grid, device, order))
+            made.meta = dict(node.meta, example_value=examples)
+            found = []
+            for index, example in enumerate(examples):
+                found.append(gm.graph.call_function(operator.getitem, (made, index)))
+                found[-1].meta = dict(node.meta, example_value=example)
+            self._tables[key] = tuple(found)
+        return self._tables[key]
 
 
 @contextlib.contextmanager

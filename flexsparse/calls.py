@@ -146,6 +146,7 @@ class CallParts:
 
     Attributes:
         tables: index tensors of a grid known in numbers, for a device.
+        index: the same, made in a graph.
         whole: whether tokens can stay in tile order: every tile is full, and queries and keys have the same.
         reorder: a tensor with the tokens of one dimension in tile order, or back in raster order.
         attend: the whole call, ``attend(q, k, v, gate, grid, ratios, mask, fine_gate, *, scale, backend, name, builder,
@@ -262,6 +263,10 @@ class CallParts:
             layout, kv_layout = ordered(grid, None, order)
             return (*layout.tables(device), *(() if kv_layout is layout else kv_layout.tables(device)))
 
+        def flexsparse_index(grid: Geometry, device: torch.device, order: str) -> tuple[Tensor, ...]:
+            layout, kv_layout = ordered(grid, None, order)
+            return (*layout.index(device), *(() if kv_layout is layout else kv_layout.index(device)))
+
         def video_starts(grid: Geometry) -> tuple[int, ...]:
             return tuple(one.tiles_first * one.slots for one in layouts_of(grid))
 
@@ -269,7 +274,8 @@ class CallParts:
             layout, kv_layout = layouts_of(grid)
             return kv_layout is layout and layout.whole
 
-        self.attend, self.tables, self.whole, self.reorder = flexsparse_attend, tables, whole, flexsparse_reorder
+        self.attend, self.whole, self.reorder = flexsparse_attend, whole, flexsparse_reorder
+        self.tables, self.index = tables, flexsparse_index
         self.tiles, self.plan, self.fine = flexsparse_tiles, flexsparse_plan, flexsparse_fine
         self.video_tables, self.video_starts = flexsparse_video_tables, video_starts
 

@@ -21,8 +21,9 @@ from flexsparse.ops.choice import Rule, masked_softmax
 from flexsparse.ops.coarse_select import pool_tiles
 from flexsparse.ops.select_tiles import allowed_bits, select_tiles
 from flexsparse.schedule import BoundRatio, SparsitySchedule
-from flexsparse.selection import TileSelection, pack_bits
+from flexsparse.selection import TileSelection
 from flexsparse.tables import is_tracing, lasting, valid_slots
+from flexsparse.tile_bits import pack_bits
 
 
 def score_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,17 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Case, cases
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import flexsparse as fs
-from flexsparse.selection import (
-    TileSelection,
-    _block_lists,
-    ascending_lists,
-    block_lists,
-    pack_bits,
-    unpack_bits,
-)
+from flexsparse.block_lists import _block_columns, _block_lists, block_lists
+from flexsparse.selection import TileSelection
+from flexsparse.tile_bits import ascending_lists, pack_bits, unpack_bits
 
 
 @given(st.integers(1, 130), st.integers(0, 1000))
@@ -113,6 +108,16 @@ def test_a_selection_round_trips_through_a_block_mask(case: Case) -> None:
     full = int(mask.full_kv_num_blocks.sum())  # type: ignore[union-attr]
     whole = selection.to_dense() & (torch.tensor(oracle.counts(case.kv_layout)) == case.kv_layout.slots)
     assert full == int(whole.sum())
+    lists = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
+    theirs = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=mask.BLOCK_SIZE)
+    for kind in ("", "full_"):  # what lies past a count is nobody's
+        for name in (f"{kind}q_num_blocks", f"{kind}q_indices"):
+            assert getattr(mask, name).dtype == torch.int32 and getattr(mask, name).is_contiguous()
+        counts = getattr(mask, f"{kind}q_num_blocks")
+        assert torch.equal(counts, getattr(theirs, f"{kind}q_num_blocks"))
+        listed = torch.arange(selection.to_dense().shape[2]) < counts[..., None]
+        ours, expected = (getattr(each, f"{kind}q_indices")[listed] for each in (mask, theirs))
+        assert torch.equal(ours, expected)
 
 
 def tiled_inputs(selection: TileSelection, D: int = 16) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -182,6 +187,8 @@ def test_block_lists_keep_their_promises_to_the_compiler(per_sample: bool) -> No
     override = (counts - torch.arange(B)[:, None]).clamp_min(0).to(torch.int32) if per_sample else None
     selection = dataclasses.replace(PARTIAL.selection(), tile_counts=override)
     torch.library.opcheck(_block_lists, (*selection.operands(), "call"))
+    lists = block_lists(selection)
+    torch.library.opcheck(_block_columns, (lists.table, lists.tile_counts, PARTIAL.layout.slots))
 
 
 @given(st.integers(1, 70), st.integers(0, 99))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bench.baselines.protocol import Problem, Unavailable
-from flexsparse.selection import ascending_lists
+from flexsparse.tile_bits import ascending_lists
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -24,7 +24,7 @@ from flexsparse.compile_passes.templates.scoring import (
     store_rows,
 )
 from flexsparse.compile_passes.templates.selection import allowed_strides
-from flexsparse.selection import words_of
+from flexsparse.tile_bits import words_of
 
 
 @triton.jit

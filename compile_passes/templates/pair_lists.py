@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexsparse.compile_passes.templates.launch import Compilation, launch
-from flexsparse.selection import unpack_bits
+from flexsparse.tile_bits import unpack_bits
 
 ROW_BITS = 1024
 """Bits of a row that are expanded at once."""

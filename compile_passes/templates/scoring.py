@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexsparse.selection import unpack_bits
+from flexsparse.tile_bits import unpack_bits
 
 
 @triton.jit

@@ -34,7 +34,7 @@ from flexsparse.compile_passes.templates.selection import (
     select_scores_reference,
     value_arguments,
 )
-from flexsparse.selection import pack_bits, words_of
+from flexsparse.tile_bits import pack_bits, words_of
 
 PROGRAMS_PER_SM = 2  # what registers allow
 

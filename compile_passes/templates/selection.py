@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexsparse.compile_passes.templates.choice import choose, load_value, to_key
 from flexsparse.compile_passes.templates.launch import SIZES, Compilation, launch
-from flexsparse.selection import WORD, pack_bits, unpack_bits, words_of
+from flexsparse.tile_bits import WORD, pack_bits, unpack_bits, words_of
 
 RULES = ("top_k", "normal", "probability", "mass", "all")
 MAX_TILES = 16384  # a row of keys is held in the registers of one program

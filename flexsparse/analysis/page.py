@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flexsparse.analysis.inspection import Inspection, LayerView
 from flexsparse.analysis.measures import AXES, sample_rows
-from flexsparse.selection import unpack_bits
+from flexsparse.tile_bits import unpack_bits
 
 LISTS = 24 << 20
 """Bytes of lists that a page holds; of a larger model it shows every n-th query tile."""

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from flexsparse.block_lists import BlockLists, block_lists, block_mask, tile_mask_mod
 from flexsparse.packing import pack_queries, unpack_lse, unpack_rows
-from flexsparse.selection import BlockLists, TileSelection, block_lists, tile_mask_mod
+from flexsparse.selection import TileSelection
 
 LN2 = 0.6931471805599453
 
@@ -96,9 +97,7 @@ def attend(
     if in_graph:
         out, lse = _operator(rows, k, v, lists, scale, wants_lse)
     else:
-        mask = _block_mask(
-            lists, columns=rows.is_cuda
-        )  # the backward walks columns; compiled for the CPU there is none
+        mask = block_mask(lists, columns=rows.is_cuda)  # the backward walks columns; compiled for the CPU there is none
         if torch.compiler.is_compiling():
             aux = AuxRequest(lse=True) if wants_lse else None
             options = _kernel_options(*mask.BLOCK_SIZE, q.device.type)
@@ -128,24 +127,6 @@ def attend(
     return unpack_rows(out, selection, like=q), None if lse is None else unpack_lse(lse, selection)
 
 
-def _block_mask(lists: BlockLists, columns: bool) -> BlockMask:
-    table, counts, q_shift, kv_shift = lists.table, lists.tile_counts, lists.q_shift, lists.kv_shift
-
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return tile_mask_mod(b, h, q, kv, table, counts, q_shift, kv_shift)
-
-    return BlockMask.from_kv_blocks(
-        lists.partial_num,
-        lists.partial_indices,
-        lists.full_num,
-        lists.full_indices,
-        BLOCK_SIZE=(1 << q_shift, 1 << kv_shift),
-        mask_mod=mask_mod,
-        seq_lengths=(table.shape[2] << q_shift, table.shape[3] << kv_shift),
-        compute_q_blocks=columns,
-    )
-
-
 def _operator(
     q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, wants_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -160,8 +141,8 @@ def _operator(
         return tile_mask_mod(b, h, q, kv, table, counts, q_shift, kv_shift)
 
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    mask = _block_mask(lists, columns=gradients)
-    block_mask = (*mask.as_tuple()[:-1], mask_mod)
+    mask = block_mask(lists, columns=gradients)
+    parts = (*mask.as_tuple()[:-1], mask_mod)
     options = {
         "BACKEND": "AUTO",
         "PRESCALE_QK": False,
@@ -174,5 +155,5 @@ def _operator(
     }
     operator = torch.ops.higher_order.flex_attention
     buffers = (lists.table, lists.tile_counts)
-    out, lse, *_ = operator(q, k, v, _identity, block_mask, scale, options, (), buffers)
+    out, lse, *_ = operator(q, k, v, _identity, parts, scale, options, (), buffers)
     return out, lse * LN2 if wants_lse else None

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexsparse.selection import pack_bits, unpack_bits
+from flexsparse.tile_bits import pack_bits, unpack_bits
 
 RULES = ("top_k", "sparsity", "normal", "probability", "mass", "all")
 
@@ -63,7 +63,7 @@ class Choice(NamedTuple):
     """What was chosen.
 
     Attributes:
-        bits: int32 ``[B, H, N, W]`` (`flexsparse.selection.pack_bits`).
+        bits: int32 ``[B, H, N, W]`` (`flexsparse.tile_bits.pack_bits`).
         counts: int32 ``[B, H, N]`` kept tiles.
         wanted: int32 ``[B, H, N]`` tiles wanted before the capacity cut them.
     """

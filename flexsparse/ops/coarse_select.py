@@ -19,7 +19,7 @@ from flexsparse.ops.choice import Rule, choose
 from flexsparse.ops.gathered import without_autocast
 from flexsparse.ops.select_tiles import fake_choice, tiles_to_keep
 from flexsparse.ops.tile_tokens import rows_at
-from flexsparse.selection import unpack_bits
+from flexsparse.tile_bits import unpack_bits
 
 CHUNK_SCORES = 1 << 18
 """Scores of one chunk: they stay in the cache from the product to the choice."""

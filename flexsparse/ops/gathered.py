@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.selection import ascending_lists, unpack_bits
+from flexsparse.tile_bits import ascending_lists, unpack_bits
 
 CHUNK_ENTRIES = {"forward": 1 << 17, "backward": 1 << 19, "cuda": 1 << 26}
 """Elements of one chunk's logits: on CPU so that what a chunk touches stays in cache, on CUDA so that launches are few."""

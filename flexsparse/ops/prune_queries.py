@@ -18,7 +18,7 @@ from torch import Tensor
 from flexsparse import ops
 from flexsparse.ops.choice import read
 from flexsparse.ops.windows import window_table
-from flexsparse.selection import ascending_lists
+from flexsparse.tile_bits import ascending_lists
 
 log = logging.getLogger("flexsparse")
 

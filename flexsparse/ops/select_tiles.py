@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flexsparse import ops
 from flexsparse.ops.choice import Choice, Rule, choose
-from flexsparse.selection import words_of
+from flexsparse.tile_bits import words_of
 
 
 @torch.library.custom_op("flexsparse::select_tiles", mutates_args=())

@@ -15,7 +15,7 @@ import torch
 
 from flexsparse.layout import TileLayout
 from flexsparse.masks import BSA, VSA
-from flexsparse.selection import words_of
+from flexsparse.tile_bits import words_of
 
 Builder = VSA | BSA
 BACKWARD = 2.5

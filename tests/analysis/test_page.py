@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from flexsparse.analysis import page
-from flexsparse.selection import unpack_bits
+from flexsparse.tile_bits import unpack_bits
 
 Looked = tuple[Any, dict[str, Any]]
 

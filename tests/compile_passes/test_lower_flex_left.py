@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 import flexsparse as fs
-from flexsparse.backends.flex import _block_mask, _identity
+from flexsparse.backends.flex import _identity
+from flexsparse.block_lists import block_lists, block_mask, tile_mask_mod
 from flexsparse.compile_passes import LowerFlex, lower_flex
 from flexsparse.compile_passes.fusion_guard import compile_eagerly
 from flexsparse.compile_passes.lower_flex import FORWARD
-from flexsparse.selection import TileSelection, block_lists, tile_mask_mod
+from flexsparse.selection import TileSelection
 
 from .capture import joint_graphs
 from .lowering_cases import (
@@ -55,9 +56,9 @@ def flex(
                 return mask_mod(b, h, q, kv, table, counts, q_shift, kv_shift)
             return tile_mask_mod(b, h, q, kv, table, counts, q_shift, kv_shift)
 
-        whole = _block_mask(lists_of(lists), columns=False).as_tuple()
+        whole = block_mask(lists_of(lists), columns=False).as_tuple()
         rows, slots = sizes_of(*whole[-3:-1])
-        block_mask = (*whole[:-3], rows, slots, mask)
+        operands = (*whole[:-3], rows, slots, mask)
         options = {
             "BACKEND": "AUTO",
             "PRESCALE_QK": False,
@@ -67,7 +68,7 @@ def flex(
             "OUTPUT_LOGSUMEXP": False,
             "OUTPUT_MAX": False,
         }
-        out, *_ = FORWARD(q, k, v, score_mod, block_mask, 0.5, options, (), buffers_of(lists))
+        out, *_ = FORWARD(q, k, v, score_mod, operands, 0.5, options, (), buffers_of(lists))
         return out
 
     return run

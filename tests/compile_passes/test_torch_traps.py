@@ -18,7 +18,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import flexsparse as fs
 from flexsparse.backends import flex
-from flexsparse.selection import TileSelection, block_lists
+from flexsparse.block_lists import block_lists
+from flexsparse.selection import TileSelection
 
 pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.filterwarnings("ignore")]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexsparse.ops.choice import RULES, Choice, Rule, _best, choose, masked_softmax, row_threshold, sortable
 from flexsparse.ops.select_tiles import allowed_bits, select_tiles
-from flexsparse.selection import pack_bits, unpack_bits
+from flexsparse.tile_bits import pack_bits, unpack_bits
 
 NAN, INF = math.nan, math.inf
 

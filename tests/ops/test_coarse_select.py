@@ -19,7 +19,7 @@ from torch import Tensor
 import flexsparse as fs
 from flexsparse.ops import coarse_select as module
 from flexsparse.ops.choice import Rule, choose
-from flexsparse.selection import pack_bits, unpack_bits
+from flexsparse.tile_bits import pack_bits, unpack_bits
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import flexsparse as fs
-from flexsparse.selection import TileSelection, pack_bits
+from flexsparse.selection import TileSelection
+from flexsparse.tile_bits import pack_bits
 
 ops = torch.ops.flexsparse
 
@@ -36,6 +37,7 @@ SCHEMAS = {
     "block_lists": "(Tensor bits, Tensor counts, Tensor kv_counts, SymInt query_rows, SymInt first_rows, "
     "SymInt last_rows, SymInt kv_first, SymInt kv_video, SymInt slots, SymInt capacity, SymInt frame_tiles, bool partial, "
     "str call) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "block_columns": "(Tensor table, Tensor tile_counts, SymInt slots) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 

@@ -22,7 +22,8 @@ from flexsparse.backends import gather
 from flexsparse.ops import gathered
 from flexsparse.ops.tile_attention import HEAD_DIMS, ROWS, run_backward, run_forward, templates_refuse
 from flexsparse.packing import pack_queries, unpack_lse, unpack_rows
-from flexsparse.selection import TileSelection, pack_bits
+from flexsparse.selection import TileSelection
+from flexsparse.tile_bits import pack_bits
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

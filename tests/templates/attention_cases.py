@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.selection import pack_bits
+from flexsparse.tile_bits import pack_bits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from flexsparse.compile_passes.templates.coarse_backward import (
 )
 from flexsparse.compile_passes.templates.launch import count_launches
 from flexsparse.compile_passes.templates.select import select
-from flexsparse.selection import pack_bits
+from flexsparse.tile_bits import pack_bits
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

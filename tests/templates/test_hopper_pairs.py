@@ -14,7 +14,7 @@ from flexsparse.compile_passes.templates import hopper_pair_kernels, hopper_pair
 from flexsparse.compile_passes.templates.attention_common import Blocks
 from flexsparse.compile_passes.templates.forward import forward_reference
 from flexsparse.compile_passes.templates.launch import count_launches
-from flexsparse.selection import pack_bits
+from flexsparse.tile_bits import pack_bits
 
 from .attention_cases import Case, Problem, build, oracle
 from .gluon_simulator import simulate

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from flexsparse.compile_passes.templates import lists
 from flexsparse.compile_passes.templates.launch import count_launches
-from flexsparse.selection import pack_bits
+from flexsparse.tile_bits import pack_bits
 
 SIZES = [(1, 1, 1, 1), (2, 3, 5, 33), (1, 2, 130, 31), (1, 1, 3, 1100), (2, 1, 7, 64)]
 

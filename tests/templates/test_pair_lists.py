@@ -9,7 +9,7 @@ from torch import Tensor
 import flexsparse as fs
 from flexsparse.compile_passes.templates.launch import count_launches
 from flexsparse.compile_passes.templates.pair_lists import pair_lists, pair_lists_reference, pairs_reference
-from flexsparse.selection import pack_bits
+from flexsparse.tile_bits import pack_bits
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ ATTENTION = (
     ),
     Mutation(
         "uncompiled FlexAttention dense",
-        "selection.py",
+        "block_lists.py",
         "return table[b, h, q >> q_shift, tile] &",
         "return (table[b, h, q >> q_shift, tile] | True) &",
         ("test_selection.py::test_flex_attention_is_sparse_with_the_block_mask_compiled_or_not[False]",),
@@ -56,7 +56,7 @@ ATTENTION = (
     ),
     Mutation(
         "a bitmask row of one word",
-        "selection.py",
+        "tile_bits.py",
         "larger(2, ceil_div(tiles, WORD))",
         "ceil_div(tiles, WORD)",
         ("compile_passes/test_lower_flex.py::test_a_symbolic_grid_is_lowered_in_the_second_graph_and_the_last",),
@@ -119,7 +119,7 @@ ATTENTION = (
     ),
     Mutation(
         "a graph writes into the counts of a layout",
-        "selection.py",
+        "block_lists.py",
         "valid.clone(),  # of one",
         "valid,  # of one",
         ("test_selection.py::test_the_buffers_of_a_block_mask_are_no_table_of_the_layout",),
