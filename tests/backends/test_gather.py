@@ -41,7 +41,7 @@ def test_gradients_are_those_of_finite_differences(backend: str, share: float) -
         out, aux = fs.sparse_attention(*qkv, TEXT, selection, backend=backend, return_aux=True)
         return out, aux.lse
 
-    assert torch.autograd.gradcheck(attend, inputs)
+    assert torch.autograd.gradcheck(attend, inputs, fast_mode=True)  # along one random direction
 
 
 @pytest.mark.parametrize("backend", ("reference", "gather"))
@@ -60,8 +60,8 @@ def test_gradients_through_gates_and_pruned_queries_are_those_of_finite_differen
     def with_gates(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, fine_gate: Tensor) -> Tensor:
         return fs.sparse_attention(q, k, v, layout, vsa, gate=gate, fine_gate=fine_gate, backend=backend)
 
-    assert torch.autograd.gradcheck(with_pruning, inputs[:3])
-    assert torch.autograd.gradcheck(with_gates, inputs)
+    assert torch.autograd.gradcheck(with_pruning, inputs[:3], fast_mode=True)  # along one random direction
+    assert torch.autograd.gradcheck(with_gates, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))

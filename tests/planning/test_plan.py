@@ -1,6 +1,7 @@
 """Memory, communication and times of a plan."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -23,15 +24,27 @@ GRID = (4, 8, 8)
 CONFIG = {"num_attention_heads": 4, "attention_head_dim": 64, "num_layers": 2, "ffn_dim": 512}
 
 
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    """The folder of a tiny Wan."""
+    place = tmp_path_factory.mktemp("wan")
+    kind, config = ZOO["wan"].make
+    (place / "config.json").write_text(json.dumps({"_class_name": kind, **config}))
+    return str(place)
+
+
 @pytest.fixture
-def planned(folder):
-    """Settings of a tiny Wan, and its counts."""
+def planned(wan):
+    """Settings of a tiny Wan, and its counts, which do not depend on the GPUs."""
 
     def make(**changes):
-        settings = Settings(**{"model": str(folder("wan")), "grid": GRID, "builder": fs.VSA(top_k=2), **changes})
-        return settings, measure(settings)
+        settings = Settings(**{"model": wan, "grid": GRID, "builder": fs.VSA(top_k=2), **changes})
+        return settings, counted(dataclasses.replace(settings, gpus=1, ulysses=1, fsdp=1))
 
     return make
+
+
+counted = functools.cache(measure)
 
 
 @pytest.fixture(scope="module")

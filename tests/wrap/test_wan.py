@@ -39,7 +39,7 @@ def test_all_tiles_kept_equals_dense(wan: Make, way: Any) -> None:
 @pytest.mark.skipif(
     torch.__version__ < "2.12", reason="torch 2.11 checks a masked index in C++ that does not compile (AVX-512)"
 )
-@pytest.mark.parametrize("way", [True, pytest.param("regional", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", [pytest.param(True, marks=pytest.mark.slow), "regional"])
 def test_inductor_equals_eager_in_outputs_and_gradients(wan: Make, way: Any) -> None:
     """With gates: a fourth linear map of the same tokens."""
     model = wan()
