@@ -2,7 +2,7 @@
 
 In torch up to 2.13, fusing the outer loops of a reduction and its consumer replaces the buffer between them by one row's
 worth of local memory, also where vectorisation works on 16 rows at a time: 15 of them are overwritten, and the result is
-wrong without a word (pytorch issue 185702; its fix, PR 185855, is not in 2.13.0). It struck the gradient of a LayerNorm
+wrong without a word (pytorch issue 185702; its fix, PR 185855, came with 2.14). It struck the gradient of a LayerNorm
 after a patch convolution, as soon as a gate made four linear maps read the normalised tokens instead of three.
 """
 
@@ -101,7 +101,7 @@ def compile_guarded(
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    choices = GuardedChoices()
+    choices = GuardedChoices() if torch.__version__ < "2.14" else InductorChoices()
     key = "post_grad_custom_post_pass"
     config = {**config, key: CacheTag(config.get(key, getattr(torch._inductor.config, key)))}
     if joint is not None:

@@ -2,7 +2,7 @@
 
 Where sizes are symbolic, Python floats that a graph reads, such as a module's epsilon, are its inputs; AOT autograd computes
 with them as with tensors, and of such a sum it forgets ``alpha`` (torch up to 2.13, `tensorify_python_scalars`): without a
-word, the result is another. diffusers' Cosmos has one in its learned positions.
+word, the result is another; 2.14 fails there. diffusers' Cosmos has one in its learned positions.
 """
 
 from __future__ import annotations

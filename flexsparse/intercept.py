@@ -11,6 +11,7 @@ import functools
 import inspect
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -30,10 +31,6 @@ from flexsparse.ops.text_lengths import key_mask_of, stays_dense
 Lengths = tuple[int, ...]
 ANY: Lengths = (-1,)
 """Of a module that says itself that it is cross-attention, and may split what it is given."""
-
-
-REDONE = (torch.utils.checkpoint.__file__, torch.autograd.function.__file__)
-"""Files of torch whose frames above a call show that backward may redo it."""
 
 
 class _Local(threading.local):
@@ -278,11 +275,25 @@ def _redone_without_us() -> bool:
     function, which enters no module and so not the mode. A checkpoint of somebody else's (latent-diffusion's and DeepSpeed's
     `CheckpointFunction`) is an `autograd.Function`, whose backward computes with what was before us whatever it is for.
     """
-    frame, checkpointed = sys._getframe(1), False
+    frame, between = sys._getframe(1), []
     while frame is not None and frame.f_code is not Interceptor.call.__code__:
-        checkpointed |= frame.f_code.co_filename in REDONE
+        between.append(frame.f_code)
         frame = frame.f_back  # type: ignore[assignment]
-    return checkpointed and (torch.is_grad_enabled() if frame is None else bool(frame.f_locals["gradients"]))
+    if not (torch.is_grad_enabled() if frame is None else bool(frame.f_locals["gradients"])):
+        return False
+    places = [(code, code.co_filename) for code in between]  # code alike in two files is equal
+    return any(name == torch.utils.checkpoint.__file__ or _of_a_function(code, name) for code, name in places)
+
+
+@functools.lru_cache(4096)
+def _of_a_function(code: types.CodeType, _: str) -> bool:
+    """Whether code is the forward of an `autograd.Function`. Torch 2.14 has no frame of its own above it."""
+    kinds: list[Any] = [torch.autograd.Function]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        if getattr(inspect.unwrap(kind.forward), "__code__", None) is code:  # `custom_fwd` wraps it
+            return True
+    return False
 
 
 def _numbered(backend: Backend, name: str, sparse: bool) -> str:

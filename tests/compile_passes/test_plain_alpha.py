@@ -9,6 +9,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
 
 import flexsparse as fs
 from flexsparse.compile_passes.plain_alpha import plain_alpha
@@ -71,4 +72,8 @@ def test_the_backend_rewrites_them() -> None:
 def test_torch_still_forgets_it() -> None:
     """Once it does not, the pass may go."""
     module, x = Sum("add"), torch.randn(3, 5)
-    assert (compiled(module, False, [])(x) - module(x)).abs().max() > 1e-2
+    if torch.__version__ < "2.14":
+        assert (compiled(module, False, [])(x) - module(x)).abs().max() > 1e-2
+    else:
+        with pytest.raises(BackendCompilerFailed, match="NotImplementedError"):
+            compiled(module, False, [])(x)
