@@ -18,14 +18,11 @@ from flexsparse.compile_passes import marks, multi_head, nested, origins, sdpa_c
 from flexsparse.compile_passes.graphs import finish, graph_modules, remove, replace, value_of
 from flexsparse.compile_passes.origins import from_different_tensors, key_mask
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
+from flexsparse.errors import RewriteError
 
 Attend = Callable[..., Any]
 Geometry = tuple[int, int, int, int, int]
 Seen = Callable[[str, Any, Any, "Geometry | None", "str | None"], "dict[str, Any] | str"]
-
-
-class RewriteError(RuntimeError):
-    """A graph whose attention cannot be made sparse as asked; the message says what was seen and the remedy."""
 
 
 class RewriteSDPA:
