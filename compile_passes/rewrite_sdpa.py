@@ -161,8 +161,8 @@ class RewriteSDPA:
         gates = environment.pop("gate", (None, None))
         if self.gates and gates[0] is None:
             raise RewriteError(
-                f"gates are on, but {name} became sparse without one: its module was not recognised as "
-                "self-attention; give wrap(..., gates=[names]) with the names of the attention modules"
+                f"gates are on, but {name} became sparse without one: its module is not among those of gates=, or was not "
+                "recognised as self-attention; name it in wrap(..., gates=[names]), or leave it dense by dense_layers"
             )
         self.matches += 1
         return gates, choice

@@ -168,7 +168,8 @@ def load_gates(model: nn.Module, path: str | Path, strict: bool = True) -> list[
     twice = sorted({key for key in used if used.count(key) > 1})
     if twice:
         raise ValueError(
-            f"{twice[0]} in {path} fits two gates of the model: wrap with gates=[names] of one attention a block"
+            f"{twice[0]} in {path} fits two gates of the model: wrap with gates=[names] of one attention a block, and "
+            "leave the other dense (dense_layers)"
         )
     if not used or (strict and (missing or extra)):
         raise ValueError(
