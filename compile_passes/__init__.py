@@ -29,9 +29,10 @@ from flexsparse.compile_passes.fuse_selection import FuseSelection
 from flexsparse.compile_passes.keep_tiles import KeepTiles
 from flexsparse.compile_passes.lower_flex import LowerFlex
 from flexsparse.compile_passes.pool_tokens import PoolTokens
-from flexsparse.compile_passes.rewrite_sdpa import RewriteError, RewriteSDPA
+from flexsparse.compile_passes.rewrite_sdpa import RewriteSDPA
 from flexsparse.compile_passes.share_operands import ShareOperands
 from flexsparse.compile_passes.unfold import UnfoldAttention
+from flexsparse.errors import RewriteError
 
 __all__ = [
     "FoldTiling",

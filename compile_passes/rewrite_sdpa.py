@@ -18,14 +18,11 @@ from flexsparse.compile_passes import marks, multi_head, nested, origins, sdpa_c
 from flexsparse.compile_passes.graphs import finish, graph_modules, remove, replace, value_of
 from flexsparse.compile_passes.origins import from_different_tensors, key_mask
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
+from flexsparse.errors import RewriteError
 
 Attend = Callable[..., Any]
 Geometry = tuple[int, int, int, int, int]
 Seen = Callable[[str, Any, Any, "Geometry | None", "str | None"], "dict[str, Any] | str"]
-
-
-class RewriteError(RuntimeError):
-    """A graph whose attention cannot be made sparse as asked; the message says what was seen and the remedy."""
 
 
 class RewriteSDPA:
@@ -164,8 +161,8 @@ class RewriteSDPA:
         gates = environment.pop("gate", (None, None))
         if self.gates and gates[0] is None:
             raise RewriteError(
-                f"gates are on, but {name} became sparse without one: its module was not recognised as "
-                "self-attention; give wrap(..., gates=[names]) with the names of the attention modules"
+                f"gates are on, but {name} became sparse without one: its module is not among those of gates=, or was not "
+                "recognised as self-attention; name it in wrap(..., gates=[names]), or leave it dense by dense_layers"
             )
         self.matches += 1
         return gates, choice

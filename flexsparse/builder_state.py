@@ -10,13 +10,12 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
-from flexsparse.compile_passes import RewriteError
+from flexsparse.errors import RewriteError
+from flexsparse.given import PLAIN
 from flexsparse.schedule import SparsitySchedule
 
-PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 Compile = TypeVar("Compile", bound=Callable[..., Any])
 Held = dict[str, Any]
 """Names of attributes (``Own.n``) to numbers, texts and tensors."""
@@ -84,7 +83,7 @@ def _object(name: str, value: Any, found: Held, seen: set[int]) -> None:
         for place, one in _items(f"{name}.{key}", each):
             if isinstance(one, nn.Module) or _selects(one):
                 _object(place, one, found, seen)
-            elif not frozen:
+            elif not frozen or isinstance(each, list):  # a list changes in place
                 found[place] = one
 
 
@@ -115,6 +114,6 @@ def check_held(before: Held, now: Held) -> None:
         change = "is another tensor" if isinstance(was, Tensor) and isinstance(new, Tensor) else f"is {values[1]} now"
         raise RewriteError(
             f"{name} was {values[0]} when this graph was compiled and {change}: a graph keeps what the builder's select read "
-            "then; hold it in a tensor and change that in place (fill_, copy_), follow a SparsitySchedule, or wrap the model "
-            "anew (compile=False reads it at every call)"
+            "then; hold it in a tensor and change that in place (fill_, copy_), read a SparsitySchedule's tensor, or wrap the "
+            "model anew (compile=False reads it at every call)"
         )

@@ -261,6 +261,11 @@ class Backend:
         self.calls.update(met)
         return self.tally.counting(compiled, rewrite.matches) if self.wrapped else compiled
 
+    def _turned_dense(self, met: Report) -> bool:
+        """Whether a call that an earlier graph made sparse is dense in this one, and nobody asked for it."""
+        before = {call.name for call in self.calls.all() if call.sparse}
+        return not self.min_tokens and any(call.name in before and call.reason != DENSE for call in met.all())
+
     def _why_not_fused(self, fuse: FuseSelection, met: Report) -> dict[str, str]:
         if all(isinstance(builder, StaticBuilder) for builder in self.rules.builders):
             return {}  # static tiles have no coarse stage
@@ -293,8 +298,10 @@ class Backend:
                 "not known; they would stay dense. Use wrap(..., compile='regional') or compile=False, or mend the break "
                 f"(fullgraph=True shows it). Seen:\n{met}"
             )
-        if rewrite.matches or is_region or (self.calls.sparse_calls and not self.wrapped):
+        if rewrite.matches or is_region:
             return  # not every region has attention over video; the model's forward sees whether any had
+        if self.calls.sparse_calls and not self.wrapped and not self._turned_dense(met):
+            return  # another part of the model
         as_asked = rewrite.calls and all(call.reason == DENSE for call in met.all())
         if not as_asked and (rewrite.calls or _is_whole_call()):
             raise RewriteError(

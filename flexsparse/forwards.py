@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -57,7 +58,11 @@ def hidden_by(module: nn.Module) -> str | None:
     forward = module.__dict__.get("forward")
     if forward == module.__dict__[OWN] or module.__dict__.get("_old_forward") == module.__dict__[OWN]:
         return None
-    return getattr(forward, "__module__", None) or type(forward).__name__
+    made = forward
+    while isinstance(made, functools.partial):  # diffusers' hooks dress it as the forward below, module and name
+        made = made.func
+    where = getattr(getattr(made, "__func__", made), "__globals__", {}).get("__name__")
+    return where or getattr(forward, "__module__", None) or type(forward).__name__
 
 
 def restore(module: nn.Module) -> None:

@@ -168,12 +168,14 @@ def load_gates(model: nn.Module, path: str | Path, strict: bool = True) -> list[
     twice = sorted({key for key in used if used.count(key) > 1})
     if twice:
         raise ValueError(
-            f"{twice[0]} in {path} fits two gates of the model: wrap with gates=[names] of one attention a block"
+            f"{twice[0]} in {path} fits two gates of the model: wrap with gates=[names] of one attention a block, and "
+            "leave the other dense (dense_layers)"
         )
     if not used or (strict and (missing or extra)):
+        fine = " and the training's fine_gates" if any(f"{FINE}." in name for name in (*missing, *extra)) else ""
         raise ValueError(
             f"{path} and the model do not fit: missing in the file {missing or 'none'}, unknown to the model "
-            f"{extra or 'none'}; wrap with gates=True first, or load with strict=False"
+            f"{extra or 'none'}; wrap with gates=True{fine} first, or load with strict=False"
         )
     _compare(metadata, settings_of(model), path)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import numbers
@@ -9,7 +10,22 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
+import torch
+
 Class = TypeVar("Class", bound=type)
+PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
+
+
+def never_changes(value: Any) -> bool:
+    """Whether a value can stand for what was made of it: a number, a text, a tuple or a frozen dataclass of such."""
+    if isinstance(value, tuple):
+        return all(never_changes(each) for each in value)
+    parameters = getattr(type(value), "__dataclass_params__", None)
+    if parameters is None or isinstance(value, type):
+        return isinstance(value, PLAIN)
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    own = getattr(value, "__dict__", fields).keys() <= fields.keys()
+    return parameters.frozen and own and all(map(never_changes, fields.values()))
 
 
 def to_int(value: Any) -> int | None:

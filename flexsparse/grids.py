@@ -210,10 +210,15 @@ def _arguments(model: nn.Module) -> list[str]:
 def _from_input(model: nn.Module, names: list[str], about: Known) -> GridFunction:
     if about.sizes:
         return SizeArguments(tuple(Argument(name, names.index(name)) for name in about.sizes))
-    patch = _patch_size(model)
+    patch, kind = _patch_size(model), type(model).__name__
+    if not names and patch is not None:
+        raise ValueError(
+            f"grid is None, and {kind}.forward names no argument to read it from: wrap the model inside of it "
+            "(get_base_model() of peft's, .module of DistributedDataParallel's), or give grid=(T, H, W)"
+        )
     if patch is None or not names:
         raise ValueError(
-            f"grid is None, and {type(model).__name__} has no patch_size (configuration or attribute) and no patch "
+            f"grid is None, and {kind} has no patch_size (configuration or attribute) and no patch "
             "convolution to read it from: give grid=(T, H, W), or grid=function(module, args, kwargs)"
         )
     position = names.index("hidden_states") if "hidden_states" in names else 0

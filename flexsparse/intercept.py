@@ -207,8 +207,8 @@ class Interceptor:
         if backend.gates:
             if gate is None:
                 raise RuntimeError(
-                    f"gates are on, but {name} became sparse without one: its module was not recognised as self-attention; "
-                    "give wrap(..., gates=[names]) with the names of the attention modules"
+                    f"gates are on, but {name} became sparse without one: its module is not among those of gates=, or was "
+                    "not recognised as self-attention; name it in wrap(..., gates=[names]), or leave it dense by dense_layers"
                 )
             gate, self.local.gate = of_samples(gate, q.shape[0]) if backend.ragged else (gate, None)
         gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)

@@ -5,6 +5,7 @@ Shape letters: B batch, S tokens in raster order, H query heads, G KV heads, D h
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +135,16 @@ class VideoSelfAttention(nn.Module):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
             self.add_module(NAME, linear)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VideoSelfAttention:
+        for schedule in getattr(self.builder, "schedules", tuple)():
+            memo[id(schedule)] = (
+                schedule  # an average of the weights follows the schedule of the model, as a wrapped one does
+            )
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
     def forward(self, x: Tensor, layout: TileLayout, parallel: SequenceParallel | None = None) -> Tensor:
         """Attend.

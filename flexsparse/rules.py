@@ -127,7 +127,12 @@ def dense_patterns(model: nn.Module, layers: Sequence[int | str]) -> list[str]:
             raise TypeError(f"dense_layers has {layer!r}: give numbers of blocks, ints, or name patterns")
         if not -len(blocks) <= number < len(blocks):
             raise ValueError(
-                f"dense_layers has {layer}, but {type(model).__name__} has {len(blocks)} blocks in lists of its own"
+                f"dense_layers has {layer}, but {type(model).__name__} has {len(blocks)} blocks in lists of its own: "
+                + (
+                    f"give numbers from {-len(blocks)} to {len(blocks) - 1}"
+                    if blocks
+                    else "give name patterns of modules"
+                )
             )
         found.append(blocks[number])
     return found

@@ -9,8 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexsparse.errors import RewriteError
 from flexsparse.given import keywords_only, to_float, to_int
 from flexsparse.ops.choice import Rule
+
+
+def _refuse_in_a_graph(name: str) -> None:
+    """Raise where a builder is traced: what it reads is a constant of the graph. Dynamo sees the number change itself."""
+    if not torch.compiler.is_dynamo_compiling() and torch._guards.TracingContext.try_get() is not None:
+        raise RewriteError(
+            f"a builder reads SparsitySchedule.{name}, a plain number, which its graph would keep for good: read .tensor, "
+            "which the schedule changes in place"
+        )
 
 
 @keywords_only()
@@ -72,12 +82,18 @@ class SparsitySchedule:
 
     @property
     def value(self) -> float:
-        """The ratio now."""
+        """The ratio now, for a log; a builder of your own reads ``tensor``, a 0-d float64 tensor on the CPU.
+
+        Raises:
+            RewriteError: read while a graph is made, which would keep it.
+        """
+        _refuse_in_a_graph("value")
         return self.value_at(self.steps_done)
 
     @property
     def finished(self) -> bool:
-        """Whether the target is reached."""
+        """Whether the target is reached; not for a builder, as `value`."""
+        _refuse_in_a_graph("finished")
         return self.steps_done // self.every >= self.moves
 
     def seek(self, step: int) -> None:
@@ -90,7 +106,7 @@ class SparsitySchedule:
         if place is None or place < 0:
             raise ValueError(f"SparsitySchedule step is {step!r}: give a training step, an int of at least 0")
         self.steps_done = place
-        self.tensor.fill_(self.value)  # in place: compiled graphs hold this very tensor
+        self.tensor.fill_(self.value_at(place))  # in place: compiled graphs hold this very tensor
 
     def advance(self, steps: int = 1) -> float:
         """Count training steps; returns the ratio that holds from now on.
@@ -147,7 +163,7 @@ class SparsitySchedule:
     def __repr__(self) -> str:
         return (
             f"SparsitySchedule(target={self.target}, start={self.start}, step={self.step}, every={self.every})"
-            f" at step {self.steps_done}: {self.value:.4g}"
+            f" at step {self.steps_done}: {self.value_at(self.steps_done):.4g}"
         )
 
 
@@ -156,6 +172,12 @@ class BoundRatio:
 
     def __init__(self, tensor: Tensor, lowest: float, highest: float) -> None:
         self.tensor, self.lowest, self.highest = tensor, lowest, highest
+
+    @property
+    def value(self) -> float:
+        """For builders that would read the schedule's: refused, as it is."""
+        _refuse_in_a_graph("value")
+        return float(self.tensor)
 
 
 Ratio = float | SparsitySchedule | BoundRatio

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.arguments import check_cut_tiles, check_tile_counts
+from flexsparse.given import never_changes
 from flexsparse.layout import TileLayout
 from flexsparse.ops.choice import Rule, masked_softmax
 from flexsparse.ops.coarse_select import pool_tiles
@@ -143,7 +144,7 @@ class CoarseInputs:
 class MaskBuilder:
     """Maps (q, k, layout) to a `TileSelection`.
 
-    Subclasses are frozen dataclasses. A builder of your own needs `plan` only, or just an object with ``select``.
+    Ours are frozen dataclasses. A builder of your own needs `plan` only, or just an object with ``select``.
     """
 
     has_coarse: ClassVar[bool] = False
@@ -287,6 +288,9 @@ def _cached_bits(
 class StaticBuilder(MaskBuilder):
     """A builder whose tiles depend on the layout alone: built once per layout and cached.
 
+    Cached are frozen dataclasses of numbers, texts and such builders; of another class, which may change, `tile_mask` is called
+    at every call.
+
     In a compiled graph the mask is a few comparisons that fuse into whatever reads it.
     """
 
@@ -298,14 +302,14 @@ class StaticBuilder(MaskBuilder):
 
     def mask(self, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:
         """`tile_mask`, cached."""
-        if is_tracing() or layout.symbolic or kv_layout.symbolic:
+        if not self._cached(layout, kv_layout):
             return self.tile_mask(layout, kv_layout, device)
         return _cached_mask(self, layout, kv_layout, device)
 
     def plan(self, coarse: CoarseInputs, v: Tensor | None = None) -> tuple[TileSelection, Tensor | None]:
         layout, kv_layout = coarse.layout, coarse.kv_layout
         heads, device, alive = coarse.q.shape[:2], coarse.q.device, coarse.alive()
-        if alive is None and not (is_tracing() or layout.symbolic or kv_layout.symbolic):
+        if alive is None and self._cached(layout, kv_layout):
             bits, counts, capacity = _cached_bits(self, layout, kv_layout, device)
         else:
             keep = self.mask(layout, kv_layout, device)
@@ -314,6 +318,9 @@ class StaticBuilder(MaskBuilder):
         # one mask for all heads, packed before it is repeated
         bits, counts = bits.expand(*heads, *bits.shape[-2:]), counts.expand(*heads, counts.shape[-1])
         return coarse.selection(bits.contiguous(), counts.contiguous(), capacity), None
+
+    def _cached(self, layout: TileLayout, kv_layout: TileLayout) -> bool:
+        return not (is_tracing() or layout.symbolic or kv_layout.symbolic) and never_changes(self)
 
     def most(self, layout: TileLayout, kv_layout: TileLayout) -> int:
         """An upper bound of the tiles that a row keeps: the static length of its list in a graph."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -105,6 +106,21 @@ def test_compiled_as_one_graph() -> None:
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         fs.nn.VideoSelfAttention(**{"dim": 48, "num_heads": 4, "builder": fs.VSA(top_k=2), **arguments})
+
+
+def test_a_copy_follows_the_schedule_and_has_weights_of_its_own() -> None:
+    """An average of the weights (an EMA) would have stayed at the sparsity of the step at which it was made."""
+    schedule = fs.SparsitySchedule(target=0.75, step=0.75, every=1)
+    layout = fs.TileLayout(grid=(4, 8, 8), tile=(2, 4, 4))
+    model = torch.nn.Sequential(fs.nn.VideoSelfAttention(32, 2, fs.VSA(sparsity=schedule)))
+    own, average = model[0], copy.deepcopy(model)[0]
+    x = torch.randn(1, layout.seq_len, 32)
+    dense = average(x, layout)
+    schedule.advance()
+    assert torch.equal(own(x, layout), average(x, layout)) and not torch.equal(dense, own(x, layout))
+    with torch.no_grad():
+        own.to_q.weight.zero_()  # type: ignore[operator,union-attr]
+    assert average.to_q.weight.any()  # type: ignore[operator,union-attr]
 
 
 def test_a_grid_is_no_layout() -> None:

@@ -28,6 +28,8 @@ def fail_missing(error: ModuleNotFoundError, extra: str = "demo") -> NoReturn:
     package = (error.name or "").partition(".")[0]
     if package in ("", "flexsparse"):
         raise error
+    if package == "diffusers" and extra == "demo":  # which does not bring it
+        extra = "demo,diffusers"
     fail(f"the package {package!r} is missing: run `pip install 'flexsparse[{extra}]'`")
 
 

@@ -76,8 +76,6 @@ def inspect(
 
         from flexsparse.training.errors import RunError
     except ModuleNotFoundError as error:
-        if error.name == "diffusers":
-            fail("the package 'diffusers' is missing: run `pip install 'flexsparse[demo,diffusers]'`")
         fail_missing(error)
     from flexsparse.analysis import page
 

@@ -69,7 +69,7 @@ def test_a_page(page: str) -> None:
             run_doctest(test)
         else:
             tree = ast.increment_lineno(ast.parse(block.text), block.line - 1)
-            exec(compile(tree, where, "exec"), names)
+            exec(compile(tree, where, "exec", dont_inherit=True), names)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,5 +1,6 @@
 """Static builders against loops over tiles, and what they cost."""
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -110,6 +111,42 @@ def test_a_static_mask_is_built_once_for_a_layout(monkeypatch: pytest.MonkeyPatc
         layout = fs.TileLayout(grid=(5, 7, 11), tile=(1, 2, 2))
         mask_of(fs.SlidingTile(window=(1, 3, 1)), layout, layout)
     assert len(calls) == 1
+
+
+class Near(fs.masks.StaticBuilder):
+    """Of a user, who may change what it keeps."""
+
+    def __init__(self, reach: Any) -> None:
+        self.reach = reach
+
+    def tile_mask(self, layout: fs.TileLayout, kv_layout: fs.TileLayout, device: torch.device) -> Tensor:
+        rows, columns = (torch.arange(one.num_tiles, device=device) for one in (layout, kv_layout))
+        return (rows[:, None] - columns).abs() <= self.reach[0]
+
+
+@dataclasses.dataclass
+class Unhashable(Near):
+    reach: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder(Near):
+    reach: Any
+
+
+@pytest.mark.parametrize("kind", (Near, Unhashable, Holder))
+@pytest.mark.parametrize("make", (list, torch.tensor))
+def test_a_static_builder_that_may_change_is_asked_at_every_call(kind: type[Near], make: Any) -> None:
+    """Its mask was kept by the object, or the object had no hash to keep it by."""
+    layout = fs.TileLayout(grid=(4, 8, 8), tile=(2, 2, 2))
+    x = torch.zeros(1, 1, layout.seq_len, 4)
+    builder = kind(make([1]))
+    for each in (builder, fs.VSA(sparsity=0, within=builder), fs.Union(builder, fs.SlidingTile(window=(1, 1, 1)))):
+        for reach in (1, 3):
+            builder.reach[0] = reach
+            rows = torch.arange(layout.num_tiles)
+            expected = (rows[:, None] - rows).abs() <= reach
+            assert torch.equal(each.select(x, x, layout).keep()[0, 0], expected)
 
 
 @pytest.mark.parametrize("builder", (fs.SlidingTile(window=(1, 3, 3)), fs.Radial(), fs.FrameCausal(chunk=2)))

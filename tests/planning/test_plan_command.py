@@ -1,6 +1,7 @@
 """`flexsparse plan` as a user meets it."""
 
 import json
+import sys
 
 import pytest
 
@@ -129,3 +130,11 @@ def test_a_file_that_is_no_transformer(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     result = _invoke(tmp_path)
     assert result.exit_code == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("package", "extras"), [("diffusers", "demo,diffusers"), ("matplotlib", "demo")])
+def test_a_missing_package_is_one_line(monkeypatch, package, extras):
+    """The extra demo has no diffusers."""
+    monkeypatch.setitem(sys.modules, package, None)
+    result = _invoke("wan2.1-1.3b", "--plot", "plan.png")
+    assert result.stderr == f"error: the package '{package}' is missing: run `pip install 'flexsparse[{extras}]'`\n"

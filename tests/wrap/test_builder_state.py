@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,58 @@ def test_a_builder_with_weights() -> None:
     builder.map.weight = nn.Parameter(new)
     with pytest.raises(RuntimeError, match=r"Learnt\.map\.weight was a tensor \(16, 16\)"):
         model(clip())
+
+
+class ByNumber:
+    """Reads a schedule's value; `ByTensor` reads its tensor."""
+
+    def __init__(self, schedule: fs.SparsitySchedule) -> None:
+        self.schedule = schedule
+
+    def share(self) -> Any:
+        return self.schedule.value
+
+    def select(self, q: Tensor, k: Tensor, layout: fs.TileLayout, **_: Any) -> fs.TileSelection:
+        keep = torch.arange(layout.num_tiles, device=q.device) < (1 - self.share()) * layout.num_tiles
+        return fs.TileSelection.from_mask(keep.expand(*q.shape[:2], layout.num_tiles, -1), layout)
+
+
+class ByTensor(ByNumber):
+    def share(self) -> Any:
+        return self.schedule.tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned(fs.masks.MaskBuilder):
+    """Is given a schedule that it may not read a number of."""
+
+    schedule: fs.SparsitySchedule
+
+    def plan(self, coarse: fs.masks.CoarseInputs, v: Tensor | None = None) -> tuple[fs.TileSelection, None]:
+        scores = coarse.pooled_q() @ coarse.pooled_k().mT
+        share = 1 - self.schedule.value
+        return fs.TileSelection.from_mask(keep_top(scores, round(share * scores.shape[-1])), coarse.layout), None
+
+
+@torch.no_grad()
+def test_a_schedules_tensor_is_read_anew_and_its_number_refused() -> None:
+    """The number was a constant of the graph: a schedule that moved changed nothing, without a word."""
+    schedule = fs.SparsitySchedule(target=0.75, step=0.25, every=1)
+    torch.manual_seed(1)
+    model = Stranger(depth=1)
+    plain = fs.wrap(copy.deepcopy(model), ByNumber(schedule), compile=False)
+    fs.wrap(model, ByTensor(schedule), inner="aot_eager")
+    seen = []
+    for _ in range(3):
+        same_as_uncompiled(model, plain)
+        seen.append(model(clip()))
+        schedule.advance()
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    for builder in (ByNumber(schedule), Planned(schedule)):
+        model = fs.wrap(Stranger(depth=1), builder, inner="aot_eager")
+        with pytest.raises(RuntimeError, match=r"^a builder reads SparsitySchedule\.value.*read \.tensor"):
+            model(clip())
+    assert schedule.value == 0.75 and schedule.finished  # outside of graphs as ever
 
 
 def test_torch_compile_with_the_backend() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -209,6 +211,28 @@ def test_an_offloading_hook_survives_unwrap(wan: Callable[[], nn.Module]) -> Non
         assert torch.equal(run(model, video()), dense) and hook.calls == 2
         remove_hook_from_module(model)
         assert torch.equal(run(model, video()), dense) and hook.calls == 2
+
+
+def test_a_cache_over_ours_is_called_diffusers(wan: Callable[[], nn.Module]) -> None:
+    """Its forward is dressed as the one below it, which was ours."""
+    model = fs.wrap(wan(), fs.VSA(sparsity=0.5), compile=False)
+    model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.2))  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"got another forward after it was wrapped, by diffusers\.hooks\.hooks: "):
+        fs.unwrap(model)
+
+
+@pytest.mark.parametrize("least", [0, 200])
+def test_a_compiled_call_that_turns_dense_is_refused(least: int, fresh_dynamo: None) -> None:
+    """Of a model that a user compiles with the backend."""
+    model, x, _ = masked()
+    model = torch.compile(
+        model, backend=fs.backend(fs.VSA(top_k=2), grid=(4, 8, 8), min_tokens=least, inner="aot_eager")
+    )
+    with torch.no_grad():
+        model(x)
+        with contextlib.nullcontext() if least else pytest.raises(RuntimeError, match="found no attention in"):
+            model(x[:, :128])
+        model(x)
 
 
 def test_another_forward_put_over_ours_is_named_and_nothing_is_undone(wan: Callable[[], nn.Module]) -> None:

@@ -118,6 +118,9 @@ def test_fine_gates_are_in_the_file(stranger: Stranger, tmp_path: Path) -> None:
     assert loaded == [f"blocks.{i}.to_gate_{kind}" for i in (0, 1) for kind in ("compress", "fine")]
     assert all(torch.equal(a, b) for a, b in zip(before, fs.gate_parameters(stranger), strict=True))
     assert not any("to_gate" in name for name in fs.unwrap(stranger).state_dict())
+    coarse = fs.wrap(Stranger(), fs.VSA(top_k=2), gates=True, compile=False)
+    with pytest.raises(ValueError, match=r"to_gate_fine.*wrap with gates=True and the training's fine_gates first"):
+        fs.load_gates(coarse, tmp_path / "gates.safetensors")
 
 
 def test_two_gates_of_a_block_have_no_fastvideo_name(tmp_path: Path) -> None:

@@ -69,6 +69,16 @@ def test_a_grid_given_as_a_function(way: Any) -> None:
         torch.testing.assert_close(model(x, 4), dense, atol=1e-5, rtol=0)
 
 
+def test_a_shell_around_a_model_is_refused_and_what_is_in_it_wrapped(stranger: Stranger) -> None:
+    """As peft's, or data parallelism's: its own forward takes whatever the model's does."""
+    shell = nn.DataParallel(stranger)
+    with pytest.raises(ValueError, match=r"DataParallel\.forward names no argument.*wrap the model inside of it"):
+        fs.wrap(shell, fs.VSA(top_k=1), compile=False)
+    fs.wrap(shell.module, fs.VSA(top_k=1), compile=False)
+    shell(torch.randn(1, 3, 4, 16, 16))
+    assert fs.report(stranger).sparse_calls == 2
+
+
 @pytest.mark.parametrize("way", [True, False])
 def test_torchs_own_multi_head_attention(way: Any) -> None:
     class Model(nn.Module):

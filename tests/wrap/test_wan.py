@@ -86,8 +86,8 @@ def test_any_number_of_tiles_costs_two_graphs(wan: Make, way: Any, builder: Any)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_redoes_each_block_on_its_own_grid(wan: Make, way: Any, reentrant: bool) -> None:
     """Two grids of equal token counts in one backward: a block redone densely, or on the other grid, shows."""
-    if reentrant and way is not False:
-        pytest.skip("torch compiles no reentrant checkpoints")
+    if reentrant and way is not False and torch.__version__ < (2, 13):
+        pytest.skip("compiled reentrant checkpoints are tested with torch 2.13")
     model = wan().train()
     model.enable_gradient_checkpointing(  # type: ignore[operator]
         lambda module, *args: torch.utils.checkpoint.checkpoint(module, *args, use_reentrant=reentrant)
