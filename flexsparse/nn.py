@@ -137,10 +137,8 @@ class VideoSelfAttention(nn.Module):
             self.add_module(NAME, linear)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VideoSelfAttention:
-        for schedule in getattr(self.builder, "schedules", tuple)():
-            memo[id(schedule)] = (
-                schedule  # an average of the weights follows the schedule of the model, as a wrapped one does
-            )
+        # an average of the weights follows the schedule of the model, as a wrapped one does
+        memo |= {id(schedule): schedule for schedule in getattr(self.builder, "schedules", tuple)()}
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
