@@ -147,6 +147,19 @@ def test_the_tables_of_a_layout_are_one_set_of_buffers_for_all_calls() -> None:
     assert len({id(b) for b in buffers.values()}) == len(buffers) == 3
 
 
+def test_where_they_are_no_buffers_tables_are_made_once_a_graph() -> None:
+    """A nested graph has none, and with symbolic sizes no graph has."""
+
+    def model(x: Tensor) -> Tensor:
+        return checkpoint(twice, checkpoint(twice, x, use_reentrant=False), use_reentrant=False)
+
+    gm, parts, _ = rewritten(model, torch.randn(1, S, C, requires_grad=True), fs.VSA(top_k=3))
+    UnfoldAttention(parts.attend, parts)(gm)
+    nested = [m for m in gm.modules() if isinstance(m, GraphModule) and m is not gm and nodes_of(m, parts.fine)]
+    assert [(len(nodes_of(m, parts.fine)), len(nodes_of(m, parts.index))) for m in nested] == [(2, 1), (2, 1)]
+    assert not any(nodes_of(m, ops.tile_index) for m in nested)
+
+
 def test_a_symbolic_batch_stays_symbolic() -> None:
     x = torch.randn(2, S, C)
     gm, parts, _ = rewritten(attention, x, fs.VSA(top_k=3), dynamic=True)

@@ -55,6 +55,20 @@ ATTENTION = (
         ("test_schedule.py", "-k", "target"),
     ),
     Mutation(
+        "columns of full tiles where those of partial ones belong",
+        "block_lists.py",
+        "for kind in (~full_tile, full_tile))",
+        "for kind in (full_tile, ~full_tile))",
+        ("test_selection.py::test_a_selection_round_trips_through_a_block_mask",),
+    ),
+    Mutation(
+        "tables of a layout made at every call of a symbolic graph",
+        "compile_passes/unfold.py",
+        "if key not in self._tables:",
+        "if True:",
+        ("compile_passes/test_unfold.py::test_where_they_are_no_buffers_tables_are_made_once_a_graph",),
+    ),
+    Mutation(
         "a bitmask row of one word",
         "tile_bits.py",
         "larger(2, ceil_div(tiles, WORD))",
