@@ -1,11 +1,12 @@
-# Everything runs in a virtual environment of its own, with the versions that constraints.txt pins.
+# Everything runs in a virtual environment of its own, with the versions that constraints.txt pins. (Most of what is installed is
+# never imported: Python compiles what is, when it is, which is a minute less than pip takes to compile it all.)
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := flexsparse masks compile_passes tests bench docs/conf.py
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile  # a file stays in one process: its fixtures are made once
 
-.PHONY: help demo test test-full lint typecheck docs bench bench-report study study-report kernels clean
+.PHONY: help demo test quick-tests test-full lint typecheck docs bench bench-report study study-report kernels clean
 
 help:
 	@echo "make demo       train a small video transformer on a real clip: dense, VSA, BSA; writes runs/demo/report.html"
@@ -21,14 +22,17 @@ help:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,dev,diffusers,docs]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --no-build-isolation --editable ".[demo,dev,diffusers,docs]"
 	touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/flexsparse demo $(DEMO)
 
-test: lint typecheck
+test: lint  # mypy takes one core and a minute and a half: beside the tests
+	$(MAKE) --no-print-directory --jobs=2 typecheck quick-tests
+
+quick-tests: $(VENV)/.installed
 	$(PYTEST) -m "not slow" $(TESTS)
 
 test-full: lint typecheck

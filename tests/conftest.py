@@ -12,6 +12,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton decorates a kernel
+    from tests import quick_interpreter
+
+    quick_interpreter.install()
 
 from hypothesis import HealthCheck, Phase, settings
 

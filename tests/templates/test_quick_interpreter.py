@@ -1,0 +1,53 @@
+"""The interpreter as tests run it replaces `triton.language` once a launch, and gives it back."""
+
+import pytest
+import torch
+import triton
+from triton import language as tl
+from triton.runtime import interpreter
+
+from tests import quick_interpreter
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
+
+
+@triton.jit
+def _double(x):
+    return x + x
+
+
+@triton.jit
+def _largest_times_1024(x_ptr, out_ptr):
+    x = tl.load(x_ptr + tl.arange(0, 8))
+    for _ in range(10):
+        x = _double(x)
+    tl.store(out_ptr, tl.max(x))
+
+
+def launched() -> float:
+    out = torch.empty(1)
+    _largest_times_1024[(1,)](torch.arange(8.0), out)
+    return out.item()
+
+
+def test_replaced_once_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    replace = quick_interpreter._replace
+    monkeypatch.setattr(quick_interpreter, "_replace", lambda function: calls.append(function) or replace(function))
+    assert launched() == launched() == 7 * 1024
+    # the launch itself, and the function of triton's own for maxima, which sees another module of the language
+    assert 2 <= len(calls) <= 4
+    assert tl.core.is_builtin(tl.load) and tl.core.is_builtin(tl.tensor.to)
+
+
+def test_as_the_interpreter_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter, "_patch_lang", quick_interpreter._replace)
+    monkeypatch.setattr(interpreter, "_get_np_dtype", quick_interpreter._np_dtype)
+    assert launched() == 7 * 1024
+
+
+@pytest.mark.parametrize("dtype", [tl.float32, tl.bfloat16, tl.int1, tl.pointer_type(tl.float32)])
+def test_types_of_numpy(dtype: tl.dtype) -> None:
+    for asked in (dtype, tl.block_type(dtype, [4])):
+        for _ in range(2):
+            assert quick_interpreter._known_np_dtype(asked) == quick_interpreter._np_dtype(asked)
