@@ -225,8 +225,8 @@ def cpu() -> Preset:
     The main methods are trained on to 2,880 steps: on the first runs, dense models of different seeds began to use attention at
     very different steps, so that their gaps were wide apart when the shorter runs ended. That is also what tells equal FLOPs
     there: dense's curve is read at the FLOPs of a sparse run's last step. The larger size trains sparse ones for longer, for
-    equal FLOPs, and then dense ones and the floor as long, for equal steps. There, too, one VSA model was late, so all go on to
-    1,920 steps.
+    equal FLOPs, and then dense ones and the floor as long, for equal steps. Three seeds left wide intervals, so the small size
+    has three more. At the larger one, too, one VSA model was late, so all go on to 1,920 steps.
     """
     small = Maker(size=SMALL, steps=960, every=120, known=methods(8))
     base = Maker(size=BASE, steps=240, every=80, known=methods(8))
@@ -252,6 +252,7 @@ def cpu() -> Preset:
         *base.runs((ANCHOR, "own_tile"), all_seeds, "main", 960),
         *base.probes(MAIN, all_seeds),
         *base.probes((ANCHOR,), all_seeds, 960),
+        *small.runs((*MAIN, "own_tile"), (3, 4, 5), "main", 2880),
         *base.runs((*MAIN, "own_tile"), all_seeds, "main", 1920),
     ]
     return Preset(name="cpu", items=tuple(items))
