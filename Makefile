@@ -1,10 +1,12 @@
-# Everything runs in a virtual environment of its own, with the versions that constraints.txt pins. (Most of what is installed is
-# never imported: Python compiles what is, when it is, which is a minute less than pip takes to compile it all.)
+# Everything runs in a virtual environment of its own, with the versions that constraints.txt pins.
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := flexsparse masks compile_passes tests bench docs/conf.py
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile  # a file stays in one process: its fixtures are made once
+
+# Most of what is installed is never imported: Python compiles what is, once, a minute less than pip takes to compile it all.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test quick-tests test-full lint typecheck docs bench bench-report study study-report kernels clean
 

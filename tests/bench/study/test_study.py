@@ -325,7 +325,9 @@ def test_the_presets_are_of_the_sizes_that_were_asked_for() -> None:
             model = study.models.make(size, Method(name="dense", attention="dense"), 0, 3)
         assert low < study.models.count_parameters(model) < high
     seeds = {(run.size.name, run.method.name, run.seed) for run in cpu.items if isinstance(run, Run)}
-    for method in ("dense", "vsa", "bsa", "fine_only", "top_p", "sliding_tile", "spatial_temporal"):
+    for method in ("dense", "vsa", "bsa", "own_tile"):
+        assert {seed for size, name, seed in seeds if (size, name) == ("small", method)} == {0, 1, 2, 3, 4, 5}
+    for method in ("fine_only", "top_p", "sliding_tile", "spatial_temporal"):
         assert {seed for size, name, seed in seeds if (size, name) == ("small", method)} == {0, 1, 2}
 
 
