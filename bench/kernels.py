@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from bench import offline
+from bench import kernel_results, offline
 from bench.offline import ARCHS, Row
 
 NUMBERS = ("registers", "spill_bytes", "shared_bytes", "programs", "wgmma")
@@ -31,8 +31,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORD", help="kernels whose module, name or configuration holds one"
     )
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="also write bench/results/kernels.json and the table of bench/README.md; of all that 'auto' may choose",
+    )
     parser.add_argument("--jobs", type=positive, default=2, help="processes (default: 2)")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.keep and (options.only or options.long_tail or options.arch != ["sm_90a"]):
+        parser.error("--keep keeps all that 'auto' may choose, for sm_90a: leave out --only, --long-tail and --arch")
+    return options
 
 
 def arch(text: str) -> str:
@@ -93,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: --only {' '.join(options.only)} matches no configuration", file=sys.stderr)
         return 2
     print(json.dumps(rows, indent=1) if options.json else table(rows))
+    if options.keep and rows:
+        kernel_results.keep(rows)
     for line in findings:
         print(f"error: {line}", file=sys.stderr)
     return 1 if findings else 0

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flexsparse.compile_passes.templates.hopper_backward_rows import _copy_rows, _matrix
 from flexsparse.compile_passes.templates.hopper_kernels import _copy, _nth_tile
+from flexsparse.compile_passes.templates.hopper_tma import copy_out
 
 
 @gluon.jit(do_not_specialize=["N", "M", "U", "R", "first_tiles", "kv_first", "G", "most"])
@@ -199,6 +200,6 @@ def hopper_dkdv(
         _matrix(k_box).store((dk * scale).to(DTYPE))
         _matrix(v_box).store(dv.to(DTYPE))
         fence_async_shared()
-        tma.async_copy_shared_to_global(d_keys, [b, g, u, slot, 0], k_box)
-        tma.async_copy_shared_to_global(d_values, [b, g, u, slot, 0], v_box)
+        copy_out(d_keys, [b, g, u, slot, 0], k_box)
+        copy_out(d_values, [b, g, u, slot, 0], v_box)
         tma.store_wait(0)

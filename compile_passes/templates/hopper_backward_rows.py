@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flexsparse.compile_passes.templates.hopper_kernels import _copy, _nth_tile
+from flexsparse.compile_passes.templates.hopper_tma import copy_in, copy_out
 
 
 @gluon.jit
@@ -33,7 +34,7 @@ def _matrix(buffer):
 def _copy_rows(array, b, h, row, barrier, buffer):
     """Start to copy rows of one head of a ``[B, H, R, D]`` array."""
     mbarrier.expect(barrier, array.block_type.nbytes)
-    tma.async_copy_global_to_shared(array, [b, h, row, 0], barrier, buffer)
+    copy_in(array, [b, h, row, 0], barrier, buffer)
 
 
 @gluon.jit
@@ -200,5 +201,5 @@ def hopper_dq(
     acc -= missing[:, None] * mean_key
     _matrix(q_box).store((acc * scale).to(DTYPE))
     fence_async_shared()
-    tma.async_copy_shared_to_global(outs, [b, h, row, 0], q_box)
+    copy_out(outs, [b, h, row, 0], q_box)
     tma.store_wait(0)

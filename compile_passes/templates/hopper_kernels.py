@@ -23,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from flexsparse.compile_passes.templates.hopper_tma import copy_in, copy_out
+
 MINUS_INFINITY = gl.constexpr(float("-inf"))
 
 
@@ -40,7 +42,7 @@ def _nth_tile(i, tiles, first, listed, absent, end, EXTRA: gl.constexpr):
 def _copy(array, b, g, tile, slot, barrier, buffer):
     """Start to copy slots of one tile of a ``[B, G, U, slots, D]`` array; those outside of the tile arrive as zeros."""
     mbarrier.expect(barrier, array.block_type.nbytes)
-    tma.async_copy_global_to_shared(array, [b, g, tile, slot, 0], barrier, buffer)
+    copy_in(array, [b, g, tile, slot, 0], barrier, buffer)
 
 
 @gluon.jit
@@ -154,7 +156,7 @@ def hopper_forward(
     fence_async_shared()
 
     mbarrier.expect(q_ready, queries.block_type.nbytes)
-    tma.async_copy_global_to_shared(queries, [b, h, row, 0], q_ready, q_box)
+    copy_in(queries, [b, h, row, 0], q_ready, q_box)
     # the tiles of this step and the next two, and how many valid tokens those of this and the next have; a row without
     # tiles takes a step on any tile, and its result is dropped
     now = _nth_tile(0, tiles, kv_first, listed, absent, end, EXTRA)
@@ -215,7 +217,7 @@ def hopper_forward(
 
     if COARSE:  # the queries' buffer takes their gates
         mbarrier.expect(q_ready, gates.block_type.nbytes, pred=video)
-        tma.async_copy_global_to_shared(gates, [b, h, row, 0], q_ready, q_box, pred=video)
+        copy_in(gates, [b, h, row, 0], q_ready, q_box, pred=video)
     last = gl.maximum(steps, 1) - 1
     mbarrier.wait(v_ready.index(last % 2), last // 2 % 2)
     acc = acc * decay[:, None]
@@ -234,5 +236,5 @@ def hopper_forward(
         acc += q_buffer.load(OUTPUT).to(gl.float32) * gl.load(coarse + at * D + column)[None, :]
     q_buffer.store(acc.to(DTYPE))
     fence_async_shared()
-    tma.async_copy_shared_to_global(outs, [b, h, row, 0], q_box)
+    copy_out(outs, [b, h, row, 0], q_box)
     tma.store_wait(0)

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flexsparse.compile_passes.templates.hopper_kernels import _copy, _multiply_keys, _multiply_values, _weigh
+from flexsparse.compile_passes.templates.hopper_tma import copy_in, copy_out
 
 MINUS_INFINITY = gl.constexpr(float("-inf"))
 
@@ -157,7 +158,7 @@ def _consume(
     q_buffer = q_box.reshape([ROWS, D])
     q_arrived = q_ready.index(CONSUMER)
     mbarrier.expect(q_arrived, queries.block_type.nbytes)
-    tma.async_copy_global_to_shared(queries, [b, h, row, 0], q_arrived, q_box)
+    copy_in(queries, [b, h, row, 0], q_arrived, q_box)
 
     # how many slots of the tile of this step and of the next come before its first token
     empty = 0
@@ -176,7 +177,7 @@ def _consume(
     held = q_buffer.load(gl.DotOperandLayout(operand_index=0, parent=LOGITS, k_width=2))
     if COARSE:  # the queries' buffer takes their gates
         mbarrier.expect(q_arrived, gates.block_type.nbytes, pred=video)
-        tma.async_copy_global_to_shared(gates, [b, h, row, 0], q_arrived, q_box, pred=video)
+        copy_in(gates, [b, h, row, 0], q_arrived, q_box, pred=video)
     mbarrier.wait(k_filled.index(place % STAGES), place // STAGES % 2)
     product = _multiply_keys(held, k_ring.index(place % STAGES), zeros)
     logits = warpgroup_mma_wait(0, deps=[product])
@@ -227,7 +228,7 @@ def _consume(
         gl.store(lse + row + gl.arange(0, ROWS, LOGIT_ROWS), natural)
         q_buffer.store(acc.to(DTYPE))
         fence_async_shared()
-        tma.async_copy_shared_to_global(outs, [b, h, row, 0], q_box)
+        copy_out(outs, [b, h, row, 0], q_box)
         tma.store_wait(0)
 
 

@@ -26,14 +26,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flexsparse.compile_passes.templates.hopper_backward_rows import _matrix
 from flexsparse.compile_passes.templates.hopper_kernels import _nth_tile
+from flexsparse.compile_passes.templates.hopper_tma import copy_in, copy_out
 
 
 @gluon.jit
 def _copy_with_line(rows, line, b, h, row, barrier, buffer, line_buffer):
     """Start to copy rows of one head of a ``[B, H, R, D]`` array, and of a ``[B, H, R]`` array."""
     mbarrier.expect(barrier, rows.block_type.nbytes + line.block_type.nbytes)
-    tma.async_copy_global_to_shared(rows, [b, h, row, 0], barrier, buffer)
-    tma.async_copy_global_to_shared(line, [b, h, row], barrier, line_buffer)
+    copy_in(rows, [b, h, row, 0], barrier, buffer)
+    copy_in(line, [b, h, row], barrier, line_buffer)
 
 
 @gluon.jit
@@ -79,8 +80,8 @@ def _produce(
     """Copy the column's keys and values, then what its steps read: rows of the tiles that see it, head after head."""
     PIECES: gl.constexpr = QUERY_ROWS // ROWS
     mbarrier.expect(ready, keys.block_type.nbytes + values.block_type.nbytes)
-    tma.async_copy_global_to_shared(keys, [b, g, u, slot, 0], ready, k_box)
-    tma.async_copy_global_to_shared(values, [b, g, u, slot, 0], ready, v_box)
+    copy_in(keys, [b, g, u, slot, 0], ready, k_box)
+    copy_in(values, [b, g, u, slot, 0], ready, v_box)
     place = 0
     for member in range(GROUP):
         h = g * GROUP + member
@@ -190,8 +191,8 @@ def _consume(
         _matrix(k_box).store((dk * scale).to(DTYPE))
         _matrix(v_box).store(dv.to(DTYPE))
         fence_async_shared()
-        tma.async_copy_shared_to_global(d_keys, [b, g, u, slot, 0], k_box)
-        tma.async_copy_shared_to_global(d_values, [b, g, u, slot, 0], v_box)
+        copy_out(d_keys, [b, g, u, slot, 0], k_box)
+        copy_out(d_values, [b, g, u, slot, 0], v_box)
         tma.store_wait(0)
 
 

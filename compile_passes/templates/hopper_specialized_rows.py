@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flexsparse.compile_passes.templates.hopper_backward_rows import _matrix, _without_first
 from flexsparse.compile_passes.templates.hopper_kernels import _nth_tile
+from flexsparse.compile_passes.templates.hopper_tma import copy_in, copy_out
 
 
 @gluon.jit
@@ -66,8 +67,8 @@ def _produce(
     """Copy the block's queries and their gradients, then the keys and values of its steps, with how many tokens they have."""
     PIECES: gl.constexpr = SLOTS // KEYS
     mbarrier.expect(ready, queries.block_type.nbytes + grads.block_type.nbytes)
-    tma.async_copy_global_to_shared(queries, [b, h, row, 0], ready, q_box)
-    tma.async_copy_global_to_shared(grads, [b, h, row, 0], ready, g_box)
+    copy_in(queries, [b, h, row, 0], ready, q_box)
+    copy_in(grads, [b, h, row, 0], ready, g_box)
     for j in range(end * PIECES):
         tile = _nth_tile(j // PIECES, tiles, kv_first, listed, absent, end, EXTRA)
         shift = j % PIECES * KEYS
@@ -78,12 +79,12 @@ def _produce(
         mbarrier.wait(drained.index(at), (j // STAGES + 1) % 2)
         if PARTIAL:
             mbarrier.expect(k_filled.index(at), keys.block_type.nbytes + token_counts.block_type.nbytes)
-            tma.async_copy_global_to_shared(token_counts, [0, b * U + tile], k_filled.index(at), count_ring.index(at))
+            copy_in(token_counts, [0, b * U + tile], k_filled.index(at), count_ring.index(at))
         else:
             mbarrier.expect(k_filled.index(at), keys.block_type.nbytes)
-        tma.async_copy_global_to_shared(keys, [b, g, tile, shift, 0], k_filled.index(at), k_ring.index(at))
+        copy_in(keys, [b, g, tile, shift, 0], k_filled.index(at), k_ring.index(at))
         mbarrier.expect(v_filled.index(at), values.block_type.nbytes)
-        tma.async_copy_global_to_shared(values, [b, g, tile, shift, 0], v_filled.index(at), v_ring.index(at))
+        copy_in(values, [b, g, tile, shift, 0], v_filled.index(at), v_ring.index(at))
 
 
 @gluon.jit
@@ -165,7 +166,7 @@ def _consume(
     acc -= missing[:, None] * mean_key
     _matrix(q_box).store((acc * scale).to(DTYPE))
     fence_async_shared()
-    tma.async_copy_shared_to_global(outs, [b, h, row, 0], q_box)
+    copy_out(outs, [b, h, row, 0], q_box)
     tma.store_wait(0)
 
 

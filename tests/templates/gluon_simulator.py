@@ -29,6 +29,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from flexsparse.compile_passes.templates import hopper_tma
+
 from . import gluon_values as values
 from .gluon_crew import Crew
 from .gluon_values import TYPES, Pointer, Value, demand, raw
@@ -373,11 +375,9 @@ def _python(kernel: Any, machine: Machine) -> Callable[..., Any]:
             wait=machine.wait,
             MBarrierLayout=lambda: None,
         ),
-        id(hopper.tma): names(
-            async_copy_global_to_shared=machine.copy_in,
-            async_copy_shared_to_global=machine.copy_out,
-            store_wait=machine.store_wait,
-        ),
+        id(hopper.tma): names(store_wait=machine.store_wait),
+        id(hopper_tma.copy_in): machine.copy_in,
+        id(hopper_tma.copy_out): machine.copy_out,
         id(hopper.fence_async_shared): machine.fence,
         id(hopper.warpgroup_mma): machine.multiply,
         id(hopper.warpgroup_mma_wait): machine.wait_products,

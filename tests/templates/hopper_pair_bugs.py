@@ -136,8 +136,8 @@ BUGS = (
     Bug("gates before the queries are read", "    mbarrier.wait(q_arrived, 0)\n", "", f"{RACE}|armed again"),
     Bug(
         "results without a fence",
-        "        fence_async_shared()\n        tma.async_copy_shared",
-        "        tma.async_copy_shared",
+        "        fence_async_shared()\n        copy_out",
+        "        copy_out",
         "without a fence",
     ),
     Bug("results not waited for", "        tma.store_wait(0)\n", "", "a store is in flight"),
