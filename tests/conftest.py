@@ -12,7 +12,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton decorates a kernel
-    from tests import quick_interpreter
+    import quick_interpreter
 
     quick_interpreter.install()
 

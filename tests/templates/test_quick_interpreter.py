@@ -1,12 +1,11 @@
 """The interpreter as tests run it replaces `triton.language` once a launch, and gives it back."""
 
 import pytest
+import quick_interpreter
 import torch
 import triton
 from triton import language as tl
 from triton.runtime import interpreter
-
-from tests import quick_interpreter
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
 
