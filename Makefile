@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/flexsparse demo $(DEMO)
 
-test: lint  # mypy takes one core and a minute and a half: beside the tests
+test: lint  # mypy takes one core: beside the tests
 	$(MAKE) --no-print-directory --jobs=2 typecheck quick-tests
 
 quick-tests: $(VENV)/.installed
