@@ -1,8 +1,8 @@
 """Triton's interpreter, without what it repeats.
 
 At every call of a device function it looks through all of `triton.language` for what to replace, though the launch around the
-call has replaced it: two fifths of the time of the templates' tests. And it makes a table of all types for each type that it
-asks for. What is computed stays the same.
+call has replaced it, which was much of the time of the templates' tests. And it makes a table of all types for each type that
+it asks for. What is computed stays the same.
 """
 
 from __future__ import annotations
