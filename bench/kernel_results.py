@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from bench.header import ROOT, header
 from bench.marks import replaced
 from bench.offline import Row
@@ -19,7 +21,7 @@ BEGIN, END = "<!-- kernels -->", "<!-- /kernels -->"
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A line for each version of Triton: how many configurations, and which spill or wait where they should not."""
     lines = ["| triton | configurations | spill | of them, most bytes | serialised wgmma |", "|---|---|---|---|---|"]
-    for version in sorted({row["triton"] for row in rows}, key=lambda text: [int(part) for part in text.split(".")]):
+    for version in sorted({row["triton"] for row in rows}, key=Version):
         own = [row for row in rows if row["triton"] == version]
         spilled = [row for row in own if row["spill_bytes"]]
         kernels = ", ".join(f"`{name}`" for name in sorted({row["kernel"] for row in spilled}))

@@ -101,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: --only {' '.join(options.only)} matches no configuration", file=sys.stderr)
         return 2
     print(json.dumps(rows, indent=1) if options.json else table(rows))
-    if options.keep and rows:
+    if options.keep and any("does not compile" in line for line in findings):
+        print("error: nothing is kept of a version by which some do not compile", file=sys.stderr)
+    elif options.keep:
         kernel_results.keep(rows)
     for line in findings:
         print(f"error: {line}", file=sys.stderr)

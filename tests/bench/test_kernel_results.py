@@ -47,3 +47,17 @@ def test_a_part_is_not_kept(more: list[str], capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         kernels.parse(["--offline", "--keep", *more])
     assert "leave out --only, --long-tail and --arch" in capsys.readouterr().err
+
+
+def test_nothing_is_kept_where_some_do_not_compile(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A version would have looked the better for it."""
+    kept: list[Any] = []
+    monkeypatch.setattr(kernels, "table", str)
+    monkeypatch.setattr(kernel_results, "keep", kept.append)
+    for findings, times in ([], 1), (["_dq: spills 8 bytes"], 2), (["_dq: does not compile: why"], 2):
+        monkeypatch.setattr(kernels.offline, "report", lambda *_, found=findings: ([row("3.9.0")], found))
+        assert kernels.main(["--offline", "--keep"]) == bool(findings)
+        assert len(kept) == times
+    assert "nothing is kept" in capsys.readouterr().err
