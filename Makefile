@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := flexsparse masks compile_passes tests bench docs/conf.py
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile  # a file stays in one process: its fixtures are made once
+QUANTISED := torchao==0.18.0 optimum-quanto==0.2.7 bitsandbytes==0.50.2 gguf==0.19.0  # beside them diffusers and peft import slower
 
 # Most of what is installed is never imported: Python compiles what is, once, a minute less than pip takes to compile it all.
 unexport PYTHONDONTWRITEBYTECODE
@@ -42,6 +43,8 @@ test-full: lint typecheck
 	$(BIN)/python -m tests.mutations
 	$(BIN)/python -m pip install --quiet --no-deps --target build/triton-3.6 triton==3.6.0
 	PYTHONPATH=build/triton-3.6 $(BIN)/python -m bench.kernels --offline
+	$(BIN)/python -m pip install --quiet --no-deps --target build/quantised $(QUANTISED)
+	PYTHONPATH=build/quantised $(PYTEST) tests/models/test_quantised.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)

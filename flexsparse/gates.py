@@ -24,8 +24,8 @@ FUSED_NAMES = ("to_qkv", "qkv", "qkv_proj", "in_proj", "wqkv", "c_attn")
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """In which a gate may be computed."""
-Sizes = tuple[int, int, Tensor]
-"""Input channels, H * D, and a weight for dtype and device."""
+Sizes = tuple[int, int, nn.Module]
+"""Input channels, H * D, and a projection whose weight says device and dtype."""
 
 
 class Gate(nn.Linear):
@@ -35,17 +35,27 @@ class Gate(nn.Linear):
         inputs: channels that it reads.
         outputs: channels that it writes.
         start: its bias.
-        like: a tensor with its dtype and device.
+        dtype: of its weight and bias.
+        device: where they are.
     """
 
-    def __init__(self, inputs: int, outputs: int, start: float, like: Tensor) -> None:
+    def __init__(self, inputs: int, outputs: int, start: float, dtype: torch.dtype, device: torch.device) -> None:
         self.start = start  # read when the parameters are made
-        super().__init__(inputs, outputs, dtype=like.dtype, device=like.device)
+        super().__init__(inputs, outputs, dtype=dtype, device=device)
 
     def reset_parameters(self) -> None:
         """As at the start: a wrapped pretrained model begins as pure fine attention."""
         nn.init.zeros_(self.weight)
         nn.init.constant_(self.bias, self.start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, S, inputs]`` to ``[B, S, outputs]``; computed in its own dtype where no autocast says another.
+
+        Projections whose weights are stored in few bits take hidden states of any dtype, and so must what stands beside them.
+        """
+        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.weight.dtype)
+        return super().forward(x)
 
 
 def _linear(module: nn.Module, names: Sequence[str]) -> nn.Linear | None:
@@ -58,21 +68,46 @@ def _linear(module: nn.Module, names: Sequence[str]) -> nn.Linear | None:
 
 
 def gate_sizes(module: nn.Module) -> Sizes | None:
-    """(input channels, H * D, a weight for dtype and device) of a self-attention module's gate; None for another module.
+    """(input channels, H * D, a projection) of a self-attention module's gate; None for another module.
 
     Self-attention is recognised by its projections: fused qkv, or q and k that read the same number of channels, and no
     attribute that calls it cross-attention.
     """
     if isinstance(module, nn.MultiheadAttention):
-        return module.embed_dim, module.embed_dim, module.out_proj.weight
+        return module.embed_dim, module.embed_dim, module.out_proj
     fused = _linear(module, FUSED_NAMES)
     q, k = _linear(module, Q_NAMES), _linear(module, K_NAMES)
     if q is not None and k is not None:
         if getattr(module, "is_cross_attention", False) or q.in_features != k.in_features:
             return None
-        return q.in_features, q.out_features, q.weight
+        return q.in_features, q.out_features, q
     if fused is not None and fused.out_features % 3 == 0:
-        return fused.in_features, fused.out_features // 3, fused.weight
+        return fused.in_features, fused.out_features // 3, fused
+    return None
+
+
+def gate_dtype(model: nn.Module, module: nn.Module, projection: nn.Module) -> torch.dtype | None:
+    """In which dtype an attention module's gate is stored and computed; None where nothing says one.
+
+    That of its projection. Where that is stored in what nothing is computed in (4 or 8 bits: bitsandbytes, GGUF,
+    `enable_layerwise_casting`), the one that it is computed in, as far as it says so, or else that of its bias, of the rest of
+    the module (norms), of most of the model's weights, in this order.
+    """
+    hooks = getattr(projection, "_diffusers_hook", None)
+    casting = None if hooks is None else hooks.get_hook("layerwise_casting")
+    named = [getattr(projection, "compute_dtype", None), getattr(casting, "compute_dtype", None)]
+    stored = [getattr(projection, name, None) for name in ("weight", "bias")]
+    dtypes = [None if one is None else one.dtype for one in stored]
+    for dtype in (dtypes[0], *named, dtypes[1]):
+        if dtype in DTYPES:
+            return cast(torch.dtype, dtype)
+    for part in (module, model):
+        numbers = dict.fromkeys(DTYPES, 0)
+        for parameter in part.parameters():
+            if parameter.dtype in numbers:
+                numbers[parameter.dtype] += parameter.numel()
+        if any(numbers.values()):
+            return max(DTYPES, key=numbers.__getitem__)
     return None
 
 
@@ -107,8 +142,8 @@ def add_gates(model: nn.Module, which: bool | Sequence[str], fine: bool = False)
         fine: whether they get a gate on the fine output too, `to_gate_fine`.
 
     Raises:
-        ValueError: a pattern without a match, a chosen module without projections to read sizes from or with ones that are
-            stored in a dtype that nothing is computed in, no module at all, a module that has one of this name.
+        ValueError: a pattern without a match, a chosen module without projections to read sizes from, weights of which none
+            has a dtype that something is computed in, no module at all, a module that has one of this name.
     """
     names = gate_names(model, which)
     for name in names:
@@ -118,20 +153,26 @@ def add_gates(model: nn.Module, which: bool | Sequence[str], fine: bool = False)
                     f"gates: {name} has a {kind} of its own, which its own code may use and a new one would replace: leave it "
                     f"out of gates=, or save its weights, delete it (del model.{name}.{kind}), wrap, and set them again"
                 )
-    sizes = {name: gate_sizes(model.get_submodule(name)) for name in names}
-    for name, found in sizes.items():  # before anything is added
+    sizes: dict[str, tuple[int, int, torch.dtype, torch.device]] = {}
+    for name in names:  # before anything is added
+        module = model.get_submodule(name)
+        found = gate_sizes(module)
         if found is None:
             raise ValueError(f"gates names {name}, which has no q, k or qkv projection to read a gate's sizes from")
-        if found[2].dtype not in DTYPES:
+        inputs, outputs, projection = found
+        weight = cast(Tensor, projection.weight)
+        dtype = gate_dtype(model, module, projection)
+        if dtype is None:
             raise ValueError(
-                f"gates are on, but {name} stores its projections as {found[2].dtype}, which no gate can be computed in: wrap "
-                "before weights are stored so (enable_layerwise_casting, quantisation)"
+                f"gates are on, but {name} stores its projections as {weight.dtype}, which no gate can be computed in, and no "
+                f"weight of {type(model).__name__} says another dtype: wrap before weights are stored so"
             )
-    for name in names:
-        module, (inputs, outputs, like) = model.get_submodule(name), cast(Sizes, sizes[name])
+        sizes[name] = (inputs, outputs, dtype, weight.device)
+    for name, (inputs, outputs, dtype, device) in sizes.items():
+        module = model.get_submodule(name)
         module.__dict__[ADDED] = (NAME, FINE)[: 2 if fine else 1]
         for kind, start in ((NAME, 0.0), (FINE, 1.0))[: 2 if fine else 1]:
-            module.add_module(kind, Gate(inputs, outputs, start, like))
+            module.add_module(kind, Gate(inputs, outputs, start, dtype, device))
     return names
 
 

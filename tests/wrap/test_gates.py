@@ -250,8 +250,8 @@ def test_an_adapter_over_a_gate_is_an_error(gated: Stranger, tmp_path: Path) -> 
 
 
 def test_projections_stored_in_what_nothing_is_computed_in(stranger: Stranger) -> None:
-    stranger.blocks[1].qkv.to(torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match=r"blocks\.1 stores its projections as torch\.float8_e4m3fn.*wrap before"):
+    stranger.to(torch.float8_e4m3fn)  # all of it: elsewhere a weight says in which dtype
+    with pytest.raises(ValueError, match=r"blocks\.0 stores its projections as torch\.float8_e4m3fn.*wrap before"):
         fs.wrap(stranger, fs.VSA(top_k=2), gates=True, compile=False)
     assert not any("flexsparse" in key for module in stranger.modules() for key in vars(module))
     assert not any("gate" in name for name in stranger.state_dict())
