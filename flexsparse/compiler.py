@@ -304,18 +304,19 @@ class Backend:
             return  # another part of the model
         as_asked = rewrite.calls and all(call.reason == DENSE for call in met.all())
         if not as_asked and (rewrite.calls or _is_whole_call()):
-            raise RewriteError(
-                no_match("the compiled model", self.layout_of(self.geometry) if self.geometry else None, met)
-            )
+            layout = self.layout_of(self.geometry) if self.geometry else None
+            raise RewriteError(no_match("the compiled model", layout, met, bool(self.calls.sparse_calls)))
 
 
-def no_match(model: str, layout: TileLayout | None, seen: Report) -> str:
-    """What is said where nothing became sparse."""
+def no_match(model: str, layout: TileLayout | None, seen: Report, before: bool) -> str:
+    """What is said where nothing became sparse; ``before``: whether earlier calls were."""
     expected = "" if layout is None else f", with the {layout.seq_len} tokens of grid {layout.grid},"
     calls = str(seen) if seen.calls else "no scaled_dot_product_attention call at all"
+    caches = " Calls before were sparse: a cache that leaves attention out is enabled after wrap(..., compile=False)."
     return (
         f"flexsparse found no attention in {model} to make sparse: it looks for scaled_dot_product_attention of the video's "
-        f"tokens among themselves{expected} without a mask over them. Check grid=, text_first= and text_last=. Seen:\n{calls}"
+        f"tokens among themselves{expected} without a mask over them. Check grid=, text_first= and text_last=."
+        f"{caches if before else ''} Seen:\n{calls}"
     )
 
 

@@ -186,14 +186,14 @@ class Interceptor:
         text = layout.text_first + layout.text_last
         reason = call.stays_dense(q, k, v, layout.seq_len, backend.min_tokens, mask, text)
         if reason is None and self.crosses(q):
-            reason = "its module was given two sequences of this length (cross-attention)"
+            reason = CROSSES
         if reason is None and mask is not None:
             reason = stays_dense(mask, layout.text_first, layout.text_last)
         number = backend.rules.index(name)
         if reason is None and number is None:
             reason = DENSE
         if reason is not None or number is None:
-            backend.tally.others += 1
+            backend.tally.others += q.shape[-2] == k.shape[-2] and reason not in (CROSSES, DENSE)
             backend.calls.record(backend.describe(_numbered(backend, name, False), q, k, grid, reason, ("sdpa", "")))
             return SDPA(*args, **kwargs)
         if _redone_without_us():
@@ -302,6 +302,8 @@ def _numbered(backend: Backend, name: str, sparse: bool) -> str:
     return name if known.get(name, sparse) == sparse else f"{name} (2)"
 
 
+CROSSES = "its module was given two sequences of this length (cross-attention)"
+"""Why a call stays dense."""
 NO_TOKENS = ("rot", "rope", "freq", "pos", "cos", "sin", "temb", "timestep", "modulation", "mask", "bias")
 """In names of arguments that have a row for each token and are none."""
 

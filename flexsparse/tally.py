@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 
 class Ran(NamedTuple):
-    """Attention that ran: calls and graphs' calls that were sparse; and others: dense calls, regions, modules that had some."""
+    """What ran: sparse calls, of graphs too; and others: modules and regions that had some before, and dense calls that are
+    neither cross-attention nor dense by the builders."""
 
     sparse: int
     others: int

@@ -299,7 +299,8 @@ def _whole_row(state: State, geometry: Geometry) -> Call:
 def _check_sparse(state: State, module: nn.Module, geometry: Geometry, ran: Ran) -> None:
     """Raise where a forward computed attention, and none of it sparse; or not as much as ``expect`` says.
 
-    A forward that ran no attention at all (one whose blocks a cache left out) is none of those, but for the first.
+    A forward that ran none of the modules that had sparse attention before, and no other attention of the video's tokens
+    than what was to stay dense, is none of those: a cache left blocks, or their self-attention, out.
     """
     backend = state.backend
     if backend.expect is not None:
@@ -309,7 +310,8 @@ def _check_sparse(state: State, module: nn.Module, geometry: Geometry, ran: Ran)
             )
         return
     if not ran.sparse and (ran.others or not backend.calls.sparse_calls or state.compile is True):
-        raise RewriteError(no_match(type(module).__name__, backend.layout_of(geometry), backend.calls))
+        layout, before = backend.layout_of(geometry), bool(backend.calls.sparse_calls)
+        raise RewriteError(no_match(type(module).__name__, layout, backend.calls, before))
 
 
 def module_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -344,10 +346,14 @@ def compile_region(module: nn.Module, options: dict[str, Any]) -> None:
             with state.interceptor.suspended(), state.as_dense():
                 return state.region_dense(self, options)(self, args, kwargs)
         geometry = state.interceptor.current_grid()
-        state.backend.tally.others += 1
-        compiled = state.region(self, geometry, options)
+        name, tally, known = self.__dict__["_flexsparse_name"], state.backend.tally, state.interceptor.sparse_names
+        tally.others += name in known
+        before, compiled = tally.sparse, state.region(self, geometry, options)
         with state.interceptor.suspended():
-            return clear_errors(compiled, self, *geometry, args, kwargs)
+            out = clear_errors(compiled, self, *geometry, args, kwargs)
+        if tally.sparse > before:
+            known.add(name)
+        return out
 
     # forward, and not _compiled_call_impl, which would skip the module's hooks: FSDP2 gathers parameters in one
     takes_the_arguments_of(call, module.forward)
