@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import flexsparse as fs
 from flexsparse.compile_passes import RewriteError
 
-from .zoo import WAN
+from .zoo import WAN, ZOO
 
 LAYOUT = fs.TileLayout(grid=(4, 8, 8), tile=(4, 4, 4))
 BUILDER = fs.VSA(top_k=2)
@@ -81,8 +81,8 @@ def denoise(model: nn.Module) -> Tensor:
 
 
 @contextlib.contextmanager
-def by_hand(dense: int = 0) -> Iterator[list[int]]:
-    """Self-attention by ours, of every forward's blocks but the first few; yields a list that gets an entry a call."""
+def by_hand() -> Iterator[list[int]]:
+    """Self-attention by ours; yields a list that gets an entry a call."""
     calls: list[int] = []
     theirs = F.scaled_dot_product_attention
 
@@ -133,6 +133,40 @@ def test_a_cache_that_leaves_all_but_dense_layers_out(way: Any) -> None:
         out, denoise(cached(fs.wrap(wan(), rules, compile=False, attention="reference"))), atol=1e-5, rtol=0
     )
     assert not torch.allclose(out, denoise(cached(wan())), atol=1e-3), "other blocks are sparse"
+
+
+@torch.no_grad()
+def test_a_cache_of_half_a_batch() -> None:
+    """`FasterCache` computes the first half of a batch only in some steps, in others no attention of some blocks."""
+    entry, grid = ZOO["cogvideox"], (4, 4, 4)
+    inputs = entry.inputs(grid, 2)
+
+    def cached(model: nn.Module, on: bool = True) -> Tensor:
+        global now
+        config = diffusers.FasterCacheConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(-1, 900),
+            unconditional_batch_skip_range=3,
+            unconditional_batch_timestep_skip_range=(-1, 800),
+            current_timestep_callback=lambda: now,
+            attention_weight_callback=lambda _: 0.3,
+            tensor_format="BFCHW",
+        )
+        if on:
+            model.enable_cache(config)  # type: ignore[operator]
+        x, outs = inputs["hidden_states"], []
+        for now in TIMES:
+            time = torch.full_like(inputs["timestep"], now)
+            with model.cache_context("both"):  # type: ignore[operator]
+                outs.append(model(**{**inputs, "hidden_states": x, "timestep": time}, return_dict=False)[0])
+            x = x - 0.1 * outs[-1]
+        return torch.stack(outs)
+
+    expected = cached(entry.model())
+    assert not torch.allclose(cached(entry.model(), on=False), expected, atol=1e-2), "it left something out"
+    for top_k, same in ((8, True), (2, False)):
+        model = fs.wrap(entry.model(), fs.VSA(top_k=top_k), tile=(2, 2, 2), compile=False)
+        assert torch.allclose(cached(model), expected, atol=1e-5) == same
 
 
 @pytest.mark.parametrize("way", [False, True])
