@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo test quick-tests test-full lint typecheck docs bench bench-report study study-report kernels clean
 
 help:
-	@echo "make demo       train a small video transformer on a real clip: dense, VSA, BSA; writes runs/demo/report.html"
+	@echo "make demo       train a small video transformer on a real clip: dense, VSA, BSA; writes runs/demo/report.html (ten minutes on 2 cores)"
 	@echo "make test       lint, types, tests (under 15 minutes on 2 cores)"
 	@echo "make test-full  the above, slow tests and mutations of the code"
 	@echo "make docs       renders docs/ into docs/_build/index.html"
