@@ -53,7 +53,7 @@ class Gate(nn.Linear):
 
         Projections whose weights are stored in few bits take hidden states of any dtype, and so must what stands beside them.
         """
-        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != self.weight.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
             x = x.to(self.weight.dtype)
         return super().forward(x)
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flexsparse as fs
-from flexsparse.gates import gate_dtype
+from flexsparse.gates import Gate, gate_dtype
 
 from .zoo import WAN
 
@@ -160,6 +160,17 @@ def test_the_dtype_of_a_gate() -> None:
     assert found() is torch.float64
     model[1] = nn.Identity()
     assert found() is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_gate_takes_hidden_states_of_any_dtype(device: str) -> None:
+    """And under autocast is computed in what autocast says."""
+    gate = Gate(8, 4, 1.0, torch.bfloat16, torch.device(device))
+    assert gate(torch.ones(1, 2, 8, device=device)).dtype is torch.bfloat16
+    assert gate(torch.ones(1, 2, 8, device=device, dtype=torch.float16)).dtype is torch.bfloat16
+    if device == "cpu":
+        with torch.autocast("cpu", torch.float16):
+            assert gate(torch.ones(1, 2, 8)).dtype is torch.float16
 
 
 def torchao(config: str) -> Callable[[nn.Module], nn.Module]:
