@@ -7,6 +7,7 @@ Shape letters: R query rows, T keys, D head dim.
 
 from __future__ import annotations
 
+import argparse
 import json
 from typing import Any
 
@@ -101,6 +102,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Write the file and the table."""
+    argparse.ArgumentParser(prog="python -m bench.delta", description=__doc__).parse_args()
     rows: list[dict[str, Any]] = []
     for data in ("normal", "mean"):
         for dtype, D, T in CASES:

@@ -33,6 +33,13 @@ def fail_missing(error: ModuleNotFoundError, extra: str = "demo") -> NoReturn:
     fail(f"the package {package!r} is missing: run `pip install 'flexsparse[{extra}]'`")
 
 
+def _interrupted(folder: Path, saved: Path) -> str:
+    """What Ctrl-C says of a run in ``folder``, whose checkpoints are ``saved``, a file or a folder of them."""
+    if saved.is_file() or (saved.is_dir() and any(saved.iterdir())):
+        return f"interrupted; continue {str(folder)!r} from its last checkpoint with --resume"
+    return "interrupted before anything was saved: there is nothing to resume"
+
+
 def share_of_queries(given: float | None, method: str) -> float:
     """The value of --keep-queries, by default a half; complains where it would have no meaning."""
     if given is not None and method == "vsa":
@@ -114,10 +121,7 @@ def demo(
     except RunError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        print(
-            f"\ninterrupted; continue from the last checkpoint of {str(folder)!r} with --resume",
-            file=sys.stderr,
-        )
+        print(f"\n{_interrupted(folder, folder / 'checkpoint.safetensors')}", file=sys.stderr)
         raise typer.Exit(130) from None
     print_summary(metrics, folder, console)
 
@@ -262,7 +266,7 @@ def finetune(
     except RunError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        print(f"\ninterrupted; continue {str(folder)!r} from its last checkpoint with --resume", file=sys.stderr)
+        print(f"\n{_interrupted(folder, folder / 'checkpoints')}", file=sys.stderr)
         raise typer.Exit(130) from None
     if result.main:
         print_summary(result, settings, folder, console)

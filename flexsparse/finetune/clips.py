@@ -4,7 +4,9 @@ Letters: C channels, T frames, H and W rows and columns (pixels or latents), L t
 """
 
 import hashlib
+import os
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +24,10 @@ VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")
 TENSORS = (".safetensors", ".pt")
 TEXT = ".text"
 """`clip.text.safetensors` holds the text of `clip.mp4`."""
+RUN = "settings.json"
+"""What every run writes into its folder, which holds weights and no clips."""
 _CACHE_BYTES = 2 << 30
+_PROBES, _PROBE_BYTES = 16, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +63,12 @@ class Content:
         return self.video.nbytes + sum(tensor.nbytes for tensor in self.given.values())
 
 
-def find_clips(settings: Settings) -> list[Clip]:
-    """The clips of `--data`, by name.
+def find_clips(settings: Settings, run: Path | None = None) -> list[Clip]:
+    """The clips of `--data`, by name; links to folders are followed, folders of runs left out.
+
+    Args:
+        settings: of the run.
+        run: the folder that it writes to, which may lie in that of the clips.
 
     Raises:
         RunError: no such folder, no clip in it, or videos and latents mixed.
@@ -70,7 +79,7 @@ def find_clips(settings: Settings) -> list[Clip]:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise RunError(f"--data {settings.data!r} {what}: pass a folder of clips, or 'sample'")
-    paths = [p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS + TENSORS and p.is_file()]
+    paths = [p for p in _files(folder, run) if p.suffix.lower() in VIDEOS + TENSORS and p.is_file()]
     paths = sorted(p for p in paths if not p.stem.endswith(TEXT) and not p.name.startswith("."))
     clips = [Clip(path=path, name=path.relative_to(folder).as_posix()) for path in paths]
     if not clips:
@@ -86,10 +95,35 @@ def find_clips(settings: Settings) -> list[Clip]:
     return clips
 
 
+def _files(folder: Path, run: Path | None) -> Iterator[Path]:
+    """All files below a folder but those of runs."""
+    own, seen = None if run is None else run.resolve(), set()
+    for where, below, names in os.walk(folder, followlinks=True):
+        here = Path(where)
+        real = here.resolve()
+        if real in seen or (here != folder and (real == own or (RUN in names and "checkpoints" in below))):
+            below.clear()
+            continue
+        seen.add(real)
+        yield from (here / name for name in names)
+
+
 def digest(clips: list[Clip]) -> str:
-    """SHA-256 over names and sizes: a resumed run must see the same clips in the same order."""
-    listing = [(clip.name, *(path.stat().st_size for path in (clip.path, clip.text) if path)) for clip in clips]
+    """SHA-256 over names, sizes and pieces of the contents: a resumed run must see the same clips in the same order."""
+    listing = [(clip.name, *(_pieces(path) for path in (clip.path, clip.text) if path)) for clip in clips]
     return hashlib.sha256(repr(listing).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _pieces(path: Path) -> tuple[int, str]:
+    """A file's size, and a hash of pieces all over it: latents made anew are as large as they were."""
+    size, found = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        for start in sorted(
+            {(size - _PROBE_BYTES) * i // (_PROBES - 1) for i in range(_PROBES)} if size > _PROBE_BYTES else {0}
+        ):
+            file.seek(start)
+            found.update(file.read(_PROBE_BYTES))
+    return size, found.hexdigest()
 
 
 @dataclass

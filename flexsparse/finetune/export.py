@@ -42,12 +42,14 @@ def export(training: Training, folder: Path) -> list[Path]:
         if not training.accelerator.is_main_process:
             return []
         model = _filled(training, tensors)
+        from safetensors import SafetensorError  # what safetensors makes of a full disk
+
         try:
             return _write(training, model, folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            why = getattr(error, "strerror", None) or error
             raise RunError(
-                f"the result in {str(folder)!r} cannot be written ({error.strerror or error}): make room, then run again with "
-                "--resume"
+                f"the result in {str(folder)!r} cannot be written ({why}): make room, then run again with --resume"
             ) from error
 
 

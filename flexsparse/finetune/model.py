@@ -145,15 +145,18 @@ def prepare_model(model: nn.Module, settings: Settings, options: Options) -> Sch
             keep_queries=schedules.queries or settings.keep_queries, kv_density=schedules.tiles or 1 - settings.sparsity
         )
     try:
-        fs.wrap(
-            model,
-            builder,
-            tile=settings.tile,
-            gates=settings.gates and settings.method == "vsa",
-            compile=COMPILE[options.compile],
-            dense_layers=settings.dense_layers,
-            **options.wrap,
-        )
+        with warnings.catch_warnings():
+            if settings.gates_from is not None:  # loaded below
+                warnings.filterwarnings("ignore", message=".*tensors of gates")
+            fs.wrap(
+                model,
+                builder,
+                tile=settings.tile,
+                gates=settings.gates and settings.method == "vsa",
+                compile=COMPILE[options.compile],
+                dense_layers=settings.dense_layers,
+                **options.wrap,
+            )
     except ValueError as error:
         raise RunError(f"--model {settings.model!r}: {' '.join(str(error).split())}") from error
     if settings.gates_from is not None:

@@ -207,7 +207,11 @@ def objective_of(given: str, published: Mapping[str, Any] | None, shift: float =
     Raises:
         RunError: a scheduler that is of another kind than the family's, that cannot be read, or that goes with no shift.
     """
-    path = model_folder(given).parent / SCHEDULER / _FILE
+    folder = model_folder(given)
+    paths = [
+        one.parent / SCHEDULER / _FILE for one in (folder.absolute(), folder.resolve())
+    ]  # "." and links have parents too
+    path = next((path for path in paths if path.is_file()), paths[0])
     config = published
     if given != TINY and path.is_file():
         try:

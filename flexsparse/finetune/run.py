@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,14 +17,14 @@ import flexsparse as fs
 from flexsparse.compile_passes import RewriteError
 from flexsparse.finetune import clips as clip_files
 from flexsparse.finetune import state
-from flexsparse.finetune.clips import Clip
+from flexsparse.finetune.clips import RUN, Clip
 from flexsparse.finetune.export import GATES, LORA, TRANSFORMER, export
 from flexsparse.finetune.families import WAN, family_of
 from flexsparse.finetune.inputs import Family, takes_of
 from flexsparse.finetune.interrupts import Interrupts
 from flexsparse.finetune.launch import make_accelerator, together
 from flexsparse.finetune.model import Encoder, check_channels, config_of, describe_model, load_model, prepare_model
-from flexsparse.finetune.objectives import Objective, objective_of
+from flexsparse.finetune.objectives import Objective, model_folder, objective_of
 from flexsparse.finetune.samples import Samples
 from flexsparse.finetune.saving import METRICS, resume, save, skipped, write_metrics
 from flexsparse.finetune.settings import TINY, Options, Settings
@@ -33,7 +34,7 @@ from flexsparse.training.files import write_file
 from flexsparse.training.folder import check_folder
 from flexsparse.training.progress import TrainingProgress
 
-SETTINGS = "settings.json"
+SETTINGS = RUN
 LOGS = "tensorboard"
 UNITS = {"frames": "frames", "height": "rows", "width": "columns"}
 _LINES = 20  # plain progress lines of a whole run, where there is no terminal
@@ -82,7 +83,9 @@ def finetune(
     main = accelerator.is_main_process
     folder = options.folder
     together(accelerator, lambda: check_folder(folder, resume=options.resume, force=options.force), main)
-    clips = clip_files.find_clips(settings)
+    if options.force:
+        _check_force(folder, settings)
+    clips = clip_files.find_clips(settings, folder)
     kind, config = (None, {}) if settings.model == TINY else describe_model(settings.model)
     family = family or (WAN if kind is None else family_of(kind, config))
     published = None if family.scheduler is None else family.scheduler(config)
@@ -105,7 +108,7 @@ def finetune(
     first_step = resume(training) if options.resume else 0
     hold_out(training)
     together(accelerator, lambda: _open(folder, options, about), main)  # late: bad input leaves no folder behind
-    accelerator.init_trackers(LOGS, init_kwargs={"tensorboard": {"purge_step": first_step + 1}})
+    together(accelerator, lambda: _open_logs(accelerator, folder, first_step))
     if main:
         console.print(_plan(training, len(clips), first_step), markup=False, highlight=False)
     shown = console if main else Console(quiet=True)
@@ -129,7 +132,8 @@ def finetune(
     bad = skipped(training)
     together(accelerator, lambda: write_metrics(training, done, bad), main)
     for tracker in accelerator.trackers:
-        tracker.finish()
+        with contextlib.suppress(OSError):  # a full disk: all else is written
+            tracker.finish()
     if not had_group and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return Result(
@@ -149,6 +153,8 @@ def _load(
     vae, tiny = settings.vae is not None, settings.model == TINY
     takes = None if tiny else takes_of(family, config, settings.text_tokens, vae=vae)
     samples = Samples(settings, clips, takes)
+    if vae and clips[0].latent:
+        raise RunError(f"--vae {settings.vae!r}: --data {settings.data!r} holds latents already: leave --vae out")
     encoder = Encoder(settings) if vae else None
     channels = encoder.channels if encoder is not None else samples.channels
     pixels = encoder is None and not clips[0].latent
@@ -185,14 +191,33 @@ def _check_same(folder: Path, settings: Settings, about: dict[str, Any]) -> None
         )
 
 
+_FILES, _FOLDERS = (SETTINGS, METRICS, GATES, LORA), (state.FOLDER, TRANSFORMER, LOGS)
+"""What a run writes, and `--force` removes."""
+
+
+def _check_force(folder: Path, settings: Settings) -> None:
+    """Raise where `--force` would remove what the run is to read: the weights of an earlier stage, say."""
+    removed = [(folder / name).resolve() for name in (*_FILES, *_FOLDERS)]
+    given = {"model": settings.model, "gates-from": settings.gates_from, "vae": settings.vae, "data": settings.data}
+    for option, value in given.items():
+        if value is None or (option, value) in (("model", TINY), ("data", clip_files.SAMPLE)):
+            continue
+        path = (model_folder(value) if option == "model" else Path(value)).resolve()
+        for one in removed:
+            if one == path or one in path.parents:
+                raise RunError(
+                    f"--force would remove {str(one)!r}, where --{option} {value!r} is: pass another --out or --name"
+                )
+
+
 def _open(folder: Path, options: Options, about: dict[str, Any]) -> None:
     """Makes the output folder ready; with `force` what an old run wrote goes, all else stays."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if options.force:
-            for name in (SETTINGS, METRICS, GATES, LORA):
+            for name in _FILES:
                 (folder / name).unlink(missing_ok=True)
-            for name in (state.FOLDER, TRANSFORMER, LOGS):
+            for name in _FOLDERS:
                 shutil.rmtree(folder / name, ignore_errors=True)
     except OSError as error:
         raise RunError(
@@ -200,6 +225,16 @@ def _open(folder: Path, options: Options, about: dict[str, Any]) -> None:
         ) from error
     if not options.resume:
         write_file(folder / SETTINGS, json.dumps(about, indent=1).encode())
+
+
+def _open_logs(accelerator: Any, folder: Path, first_step: int) -> None:
+    try:
+        accelerator.init_trackers(LOGS, init_kwargs={"tensorboard": {"purge_step": first_step + 1}})
+    except OSError as error:
+        raise RunError(
+            f"the logs in {str(folder / LOGS)!r} cannot be written ({error.strerror or error}): make room, or pass another "
+            "--out"
+        ) from error
 
 
 def _prepare(settings: Settings, options: Options, accelerator: Any, model: torch.nn.Module, task: Task) -> Training:

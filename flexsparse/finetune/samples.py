@@ -70,6 +70,10 @@ class Samples:
             )
         return found
 
+    def _why(self) -> str:
+        """Of the first clip that cannot be used, the reason."""
+        return next((f"; {printable(name)}: {reason}" for name, reason in self.reader.bad.items()), "")
+
     def _hold_out(self, clips: list[Clip]) -> None:
         """The clips whose names have the lowest hashes; a bad one changes nothing but itself."""
         s = self.settings
@@ -91,7 +95,7 @@ class Samples:
         if len(kept) > 1 or kept[0].latent:
             raise RunError(
                 f"--held-out {s.held_out} leaves nothing to train of {len(clips)} clips ({len(self.reader.bad)} cannot be "
-                "used): add clips, or pass fewer, or 0"
+                f"used{self._why()}): add clips, or pass fewer, or 0"
             )
         frames = self._held_out[0].video.shape[1]
         self._of_one = max(s.frames, round(frames * _HELD_OUT_SHARE))

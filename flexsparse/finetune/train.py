@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -202,7 +203,7 @@ def train(
                 training.curves.held_out.append(found)
                 log |= {f"held_out/noise {level:g}": x for level, x in zip(s.noise_levels, found["losses"])}
                 log["held_out/mean"] = found["mean"]
-            training.accelerator.log(log, step=done)
+            _log(training, log, done)
             if done % options.save_every == 0 or done == s.steps or stop:
                 save(done)
                 saved = done
@@ -212,6 +213,17 @@ def train(
             if stop:
                 break
     return saved
+
+
+def _log(training: Training, values: dict[str, float], step: int) -> None:
+    """Add to the logs; a disk that refuses them stops no run: its curves are in its checkpoints."""
+    try:
+        training.accelerator.log(values, step=step)
+    except OSError as error:
+        training.accelerator.trackers = []
+        warnings.warn(
+            f"the logs end before step {step}: they cannot be written ({error.strerror or error})", stacklevel=2
+        )
 
 
 def _step(
@@ -226,7 +238,7 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = warmup_cosine(step, steps=s.steps, warmup=s.warmup, peak=s.learning_rate)
     training.schedules.seek(step)
-    torch.manual_seed(s.seed * SEED_STRIDE + step * accelerator.num_processes + accelerator.process_index)
+    torch.manual_seed((s.seed * SEED_STRIDE + step * accelerator.num_processes + accelerator.process_index) % 2**64)
     total = torch.zeros((), device=accelerator.device)
     for turn in range(training.accumulation):
         some = [next(samples) for _ in range(training.options.micro_batch)]

@@ -252,6 +252,8 @@ def example(model: nn.Module, grid: Grid, batch: int, dtype: torch.dtype, text: 
     """
     config: Any = model.config
     kind = KINDS[type(model).__name__]
+    positions = config.get("max_text_seq_length")  # for which CogVideoX has a table
+    text = text or (positions if isinstance(positions, int) else None)
     lengths = {**kind.text, **({} if text is None else {TEXT: text})}
     if _is_ltx2(model):  # one prompt, for video and audio
         lengths[f"audio_{TEXT}"] = lengths[TEXT]

@@ -46,10 +46,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     try:
         write_atomically(path, save(tensors, metadata=metadata))
     except OSError as error:
-        kept = "the previous checkpoint is intact" if path.is_file() else "there is no earlier checkpoint"
         raise RunError(
-            f"checkpoint {str(path)!r} cannot be written ({error.strerror or error}); {kept}: make room or "
-            "pick another --out, then run again with --resume"
+            f"checkpoint {str(path)!r} cannot be written ({error.strerror or error}); a previous checkpoint is intact: make "
+            "room, then run again, with --resume where there is one"
         ) from error
 
 

@@ -105,7 +105,7 @@ def read_frames(path: Path, name: str, *, height: int, width: int, min_frames: i
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise RunError(f"{name} has no video stream (audio only?): pass a file with moving pictures")
-            declared = container.streams.video[0].frames  # 0 where the container does not say
+            declared = _declared(container)
             for frame in container.decode(video=0):
                 frames.append(_fit(frame, height, width))
                 if len(frames) == _MAX_FRAMES:
@@ -118,8 +118,13 @@ def read_frames(path: Path, name: str, *, height: int, width: int, min_frames: i
         ) from error
     if len(frames) < 0.9 * min(declared, _MAX_FRAMES):
         raise RunError(
-            f"{name} is truncated: it declares {declared} frames and {len(frames)} can be decoded; "
+            f"{name} is truncated: it declares {declared:.0f} frames and {len(frames)} can be decoded; "
             "re-download it or pass another one"
+        )
+    if len(frames) == _MAX_FRAMES < min_frames:
+        raise RunError(
+            f"{name}: of a clip the first {_MAX_FRAMES} frames are read, and at least {min_frames} are needed to train and to "
+            "hold some out: pass a smaller --frames"
         )
     if len(frames) < min_frames:
         raise RunError(
@@ -129,11 +134,25 @@ def read_frames(path: Path, name: str, *, height: int, width: int, min_frames: i
     return torch.stack(frames, dim=1)
 
 
+def _declared(container: Any) -> float:
+    """How many frames a file says that it shows; 0 where it does not.
+
+    Of a clip that was trimmed without encoding it again (an edit list) the stream still holds, and counts, what is not shown.
+    """
+    stream = container.streams.video[0]
+    if not stream.frames or not container.duration or not stream.average_rate:
+        return float(stream.frames)
+    return min(float(stream.frames), container.duration / 1_000_000 * float(stream.average_rate))
+
+
 def _fit(frame: Any, height: int, width: int) -> Tensor:
-    """One PyAV frame -> uint8 `[3, height, width]`, scaled to cover and cut at the centre."""
-    scale = max(height / frame.height, width / frame.width)
-    rows, columns = max(height, round(frame.height * scale)), max(width, round(frame.width * scale))
-    small = frame.reformat(width=columns, height=rows, format="rgb24", interpolation="AREA")
-    image = torch.from_numpy(small.to_ndarray())
+    """One PyAV frame -> uint8 `[3, height, width]`, the way up that players show it, scaled to cover and cut at the centre."""
+    turns = round(getattr(frame, "rotation", 0) / 90) % 4  # counterclockwise; phones store portrait clips lying
+    own = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
+    scale = max(height / own[0], width / own[1])
+    rows, columns = max(height, round(own[0] * scale)), max(width, round(own[1] * scale))
+    stored = (columns, rows) if turns % 2 else (rows, columns)
+    small = frame.reformat(height=stored[0], width=stored[1], format="rgb24", interpolation="AREA")
+    image = torch.rot90(torch.from_numpy(small.to_ndarray()), turns)
     top, left = (rows - height) // 2, (columns - width) // 2
     return image[top : top + height, left : left + width].permute(2, 0, 1).contiguous()

@@ -13,7 +13,7 @@ Window = tuple[int, int, int]
 
 def generator(seed: int, number: int) -> torch.Generator:
     """The random numbers of sample `number` (-1: what does not belong to a sample); nothing of it need be stored."""
-    return torch.Generator().manual_seed(seed * SEED_STRIDE + number + 1)
+    return torch.Generator().manual_seed((seed * SEED_STRIDE + number + 1) % 2**64)
 
 
 def decoded_size(height: int, width: int) -> tuple[int, int]:

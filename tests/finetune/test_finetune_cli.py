@@ -117,6 +117,20 @@ def _wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_ctrl_c_before_training_advises_only_what_can_be_done(tmp_path, monkeypatch, saved):
+    def interrupted(*_, **__):
+        if saved:
+            (tmp_path / "run" / "checkpoints" / "step-1").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flexsparse.finetune.run.finetune", interrupted)
+    result = _invoke("--out", str(tmp_path), "--name", "run", "--device", "cpu")
+    assert result.exit_code == 130
+    assert ("from its last checkpoint with --resume" in result.stderr) == saved
+    assert ("interrupted before anything was saved: there is nothing to resume" in result.stderr) != saved
+
+
 @pytest.mark.slow
 def test_interrupted_and_killed_process_resumes_to_the_same_curve(tmp_path):
     """SIGINT, then SIGKILL, then to the end: the curve of a run that nobody disturbed, bit by bit."""

@@ -126,6 +126,10 @@ def test_folders_that_cannot_serve(tmp_path, files, message):
 def test_too_few_clips_to_hold_some_out(tmp_path):
     with pytest.raises(RunError, match=r"--held-out 1 leaves nothing to train of 1 clips"):
         _samples(_latents(tmp_path, 1))
+    save_file({"latents": torch.zeros(4, 2, 8, 12)}, str(tmp_path / "wide.safetensors"))
+    with pytest.raises(RunError, match=r"\(1 cannot be used; wide\.safetensors: .*the first clip's"):
+        _samples(tmp_path)
+    (tmp_path / "wide.safetensors").unlink()
     assert len(_samples(tmp_path, held_out=0).held_out()) == 0
 
 
@@ -136,6 +140,41 @@ def test_digest_sees_names_sizes_and_text(tmp_path):
     assert digest(find_clips(told)) == first
     torch.save(torch.zeros(1, 4), folder / "0.text.pt")
     assert digest(find_clips(told)) != first
+
+
+def test_digest_sees_latents_that_were_made_anew(tmp_path):
+    """They are as large as they were."""
+    told = settings(data=str(_latents(tmp_path, 2, (4, 2, 64, 64))))
+    first = digest(find_clips(told))
+    path = tmp_path / "0.safetensors"
+    size = path.stat().st_size
+    assert size > 100_000
+    save_file({"latents": torch.zeros(4, 2, 64, 64)}, str(path))
+    assert path.stat().st_size == size and digest(find_clips(told)) != first
+
+
+def test_clips_behind_links_count_and_those_of_runs_do_not(tmp_path):
+    folder, elsewhere = tmp_path / "clips", tmp_path / "elsewhere"
+    folder.mkdir()
+    for place in (
+        folder,
+        folder / "runs" / "mine",
+        folder / "runs" / "old" / "transformer",
+        elsewhere,
+        elsewhere / "in",
+    ):
+        _latents_below(place)
+    (folder / "runs" / "old" / "settings.json").touch()
+    (folder / "runs" / "old" / "checkpoints").mkdir()
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)  # a circle
+    names = [clip.name for clip in find_clips(settings(data=str(folder)), folder / "runs" / "mine")]
+    assert names == ["0.safetensors", "linked/0.safetensors", "linked/in/0.safetensors"]
+
+
+def _latents_below(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    _latents(folder, 1)
 
 
 def _config(name: str, **others: Any) -> dict[str, Any]:

@@ -133,6 +133,20 @@ def test_the_whole_pipelines_folder_serves_too(tmp_path):
         assert objective_of(str(given), COGVIDEOX).scheduler.config.snr_shift_scale == 2.0
 
 
+def test_the_folder_itself_and_links_to_it(tmp_path, monkeypatch):
+    """Their scheduler was not seen, and the family's taken, which may learn another thing."""
+    _folder(tmp_path / "pipe", {**COGVIDEOX, "snr_shift_scale": 2.0})
+    (tmp_path / "link").symlink_to(tmp_path / "pipe" / "transformer")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "transformer").symlink_to(tmp_path / "pipe" / "transformer")
+    (tmp_path / "other" / "scheduler").mkdir()
+    own = json.dumps({**COGVIDEOX, "snr_shift_scale": 3.0})
+    (tmp_path / "other" / "scheduler" / "scheduler_config.json").write_text(own)
+    monkeypatch.chdir(tmp_path / "pipe" / "transformer")
+    for given, shift in ((".", 2.0), ("../../link", 2.0), ("../../other/transformer", 3.0)):
+        assert objective_of(given, COGVIDEOX).scheduler.config.snr_shift_scale == shift
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -356,6 +356,67 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path, monkeypatch):
     assert all(x.isfinite().all() for kind in ("model", "average") for x in tensors(tmp_path / "run", kind).values())
 
 
+def test_force_removes_nothing_that_the_run_reads(tmp_path):
+    """The weights of the first stage were gone before the second began."""
+    folder = tmp_path / "run"
+    tuned(folder, steps=3, anneal_step=0.5)
+    weights = (folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    for told in (
+        {"model": str(folder / "transformer")},
+        {"model": str(folder)},
+        {"model": str(tmp_path / "other"), "gates_from": str(folder / "gates.safetensors")},
+        {"data": str(folder / "transformer")},
+    ):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        with pytest.raises(RunError, match=r"--force would remove '.*', where --\S+ '.*' is: pass another --out"):
+            tuned(folder, steps=3, force=True, **told)
+    assert (folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
+    assert (folder / "gates.safetensors").is_file() and checkpoints(folder)
+
+
+def test_full_disks_are_one_line(tmp_path, monkeypatch):
+    """As the result is written, which safetensors reports in a way of its own, and as logs are."""
+    from safetensors import SafetensorError
+
+    from flexsparse.finetune import export
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "_write", full)
+        with pytest.raises(RunError, match=r"the result in .*No space left on device.*--resume"):
+            tuned(tmp_path / "run", steps=3, anneal_step=0.5)
+    assert tuned(tmp_path / "run", steps=3, anneal_step=0.5, resume=True).written
+
+    from accelerate import Accelerator
+
+    def no_logs(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Accelerator, "log", no_logs)
+        with pytest.warns(UserWarning, match="the logs end before step 1: they cannot be written"):
+            assert tuned(tmp_path / "other", steps=3, anneal_step=0.5).steps == 3
+    with monkeypatch.context() as patched:
+        patched.setattr(Accelerator, "init_trackers", no_logs)
+        with pytest.raises(RunError, match=r"the logs in .*tensorboard' cannot be written \(No space left on device\)"):
+            tuned(tmp_path / "third", steps=3, anneal_step=0.5)
+
+
+def test_a_vae_for_latents_is_an_error(tmp_path):
+    from safetensors.torch import save_file
+
+    for name in "ab":
+        save_file({"latents": torch.zeros(4, 2, 8, 8)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(RunError, match=r"--vae 'somewhere': --data '.*' holds latents already: leave --vae out"):
+        tuned(tmp_path / "run", data=str(tmp_path), vae="somewhere", frames=5)
+
+
+def test_seeds_of_any_size(tmp_path):
+    assert tuned(tmp_path / "run", steps=3, anneal_step=0.5, seed=99999999999999).steps == 3
+
+
 def test_force_replaces_the_run_and_nothing_else(tmp_path):
     folder = tmp_path / "run"
     (folder / "transformer").mkdir(parents=True)

@@ -107,6 +107,12 @@ def test_errors_are_one_line(folder, arguments, message):
     assert "Traceback" not in result.output
 
 
+def test_cogvideox_takes_as_much_text_as_its_table_of_positions(folder):
+    """A model's own number, not that of the published ones."""
+    result = _invoke(folder("cogvideox"), "--grid", "4,4,4", "--tile", "2,2,2", "--dtype", "float32")
+    assert result.exit_code == 0, result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(("--ulysses", "4"), "the model has 2 heads"), (("--results", "/nowhere"), "is no folder")],
