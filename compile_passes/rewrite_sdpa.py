@@ -66,8 +66,9 @@ class RewriteSDPA:
         min_tokens: int = 0,
         schedules: Sequence[torch.Tensor] = (),
         gates: bool = False,
+        name_of: Callable[[Node], str] | None = None,
     ) -> None:
-        self.attend, self.seen, self.grid = attend, seen, grid
+        self.attend, self.seen, self.grid, self.name_of = attend, seen, grid, name_of or call_name
         self.min_tokens, self.schedules, self.gates = min_tokens, tuple(schedules), gates
         self.matches = self.calls = 0
         self.marked = False
@@ -149,12 +150,12 @@ class RewriteSDPA:
 
     def _leave(self, node: Node, q: Any, k: Any, reason: str) -> None:
         self.calls += 1
-        self.seen(call_name(node), q, k, None, reason)
+        self.seen(self.name_of(node), q, k, None, reason)
 
     def _take(self, node: Node, q: Any, k: Any, environment: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """The gates of a call that becomes sparse, and the backend's choice; None where it stays dense."""
         self.calls += 1
-        name = call_name(node)
+        name = self.name_of(node)
         choice = self.seen(name, q, k, tuple(value_of(size) for size in environment["grid"]), None)  # type: ignore[arg-type]
         if isinstance(choice, str):
             return None

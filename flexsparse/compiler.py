@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexsparse import naming
 from flexsparse.attention import case_of
 from flexsparse.backends import NAMES, choose
 from flexsparse.builder_state import Watch, watched
@@ -215,6 +216,7 @@ class Backend:
         ) -> dict[str, Any] | str:
             chosen, runs, builder = ("sdpa", ""), "sdpa", None
             if reason is None and geometry is not None:
+                self._check_name(name, bool(region))
                 builder = self.rules.index(f"{within}.{name}" if within else name)
                 reason = DENSE if builder is None else None
             if reason is None and geometry is not None:
@@ -234,6 +236,7 @@ class Backend:
             min_tokens=self.min_tokens,
             schedules=[schedule.tensor for schedule in schedules],
             gates=self.gates,
+            name_of=naming.name_of,
         )
         if self.parallel is not None:
             self.parallel.rewrite(gm, self, cut)
@@ -284,6 +287,18 @@ class Backend:
             lowered=lower.lowered & known, notes={name: f"not lowered: {why}" for name, why in refused.items()}
         )
         met.rename_backend("triton", "flex", refused)
+
+    def _check_name(self, name: str, is_region: bool) -> None:
+        """Raise where builders go by names and it is not known in which module of the model a call is."""
+        root = naming.root()
+        if root is None or all(pattern == "*" for pattern, _ in self.rules.rules) or (name == "." and is_region):
+            return
+        if name not in dict(root.named_modules()):
+            raise RewriteError(
+                f"in which module of {type(root).__name__} an attention call is, is not known (found: {name!r}), but builders "
+                "or dense_layers go by module names: let the model call its modules, and not their forward, or give "
+                "wrap(..., compile=False)"
+            )
 
     def _verify(self, rewrite: RewriteSDPA, met: Report, is_region: bool) -> None:
         if self.expect is not None:

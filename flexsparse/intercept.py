@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 import sys
 import threading
 import types
@@ -44,7 +45,7 @@ class _Local(threading.local):
         self.grid: Geometry | None = None
         self.depth = 0
         self.names: list[str] = []
-        self.crossing: list[frozenset[int]] = []
+        self.crossing: list[frozenset[int] | None] = []
         self.others: list[Lengths | None] = []
         self.cut = False
         self.gate: Gates | None = None
@@ -130,7 +131,12 @@ class Interceptor:
                 self.local.depth = 1
 
     def call(
-        self, name: str, run: Callable[[], Any], crossing: frozenset[int], others: Lengths | None, gate: Gates | None
+        self,
+        name: str,
+        run: Callable[[], Any],
+        crossing: frozenset[int] | None,
+        others: Lengths | None,
+        gate: Gates | None,
     ) -> Any:
         """Run a module of the model, entering the mode where backward redoes it.
 
@@ -221,8 +227,12 @@ class Interceptor:
         return sparse_call(builder, q, k, v, gate or (None, None), layout, *how)
 
     def crosses(self, q: Tensor) -> bool:
-        """Whether the module that is running was given two sequences of the length of a call's queries."""
-        return any(q.shape[2] in lengths for lengths in self.local.crossing[-1:])
+        """Whether the innermost module that was given token sequences got two of the length of a call's queries.
+
+        One that only computes ``softmax(QK)V`` is given heads, which say nothing.
+        """
+        lengths = next((each for each in reversed(self.local.crossing) if each is not None), frozenset())
+        return q.shape[2] in lengths
 
     def reads_others(self, q: Tensor, k: Tensor) -> bool:
         """Whether a call's keys are as many as tokens that its module was given besides its own: they are those then.
@@ -241,16 +251,18 @@ class Interceptor:
         return T, H, W, first, last
 
     def remember(self, out: Any, grid: Geometry) -> Any:
-        """Tie the forward's grid to its outputs, so that backward knows it before it redoes a block."""
+        """Tie the forward's grid to its outputs, so that backward knows it before it redoes a block.
 
-        def tie(x: Any) -> Any:
-            if dataclasses.is_dataclass(x) and not isinstance(x, type):  # one that torch does not know
-                for entry in dataclasses.fields(x):
-                    object.__setattr__(x, entry.name, tied(getattr(x, entry.name)))
-            return _Remember.apply(x, self, grid) if isinstance(x, Tensor) and x.requires_grad else x
-
-        tied = functools.partial(torch.utils._pytree.tree_map, tie)
-        return tied(out) if torch.is_grad_enabled() else out
+        By hooks, and not by a node of a class of its own: what such a node returns may not be written in place.
+        """
+        if torch.is_grad_enabled():
+            for x in torch.utils._pytree.tree_leaves(out):
+                if dataclasses.is_dataclass(x) and not isinstance(x, type):  # one that torch does not know
+                    for entry in dataclasses.fields(x):
+                        self.remember(getattr(x, entry.name), grid)
+                elif isinstance(x, Tensor) and x.grad_fn is not None:
+                    x.register_hook(functools.partial(_begin_backward, self, grid))
+        return out
 
 
 def key_mask(mask: Tensor | None) -> Tensor | None:
@@ -304,12 +316,14 @@ def _numbered(backend: Backend, name: str, sparse: bool) -> str:
 
 CROSSES = "its module was given two sequences of this length (cross-attention)"
 """Why a call stays dense."""
-NO_TOKENS = ("rot", "rope", "freq", "pos", "cos", "sin", "temb", "timestep", "modulation", "mask", "bias")
-"""In names of arguments that have a row for each token and are none."""
+NO_TOKENS = re.compile(
+    r"rot(?!otyp)|rope|freq|(?<!com)pos(?!e(?!m))|cos(?!m)|sin(?!g)|temb|timestep|modulation|mask(?!ed)|bias"
+)
+"""In names of arguments that have a row for each token and are none; a pose, a prototype, something masked may be some."""
 
 
-def two_sequences(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[int]:
-    """Lengths of which a module was given two different token sequences, as cross-attention may be, of any width.
+def two_sequences(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[int] | None:
+    """Lengths of which a module was given two different token sequences, as cross-attention may be; None where it had none.
 
     Of a module that says itself that it is cross-attention, the lengths of all that it was given: it may split one.
     """
@@ -319,7 +333,7 @@ def two_sequences(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         if isinstance(x, Tensor) and x.dim() == 3:
             found.setdefault(id(x), (name, x.shape))
     if len(found) < 2:
-        return frozenset()
+        return frozenset() if found else None
     (_, first), *others = found.values()
     if getattr(module, "is_cross_attention", False) is True:
         return frozenset(shape[1] for _, shape in found.values())
@@ -329,7 +343,7 @@ def two_sequences(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     else:
         own = list(inspect.signature(type(module).forward).parameters)[1:]
         names = [own[name] if isinstance(name, int) and name < len(own) else str(name) for name in alike]
-    tokens = [name for name in names if not any(part in name for part in NO_TOKENS)]
+    tokens = [name for name in names if not NO_TOKENS.search(name)]
     return frozenset(first[1:2]) if tokens else frozenset()
 
 
@@ -342,7 +356,7 @@ def other_sequences(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
     given: list[tuple[str, Any]] = [(own[i] if i < len(own) else "", x) for i, x in enumerate(args)]
     found: dict[int, int] = {}
     for name, value in [*given, *kwargs.items()]:
-        if not any(part in name for part in NO_TOKENS):
+        if not NO_TOKENS.search(name):
             each = value if isinstance(value, tuple | list) else (value,)
             found |= {id(x): x.shape[axis] for x in each if isinstance(x, Tensor) and x.dim() == 3}
     return tuple(found.values())[1:] if found else None
@@ -366,16 +380,7 @@ class _Mode(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Remember(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, interceptor: Interceptor, grid: Geometry) -> Tensor:
-        ctx.interceptor, ctx.grid = interceptor, grid
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        interceptor = ctx.interceptor
-        interceptor.backward_grid = ctx.grid
-        # a stale grid must not survive this backward
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: setattr(interceptor, "backward_grid", None))
-        return grad, None, None
+def _begin_backward(interceptor: Interceptor, grid: Geometry, _: Tensor) -> None:
+    interceptor.backward_grid = grid
+    # a stale grid must not survive this backward
+    torch.autograd.Variable._execution_engine.queue_callback(lambda: setattr(interceptor, "backward_grid", None))

@@ -11,6 +11,7 @@ import torch
 import torch.fx.experimental._config
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
 
+from flexsparse import naming
 from flexsparse.compile_passes import RewriteError
 
 FEW = 3
@@ -45,7 +46,8 @@ def one_graph(
         torch.backends.mha.set_fastpath_enabled(False)
         numbers = torch._dynamo.config.patch(specialize_float=graphs < FEW or torch._dynamo.config.specialize_float)
         try:
-            with torch.fx.experimental._config.patch(use_duck_shape=False), numbers:  # type: ignore[attr-defined]
+            duck = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+            with duck, numbers, naming.compiling(args[0]):  # the module whose forward it is
                 return compiled(*args, **kwargs)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)

@@ -70,7 +70,7 @@ class Cut:
                 "the video's tokens only; every rank holds all text"
             )
         own = own_part(x, self.segments(count), self.ranks.rank, entry.split_dim)
-        return own if any(part in name for part in NO_TOKENS) else self.says(own, True)
+        return own if NO_TOKENS.search(name) else self.says(own, True)
 
     def says(self, x: Tensor, cut: bool) -> Tensor:
         """Notes that tokens are cut from now on, or whole again; a graph is told by what is returned."""
