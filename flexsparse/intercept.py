@@ -63,6 +63,7 @@ class Interceptor:
         self.backend, self.fixed = backend, fixed
         self.local = _Local()
         self.backward_grid: Geometry | None = None
+        self.backward_values: tuple[float, ...] = ()
         self.sparse_names: set[str] = set()
         self.mode = _Mode(self)
 
@@ -73,16 +74,25 @@ class Interceptor:
         """The grid of the forward that is running, or that backward is redoing.
 
         Raises:
-            RuntimeError: a part of the model runs by itself.
+            RuntimeError: a part of the model runs by itself; a schedule has moved on since the forward that backward redoes.
         """
         grid = self.known_grid()
         if grid is not None:
+            if self.local.grid is None and self.backward_values and self.backward_values != self._values():
+                raise RuntimeError(
+                    f"a SparsitySchedule moved from {self.backward_values} to {self._values()} between a forward and its "
+                    "backward, which redoes checkpointed blocks: their gradients would be those of another sparsity; call "
+                    "schedule.advance() after backward"
+                )
             return grid
         raise RuntimeError(
             "a part of a wrapped model runs outside of the model's forward, where the grid is not known: call the whole "
             "model, or give wrap(..., grid=(T, H, W)); where backward redoes a checkpointed block, let the loss depend on what "
             "the model returns"
         )
+
+    def _values(self) -> tuple[float, ...]:
+        return tuple(schedule.value for schedule in self.backend.rules.schedules)
 
     def known_grid(self) -> Geometry | None:
         """As `current_grid`; None outside of both, where there is more than one grid."""
@@ -261,7 +271,7 @@ class Interceptor:
                     for entry in dataclasses.fields(x):
                         self.remember(getattr(x, entry.name), grid)
                 elif isinstance(x, Tensor) and x.grad_fn is not None:
-                    x.register_hook(functools.partial(_begin_backward, self, grid))
+                    x.register_hook(functools.partial(_begin_backward, self, grid, self._values()))
         return out
 
 
@@ -380,7 +390,9 @@ class _Mode(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _begin_backward(interceptor: Interceptor, grid: Geometry, _: Tensor) -> None:
-    interceptor.backward_grid = grid
-    # a stale grid must not survive this backward
-    torch.autograd.Variable._execution_engine.queue_callback(lambda: setattr(interceptor, "backward_grid", None))
+def _begin_backward(interceptor: Interceptor, grid: Geometry, values: tuple[float, ...], _: Tensor) -> None:
+    def end() -> None:  # what is stale must not survive this backward
+        interceptor.backward_grid, interceptor.backward_values = None, ()
+
+    interceptor.backward_grid, interceptor.backward_values = grid, values
+    torch.autograd.Variable._execution_engine.queue_callback(end)
