@@ -6,7 +6,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -41,7 +41,15 @@ def override(module: nn.Module, state: Any, name: str, forward: Callable[..., An
     module.__dict__["_flexsparse_name"] = name
     module.__dict__["_flexsparse_forward"] = before
     module.__dict__["_flexsparse_restore"] = was_instance
+    module.__dict__["_replicate_for_data_parallel"] = _refuse_replicas
     module.__dict__["forward"] = module.__dict__[OWN] = types.MethodType(replaced, module)
+
+
+def _refuse_replicas() -> NoReturn:
+    raise RuntimeError(
+        "nn.DataParallel makes shallow copies of a model, whose forward here is that of the original, with its weights: use "
+        "DistributedDataParallel"
+    )
 
 
 def takes_the_arguments_of(function: Any, forward: Callable[..., Any]) -> None:
@@ -75,7 +83,7 @@ def restore(module: nn.Module) -> None:
         module.__dict__["forward"] = before
     else:
         module.__dict__.pop("forward", None)
-    for name in (STATE, "_flexsparse_name", "compile"):
+    for name in (STATE, "_flexsparse_name", "compile", "_replicate_for_data_parallel"):
         module.__dict__.pop(name, None)
     module._compiled_call_impl = None
     for name in module.__dict__.pop(ADDED, ()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,17 +43,35 @@ def one_graph(
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
         numbers = torch._dynamo.config.patch(specialize_float=graphs < FEW or torch._dynamo.config.specialize_float)
-        try:
-            duck = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
-            with duck, numbers, naming.compiling(args[0]):  # the module whose forward it is
-                return compiled(*args, **kwargs)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
+        duck = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+        with no_fast_path, duck, numbers, naming.compiling(args[0]):  # the module whose forward it is
+            return compiled(*args, **kwargs)
 
     return call
+
+
+class _NoFastPath:
+    """Meanwhile torch's multi-head attention takes no path of its own, in any thread: the last one out restores what was."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                torch.backends.mha.set_fastpath_enabled(self.before)
+
+
+no_fast_path = _NoFastPath()
 
 
 def _fresh(function: types.FunctionType | Callable[..., Any], name: str) -> Callable[..., Any]:

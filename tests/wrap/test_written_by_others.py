@@ -49,6 +49,26 @@ def test_torchs_own_layer_has_no_fast_path_in_evaluation() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_the_fast_path_is_back_when_the_last_thread_is_out() -> None:
+    """A call that began within another's and ended after it left it off for the whole process."""
+    assert torch.backends.mha.get_fastpath_enabled()
+    first, second = one_graph.no_fast_path, one_graph.no_fast_path
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    assert not torch.backends.mha.get_fastpath_enabled()
+    second.__exit__()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_replicas_of_data_parallel_are_refused(stranger: Stranger) -> None:
+    """Their forward would be the original's, on its device, with its weights."""
+    model = fs.wrap(stranger, fs.VSA(top_k=1), compile=False)
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        model._replicate_for_data_parallel()  # type: ignore[operator]
+    assert type(fs.unwrap(model)._replicate_for_data_parallel()) is Stranger  # type: ignore[operator]
+
+
 @torch.no_grad()
 def test_a_scale_that_a_module_holds(stranger: Stranger) -> None:
     """Where sizes are symbolic, torch makes an input of it: the second resolution did not compile."""
