@@ -100,7 +100,7 @@ def read_frames(path: Path, name: str, *, height: int, width: int, min_frames: i
     import av
 
     frames: list[Tensor] = []
-    declared = 0
+    declared = 0.0
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
