@@ -104,13 +104,18 @@ def test_cuda_without_cuda(tmp_path, monkeypatch):
     assert "--device cuda" in _one_line_error(_invoke("demo", "--device", "cuda"))
 
 
-def test_interrupt_says_how_to_continue(tmp_path, monkeypatch):
+@pytest.mark.parametrize("saved", [False, True])
+def test_interrupt_says_how_to_continue(tmp_path, monkeypatch, saved):
     def interrupted(*_, **__):
+        if saved:
+            (tmp_path / "demo").mkdir()
+            (tmp_path / "demo" / "checkpoint.safetensors").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "run_demo", interrupted)
     result = _invoke("demo", "--out", str(tmp_path))
-    assert result.exit_code == 130 and "--resume" in result.stderr
+    assert result.exit_code == 130
+    assert ("with --resume" if saved else "before anything was saved: there is nothing to resume") in result.stderr
 
 
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):

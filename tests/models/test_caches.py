@@ -169,7 +169,7 @@ def test_a_cache_of_half_a_batch() -> None:
         assert torch.allclose(cached(model), expected, atol=1e-5) == same
 
 
-@pytest.mark.parametrize("way", [False, True])
+@pytest.mark.parametrize("way", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_cache_that_was_there_before_is_named(way: Any) -> None:
     """What it leaves out then is a call of ours in which nothing was sparse."""
     model = wan()

