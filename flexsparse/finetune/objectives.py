@@ -208,9 +208,8 @@ def objective_of(given: str, published: Mapping[str, Any] | None, shift: float =
         RunError: a scheduler that is of another kind than the family's, that cannot be read, or that goes with no shift.
     """
     folder = model_folder(given)
-    paths = [
-        one.parent / SCHEDULER / _FILE for one in (folder.absolute(), folder.resolve())
-    ]  # "." and links have parents too
+    # "." has no parent as it is given, and the pipeline may stand beside a link or beside what it leads to
+    paths = [one.parent / SCHEDULER / _FILE for one in (folder.absolute(), folder.resolve())]
     path = next((path for path in paths if path.is_file()), paths[0])
     config = published
     if given != TINY and path.is_file():
