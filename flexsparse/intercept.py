@@ -1,12 +1,12 @@
 """Eager interception: scaled_dot_product_attention calls of an uncompiled model, activation checkpointing included.
 
 A `TorchFunctionMode` sees the calls. Activation checkpointing runs blocks again during backward, outside of the model's
-forward: every module of a wrapped model enters the mode itself then, with the grid of the forward that is being redone.
+forward: every module of a wrapped model enters the mode itself then, with the grid of the forward that is being redone
+(`redone.py`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import re
@@ -28,6 +28,7 @@ from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
 from flexsparse.compiler import DENSE, Backend
 from flexsparse.grids import Geometry
 from flexsparse.ops.text_lengths import key_mask_of, stays_dense
+from flexsparse.redone import Ran, Redone
 
 Lengths = tuple[int, ...]
 ANY: Lengths = (-1,)
@@ -38,11 +39,13 @@ class _Local(threading.local):
     """What holds for the thread that runs the model; backward of a CUDA graph runs in a thread of its own.
 
     Attributes:
+        ran: the forward that runs or is redone; None outside of both, and where it has no backward.
         cut: whether the tokens of the forward that runs are cut now, each rank having its part (`distributed.ulysses`).
     """
 
     def __init__(self) -> None:
         self.grid: Geometry | None = None
+        self.ran: Ran | None = None
         self.depth = 0
         self.names: list[str] = []
         self.crossing: list[frozenset[int] | None] = []
@@ -62,8 +65,7 @@ class Interceptor:
     def __init__(self, backend: Backend, fixed: Geometry | None = None) -> None:
         self.backend, self.fixed = backend, fixed
         self.local = _Local()
-        self.backward_grid: Geometry | None = None
-        self.backward_values: tuple[float, ...] = ()
+        self.redone = Redone()
         self.sparse_names: set[str] = set()
         self.mode = _Mode(self)
 
@@ -78,17 +80,18 @@ class Interceptor:
         """
         grid = self.known_grid()
         if grid is not None:
-            if self.local.grid is None and self.backward_values and self.backward_values != self._values():
+            ran = None if self.local.grid is not None else self.redone.current()
+            if ran is not None and ran.values != self._values():
                 raise RuntimeError(
-                    f"a SparsitySchedule moved from {self.backward_values} to {self._values()} between a forward and its "
+                    f"a SparsitySchedule moved from {ran.values} to {self._values()} between a forward and its "
                     "backward, which redoes checkpointed blocks: their gradients would be those of another sparsity; call "
                     "schedule.advance() after backward"
                 )
             return grid
         raise RuntimeError(
             "a part of a wrapped model runs outside of the model's forward, where the grid is not known: call the whole "
-            "model, or give wrap(..., grid=(T, H, W)); where backward redoes a checkpointed block, let the loss depend on what "
-            "the model returns"
+            "model, or give wrap(..., grid=(T, H, W)); where backward redoes a checkpointed function, let "
+            "the checkpoint be one of a module, or the loss depend on what the model returns"
         )
 
     def _values(self) -> tuple[float, ...]:
@@ -98,21 +101,30 @@ class Interceptor:
         """As `current_grid`; None outside of both, where there is more than one grid."""
         if self.local.grid is not None:
             return self.local.grid
-        if torch._C._current_graph_task_id() != -1 and self.backward_grid is not None:
-            return self.backward_grid
-        return self.fixed
+        ran = self.redone.current()
+        return self.fixed if ran is None else ran.grid
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A module of the model is called: in a forward, or outside of it, as where backward redoes it."""
+        local = self.local
+        if local.ran is not None:
+            self.redone.note(local.ran, args, kwargs)
+        elif local.grid is None:
+            self.redone.find(args, kwargs)
 
     @contextmanager
-    def forward(self, grid: Geometry) -> Iterator[None]:
-        """The model's forward on a grid."""
+    def forward(self, grid: Geometry) -> Iterator[Ran | None]:
+        """The model's forward on a grid; yields it, where it has a backward."""
         local = self.local
-        before = local.grid, local.cut
-        local.grid, local.cut = grid, False
+        before = local.grid, local.ran, local.cut
+        self.redone.forget()
+        ran = Ran(grid, self._values()) if torch.is_grad_enabled() else None
+        local.grid, local.ran, local.cut = grid, ran, False
         try:
             with self.active():
-                yield
+                yield ran
         finally:
-            local.grid, local.cut = before
+            local.grid, local.ran, local.cut = before
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -160,7 +172,10 @@ class Interceptor:
         local = self.local
         gradients = torch.is_grad_enabled()  # noqa: F841  # read by `_redone_without_us`: a reentrant checkpoint switches them off inside
         grid = self.current_grid()
-        before, local.grid = local.grid, grid
+        before = local.grid, local.ran
+        if local.grid is None:
+            local.ran = self.redone.current()
+        local.grid = grid
         outer_gate = local.gate
         if gate is not None:
             local.gate = gate
@@ -171,6 +186,8 @@ class Interceptor:
         try:
             with self.active():
                 out = run()
+            if local.ran is not None:
+                self.redone.tell(out, local.ran)
             if gate is not None and local.gate is not None:
                 raise RuntimeError(
                     f"the gate of {name} was not used: its attention stayed dense; give wrap(..., gates=[names]) with the "
@@ -182,7 +199,7 @@ class Interceptor:
             local.crossing.pop()
             local.others.pop()
             local.gate = outer_gate if gate is not None else local.gate
-            local.grid = before
+            local.grid, local.ran = before
 
     def attention(self, *args: Any, **kwargs: Any) -> Any:
         """A scaled_dot_product_attention call of the model, of all tokens or, under sequence parallelism, of a rank's."""
@@ -259,20 +276,6 @@ class Interceptor:
         if self.backend.ragged and 0 <= text < first + last:
             return (T, H, W, text, 0) if first else (T, H, W, 0, text)
         return T, H, W, first, last
-
-    def remember(self, out: Any, grid: Geometry) -> Any:
-        """Tie the forward's grid to its outputs, so that backward knows it before it redoes a block.
-
-        By hooks, and not by a node of a class of its own: what such a node returns may not be written in place.
-        """
-        if torch.is_grad_enabled():
-            for x in torch.utils._pytree.tree_leaves(out):
-                if dataclasses.is_dataclass(x) and not isinstance(x, type):  # one that torch does not know
-                    for entry in dataclasses.fields(x):
-                        self.remember(getattr(x, entry.name), grid)
-                elif isinstance(x, Tensor) and x.grad_fn is not None:
-                    x.register_hook(functools.partial(_begin_backward, self, grid, self._values()))
-        return out
 
 
 def key_mask(mask: Tensor | None) -> Tensor | None:
@@ -388,11 +391,3 @@ class _Mode(TorchFunctionMode):
         if func is multi_head.MULTI_HEAD:
             return self.multi_head(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
-
-
-def _begin_backward(interceptor: Interceptor, grid: Geometry, values: tuple[float, ...], _: Tensor) -> None:
-    def end() -> None:  # what is stale must not survive this backward
-        interceptor.backward_grid, interceptor.backward_values = None, ()
-
-    interceptor.backward_grid, interceptor.backward_values = grid, values
-    torch.autograd.Variable._execution_engine.queue_callback(end)

@@ -280,9 +280,10 @@ def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if state.compile is True:
         out = clear_errors(state.whole(geometry), module, args, kwargs)
     else:
-        with state.interceptor.forward(geometry):
+        with state.interceptor.forward(geometry) as ran:
             out = _spread(state, module, args, kwargs)
-        out = state.interceptor.remember(out, geometry)
+        if ran is not None:
+            state.interceptor.redone.tell(out, ran)
     if not state.too_short(geometry):
         _check_sparse(state, module, geometry, state.backend.tally.since(before))
     return out
@@ -321,6 +322,7 @@ def module_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     state: State = getattr(module, STATE)
     if state.dense:
         return _original(module, args, kwargs)
+    state.interceptor.given(args, kwargs)
     gates = _gates(module, args, kwargs)
     run = functools.partial(_original, module, args, kwargs)
     crossing = two_sequences(module, args, kwargs)
@@ -342,6 +344,7 @@ def compile_region(module: nn.Module, options: dict[str, Any]) -> None:
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state: State = getattr(self, STATE)
+        state.interceptor.given(args, kwargs)
         if state.runs_dense():
             with state.interceptor.suspended(), state.as_dense():
                 return state.region_dense(self, options)(self, args, kwargs)
@@ -351,6 +354,8 @@ def compile_region(module: nn.Module, options: dict[str, Any]) -> None:
         before, compiled = tally.sparse, state.region(self, geometry, options)
         with state.interceptor.suspended():
             out = clear_errors(compiled, self, *geometry, args, kwargs)
+        if (ran := state.interceptor.local.ran) is not None:
+            state.interceptor.redone.tell(out, ran)
         if tally.sparse > before:
             known.add(name)
         return out

@@ -112,36 +112,6 @@ def test_a_call_whose_module_is_not_known_is_an_error_where_names_count() -> Non
     assert wrap(copy.deepcopy(model), ONE, True)(video()).isfinite().all(), "one builder for all needs no names"
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("way", [False, "regional"])
-def test_a_schedule_that_moves_before_backward(way: Any, checkpointed: bool) -> None:
-    """Blocks were redone at the new sparsity: the gradients were those of no loss."""
-
-    class Checkpointed(Model):
-        def forward(self, x: Tensor) -> Tensor:
-            for block in self.blocks:
-                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
-            return x
-
-    torch.manual_seed(0)
-    schedule = fs.SparsitySchedule(start=0.0, target=0.75, step=0.75, every=1)
-    model = wrap(Checkpointed(), fs.VSA(sparsity=schedule), way)
-    for early in (False, True):
-        loss = model(video().requires_grad_()).square().sum()
-        if not early:
-            loss.backward()
-        schedule.advance()
-        if early and checkpointed:
-            with pytest.raises(
-                RuntimeError, match=r"a SparsitySchedule moved from \(0.0,\) to \(0.75,\) .*after backward"
-            ):
-                loss.backward()
-        elif early:
-            loss.backward()
-        schedule.seek(0)
-    model(video()).sum().backward()
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_outputs_may_be_written_in_place_and_are_the_models_own(way: Any) -> None:
     """Uncompiled they were views, made where nothing may be written, and a dataclass got other tensors than its own."""

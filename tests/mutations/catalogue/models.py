@@ -41,9 +41,30 @@ MODELS = (
     Mutation(
         "blocks are redone at another sparsity",
         "intercept.py",
-        "if self.local.grid is None and self.backward_values and self.backward_values != self._values():",
+        "if ran is not None and ran.values != self._values():",
         "if False:",
-        ("wrap/test_names.py", "-k", "moves_before"),
+        ("wrap/test_redone.py", "-k", "moves_before"),
+    ),
+    Mutation(
+        "what a redone block is given does not say of which forward it is",
+        "redone.py",
+        "if len(found) == 1:",
+        "if False:",
+        ("wrap/test_redone.py",),
+    ),
+    Mutation(
+        "of what two forwards were given the last one counts",
+        "redone.py",
+        "self.given[key] = None",
+        "self.given[key] = ran",
+        ("wrap/test_redone.py",),
+    ),
+    Mutation(
+        "a region does not tell which forward comes in backward",
+        "wrapped.py",
+        "if (ran := state.interceptor.local.ran) is not None:",
+        "if (ran := state.interceptor.local.ran) is None:",
+        ("wrap/test_redone.py",),
     ),
     Mutation(
         "a module that is only given heads says what is cross-attention",

@@ -1,0 +1,107 @@
+"""Of which forward a block is that backward runs again, as activation checkpointing does.
+
+A checkpoint keeps what its block was given, and gives it to the block again. So what modules are given during a forward says
+of which forward they are: the tensor's storage is alive for as long as it can be asked about, and no other tensor has it.
+Where a checkpoint gives other tensors, as it moved them to the CPU in between, or as a function computes them that is no
+module, the backward itself tells: the gradient of what a module returned comes right before what it computed is redone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from flexsparse.grids import Geometry
+
+Key = tuple[StorageWeakRef, int | torch.SymInt, torch.Size]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """A forward.
+
+    Attributes:
+        grid: its geometry.
+        values: of the schedules that hold for it.
+    """
+
+    grid: Geometry
+    values: tuple[float, ...]
+
+
+class Redone:
+    """The forwards that backward may redo parts of."""
+
+    def __init__(self) -> None:
+        self.given: dict[Key, Ran | None] = {}
+        """What modules were given, to the forward it was given in; None where that were several."""
+        self.tasks: dict[int, Ran] = {}
+        """A backward that runs, to the forward that it redoes now."""
+
+    def note(self, ran: Ran, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A module was given this during a forward."""
+        for key in _keys(args, kwargs):
+            before = self.given.setdefault(key, ran)
+            if before is not ran and before != ran:
+                self.given[key] = None  # a table of positions, or one video on two grids
+
+    def forget(self) -> None:
+        """Drop what is there no more."""
+        for key in list(self.given):
+            if key[0].expired():
+                self.given.pop(key, None)
+
+    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A module is called outside of every forward: if backward redoes it, from now on its forward is the current one."""
+        if torch._C._current_graph_task_id() == -1:
+            return
+        found = {ran for key in _keys(args, kwargs) if (ran := self.given.get(key)) is not None}
+        if len(found) == 1:
+            self.begin(found.pop())
+
+    def begin(self, ran: Ran, _: Any = None) -> None:
+        """Backward is about to redo parts of a forward. Also the hook of a tensor, whose gradient is of no interest."""
+        task = torch._C._current_graph_task_id()
+        if task not in self.tasks:
+            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._end, task))
+        self.tasks[task] = ran
+
+    def _end(self, task: int) -> None:
+        self.tasks.pop(task, None)
+
+    def tell(self, out: Any, ran: Ran) -> None:
+        """A module, or the model, returned this in a forward: where its gradient comes, parts of that forward may be redone.
+
+        By hooks, and not by a node of a class of its own: what such a node returns may not be written in place.
+        """
+        for x in torch.utils._pytree.tree_leaves(out):
+            if dataclasses.is_dataclass(x) and not isinstance(x, type):  # one that torch does not know
+                for entry in dataclasses.fields(x):
+                    self.tell(getattr(x, entry.name), ran)
+            elif isinstance(x, Tensor) and x.grad_fn is not None and torch.is_grad_enabled():
+                x.register_hook(functools.partial(self.begin, ran))
+
+    def current(self) -> Ran | None:
+        """The forward that backward redoes; None outside of backward, and where it is not known."""
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            return None
+        if (
+            task not in self.tasks
+        ):  # a reentrant checkpoint inside of another one: a backward within that of a forward above
+            above = set(self.tasks.copy().values())
+            return above.pop() if len(above) == 1 else None
+        return self.tasks[task]
+
+
+def _keys(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Key]:
+    for value in (*args, *kwargs.values()):
+        for x in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(x, Tensor) and torch._C._has_storage(x):
+                yield StorageWeakRef(x.untyped_storage()), x.storage_offset(), x.shape
