@@ -48,7 +48,7 @@ def _sources(node: Any, limit: int = 2000) -> set[Node]:
         factors = _factors(current)
         if factors is None:
             stack.extend(current.all_input_nodes)
-        for one in map(_through_views, factors or []):
+        for one in map(_of_the_same_tokens, factors or []):
             if _factors(one) is None:
                 found.add(one)
             else:
@@ -85,6 +85,39 @@ def _through_views(node: Node) -> Node:
         if not (passes and node.args and isinstance(node.args[0], Node)):
             return node
         node = node.args[0]
+
+
+NORMS = {torch.nn.functional.layer_norm, torch.layer_norm, torch.nn.functional.rms_norm, torch.rms_norm}
+SUMS = {operator.add, operator.sub, operator.iadd, operator.isub, torch.add, torch.sub, "add", "sub", "add_", "sub_"}
+SCALINGS = {operator.mul, operator.truediv, operator.imul, torch.mul, torch.div, "mul", "div", "mul_", "div_"}
+
+
+def _of_the_same_tokens(node: Node) -> Node:
+    """The tokens behind views, norms, and what scales and shifts them: a modulation, or a table of positions.
+
+    Queries and keys may have norms, or positions, of their own. A sum of two sequences is a sequence of its own.
+    """
+    while True:
+        node = _through_views(node)
+        given = [x for x in (*node.args, *node.kwargs.values()) if isinstance(x, Node)]
+        if node.target in NORMS:
+            given = given[:1]
+        elif node.target in SUMS | SCALINGS:
+            size = value_of(node).shape
+            given = [x for x in given if _is_a_sequence(x, size)]
+        else:
+            return node
+        if len(given) != 1:
+            return node
+        node = given[0]
+
+
+def _is_a_sequence(node: Node, size: torch.Size) -> bool:
+    """Whether a summand or factor has the shape of the result, and is no parameter."""
+    x = value_of(node)
+    if not isinstance(x, torch.Tensor) or isinstance(x, torch.nn.Parameter) or x.dim() != len(size):
+        return False
+    return all(statically_known_true(a == b) for a, b in zip(x.shape, size))
 
 
 def from_different_tensors(q: Any, k: Any, v: Any) -> bool:

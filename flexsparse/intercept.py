@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 import sys
 import threading
 import types
@@ -19,20 +18,17 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flexsparse.calls import Gates, sparse_call
 from flexsparse.compile_passes import multi_head
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
 from flexsparse.compiler import DENSE, Backend
+from flexsparse.crossing import ANY, CROSSES, Lengths
 from flexsparse.grids import Geometry
 from flexsparse.ops.text_lengths import key_mask_of, stays_dense
 from flexsparse.redone import Ran, Redone
-
-Lengths = tuple[int, ...]
-ANY: Lengths = (-1,)
-"""Of a module that says itself that it is cross-attention, and may split what it is given."""
 
 
 class _Local(threading.local):
@@ -325,54 +321,6 @@ def _numbered(backend: Backend, name: str, sparse: bool) -> str:
     """A module's sparse and dense calls are separate rows of the report."""
     known = {call.name: call.sparse for call in backend.calls.calls}
     return name if known.get(name, sparse) == sparse else f"{name} (2)"
-
-
-CROSSES = "its module was given two sequences of this length (cross-attention)"
-"""Why a call stays dense."""
-NO_TOKENS = re.compile(
-    r"rot(?!otyp)|rope|freq|(?<!com)pos(?!e(?!m))|cos(?!m)|sin(?!g)|temb|timestep|modulation|mask(?!ed)|bias"
-)
-"""In names of arguments that have a row for each token and are none; a pose, a prototype, something masked may be some."""
-
-
-def two_sequences(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[int] | None:
-    """Lengths of which a module was given two different token sequences, as cross-attention may be; None where it had none.
-
-    Of a module that says itself that it is cross-attention, the lengths of all that it was given: it may split one.
-    """
-    found: dict[int, tuple[str | int, torch.Size]] = {}
-    given: list[tuple[str | int, Any]] = [*enumerate(args), *kwargs.items()]
-    for name, x in given:
-        if isinstance(x, Tensor) and x.dim() == 3:
-            found.setdefault(id(x), (name, x.shape))
-    if len(found) < 2:
-        return frozenset() if found else None
-    (_, first), *others = found.values()
-    if getattr(module, "is_cross_attention", False) is True:
-        return frozenset(shape[1] for _, shape in found.values())
-    alike = [name for name, shape in others if shape[:2] == first[:2]]
-    if not any(isinstance(name, int) for name in alike):
-        names = [str(name) for name in alike]
-    else:
-        own = list(inspect.signature(type(module).forward).parameters)[1:]
-        names = [own[name] if isinstance(name, int) and name < len(own) else str(name) for name in alike]
-    tokens = [name for name in names if not NO_TOKENS.search(name)]
-    return frozenset(first[1:2]) if tokens else frozenset()
-
-
-def other_sequences(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Lengths | None:
-    """Lengths of the token sequences ``[B, n, C]`` that a module was given besides the first; None where it was given none."""
-    if getattr(module, "is_cross_attention", False) is True:
-        return ANY
-    axis = 0 if getattr(module, "batch_first", True) is False else 1  # torch's own multi-head attention
-    own = list(inspect.signature(type(module).forward).parameters)[1:]
-    given: list[tuple[str, Any]] = [(own[i] if i < len(own) else "", x) for i, x in enumerate(args)]
-    found: dict[int, int] = {}
-    for name, value in [*given, *kwargs.items()]:
-        if not NO_TOKENS.search(name):
-            each = value if isinstance(value, tuple | list) else (value,)
-            found |= {id(x): x.shape[axis] for x in each if isinstance(x, Tensor) and x.dim() == 3}
-    return tuple(found.values())[1:] if found else None
 
 
 class _Mode(TorchFunctionMode):

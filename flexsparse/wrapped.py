@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from flexsparse.compile_passes import RewriteError, marks
 from flexsparse.compiler import Backend, no_match
+from flexsparse.crossing import other_sequences, two_sequences
 from flexsparse.forwards import OWN, STATE, takes_the_arguments_of
 from flexsparse.gates import ADDED, FINE, NAME
 from flexsparse.grids import Geometry, GeometryReader
-from flexsparse.intercept import Gates, Interceptor, other_sequences, two_sequences
+from flexsparse.intercept import Gates, Interceptor
 from flexsparse.one_graph import clear_errors, one_graph
 from flexsparse.reporting import Call
 from flexsparse.tally import Ran
@@ -186,14 +187,19 @@ def _original(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 def _mark(
     args: tuple[Any, ...], kwargs: dict[str, Any], mark: Callable[..., Tensor], *values: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Send the first floating point argument through a mark; where no argument is one, the first in a list, tuple or dict."""
+    """Send the first floating point argument through a mark; where no argument is one, the first in a list, tuple or dict.
+
+    An argument that is the same tensor stays the same: torch's multi-head attention, and others, ask by ``is``.
+    """
+    given = [*enumerate(args), *kwargs.items()]
     for inside in (False, True):
-        for index, value in enumerate(args):
+        for place, value in given:
             if (new := _marked(value, inside, mark, values)) is not None:
-                return (*args[:index], new, *args[index + 1 :]), kwargs
-        for name, value in kwargs.items():
-            if (new := _marked(value, inside, mark, values)) is not None:
-                return args, {**kwargs, name: new}
+                alike = [other for other, one in given if other == place or one is value]
+                return (
+                    tuple(new if i in alike else one for i, one in enumerate(args)),
+                    {name: new if name in alike else one for name, one in kwargs.items()},
+                )
     raise ValueError("a wrapped module was called without a floating point tensor to tell its graph the grid by")
 
 
@@ -215,9 +221,12 @@ def _gates(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     linear, fine = module._modules.get(NAME), module._modules.get(FINE)
     if linear is None or ADDED not in module.__dict__ or module.__dict__[STATE].runs_dense():
         return None
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return linear(value), None if fine is None else fine(value)
+    given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+    tokens = [
+        x for x in given if x.dim() == 3 and x.shape[2] == linear.in_features
+    ]  # a timestep's embedding may come first
+    for value in tokens or given:
+        return linear(value), None if fine is None else fine(value)
     raise ValueError("a gated attention module was called without hidden states")
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from flexsparse.compile_passes import marks
+from flexsparse.crossing import NO_TOKENS
 from flexsparse.distributed.parallel import SequenceParallel
 from flexsparse.distributed.tokens import Segment, Segments, bounds, gather_tokens, own_part, parts, segments_of
 from flexsparse.forwards import Hook
-from flexsparse.intercept import NO_TOKENS
 from flexsparse.models import Joined, Leading
 
 

@@ -262,6 +262,19 @@ def mapped(linear: Any, pick: Any = lambda x: x) -> Callable[[bool], Make]:
     return of
 
 
+def normed(x: Tensor, number: int) -> Tensor:
+    """Norms of their own for queries, keys and values; the first one written out, modulated and with a table of positions."""
+    if number:
+        return plain(F.layer_norm(x, (16,), W[number, 0]), number)
+    x = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    return plain(x * (1 + W[0, :1]) + W[1, 0] + torch.arange(128.0)[:, None], number)
+
+
+def low_rank(x: Tensor, number: int) -> Tensor:
+    """Multi-head latent attention: a norm between two maps."""
+    return plain(F.rms_norm(x @ W[number].mT, (16,)), number)
+
+
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[:, :64], x[:, 64:]
 
@@ -273,6 +286,8 @@ ORIGINS: dict[str, tuple[Callable[[bool], Make], Tensor]] = {
     "condition": (turned(conditioned), CONDITION),
     "LoRA": (mapped(lambda x, number: heads(lora(x, number))), POSITIONS),
     "addmm of one bias": (mapped(added, lambda x: x[0]), POSITIONS),
+    "norms of their own": (mapped(normed), POSITIONS),
+    "low rank": (mapped(low_rank), POSITIONS),
     "halves joined": (mapped(joined, halves), POSITIONS),
 }
 
@@ -294,6 +309,11 @@ def found_crossing(make: Make, how: Tensor) -> bool:
 def test_cross_attention_is_known_by_the_sequence_of_keys_and_values(name: str, crosses: bool) -> None:
     kind, how = ORIGINS[name]
     assert found_crossing(kind(crosses), how) == crosses
+
+
+def test_a_sum_of_two_sequences_is_a_sequence_of_its_own() -> None:
+    assert found_crossing(lambda x, y, _: (plain(x, 0), plain(x + y, 1), plain(x + y, 2)), POSITIONS)
+    assert found_crossing(lambda x, y, _: (plain(x * y, 0), plain(y, 1), plain(y, 2)), POSITIONS)
 
 
 def test_keys_that_an_adapter_adds_to_are_of_the_same_tokens() -> None:

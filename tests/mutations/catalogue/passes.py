@@ -301,6 +301,20 @@ PASSES = (
         ("checking/test_check.py::test_what_is_wrong_is_found", "test_tolerance.py"),
     ),
     Mutation(
+        "norms of their own make queries and keys strangers",
+        "compile_passes/origins.py",
+        "if node.target in NORMS:",
+        "if node.target in ():",
+        ("compile_passes/test_rewrite_sdpa.py",),
+    ),
+    Mutation(
+        "a sum of two sequences is the first of them",
+        "compile_passes/origins.py",
+        "if len(given) != 1:",
+        "if not given:",
+        ("compile_passes/test_rewrite_sdpa.py",),
+    ),
+    Mutation(
         "projections by einsum are no maps of tokens",
         "compile_passes/origins.py",
         ", torch.einsum, torch.tensordot}",
