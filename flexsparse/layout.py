@@ -20,6 +20,7 @@ from torch import Tensor
 from flexsparse.given import keywords_only, to_int
 from flexsparse.tables import (
     AUTO_SLOTS,
+    MAX_SLOTS,
     MIN_SLOTS,
     TABLES,
     auto_tile,
@@ -126,13 +127,17 @@ class TileLayout:
         grid = axes_of("grid", self.grid)
         if self.tile == "auto":
             slots = to_int(self.slots)
-            if slots is None or slots < MIN_SLOTS or slots & (slots - 1):
-                raise ValueError(f"slots is {self.slots!r}: give a power of two of at least {MIN_SLOTS}")
+            if slots is None or not MIN_SLOTS <= slots <= MAX_SLOTS or slots & (slots - 1):
+                raise ValueError(f"slots is {self.slots!r}: give a power of two from {MIN_SLOTS} to {MAX_SLOTS}")
             tile = auto_tile(cast(tuple[int, int, int], tuple(int(x) for x in grid)), slots)
         elif isinstance(self.tile, str):
             raise ValueError(f"tile is {self.tile!r}: give three ints (t, h, w), or 'auto'")
         else:
             tile = axes_of("tile", self.tile)
+            if math.prod(tile) > MAX_SLOTS:
+                raise ValueError(
+                    f"tile is {tile}, {math.prod(tile)} tokens: give one of at most {MAX_SLOTS} tokens, such as (4, 4, 4)"
+                )
         object.__setattr__(self, "grid", grid)
         object.__setattr__(self, "tile", tile)
         object.__setattr__(self, "slots", slots_of(tile))

@@ -16,6 +16,8 @@ from torch import Tensor
 
 MIN_SLOTS = 16
 AUTO_SLOTS = 64
+MAX_SLOTS = 4096
+"""Of a tile; scores of a pair of tiles are its square, and kernels take up to 256."""
 
 
 def is_symbolic(*values: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
+import weakref
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -40,6 +41,8 @@ OWN_OPTIONS = (
 
 COMPILE_OPTIONS = inspect.signature(torch.compile).parameters.keys() - {"model", "backend", "disable"}
 """Of torch.compile; wrap gives the others itself."""
+_WRAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that are wrapped: compiled as a whole, their modules do not know it."""
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -106,6 +109,13 @@ def wrap(
     _check_uncompiled(model)
     if any(STATE in module.__dict__ for module in model.modules()):
         raise ValueError(f"{_wrapped_part(model)} is wrapped already: call flexsparse.unwrap(model) first")
+    for whole in list(_WRAPPED):
+        for name, module in whole.named_modules():
+            if module is model:
+                raise ValueError(
+                    f"model is {name} of a wrapped {type(whole).__name__}, which computes it: unwrap that first, or give "
+                    'it builders by name (wrap(model, {"' + name + '*": builder, "*": builder}))'
+                )
     if fine_gates and not gates:
         raise ValueError("fine_gates is True, but gates is False: give gates=True as well")
     if not isinstance(compile, bool) and compile != "regional":  # 1 == True
@@ -163,6 +173,7 @@ def wrap(
     override(model, state, "", model_forward)
     for block in blocks:
         compile_region(block, options)
+    _WRAPPED.add(model)
     return model
 
 
@@ -274,4 +285,5 @@ def unwrap(model: Model) -> Model:
         remove_hooks(module)
         if STATE in module.__dict__:
             restore(module)
+    _WRAPPED.discard(model)
     return model

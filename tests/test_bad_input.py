@@ -71,6 +71,16 @@ LAYOUTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "tile is 'best': give three ints.* or 'auto'",
     ),
+    "a tile of a million tokens": (
+        lambda: TileLayout(grid=(2, 4, 8), tile=(100, 100, 100)),
+        ValueError,
+        r"tile is \(100, 100, 100\), 1000000 tokens: give one of at most 4096",
+    ),
+    "slots of a million": (
+        lambda: TileLayout(grid=(2, 4, 8), tile="auto", slots=2**20),
+        ValueError,
+        "slots is 1048576: give a power of two from 16 to 4096",
+    ),
     "a negative text length": (
         lambda: TileLayout(grid=(2, 4, 8), text_first=-1),
         ValueError,

@@ -18,7 +18,7 @@ from flexsparse.demo.methods import count_parameters
 from flexsparse.demo.settings import Settings
 from flexsparse.demo.train import Training, pack, start_trainings, train, unpack
 from flexsparse.training.checkpoint import load_checkpoint, save_checkpoint
-from flexsparse.training.environment import check_device, describe
+from flexsparse.training.environment import check_device, check_threads, describe
 from flexsparse.training.errors import RunError
 from flexsparse.training.files import printable, write_file
 from flexsparse.training.folder import check_folder
@@ -69,8 +69,7 @@ def run_demo(
     if options.save_every < 1:
         raise RunError(f"--save-every {options.save_every} is too small: pass at least 1")
     if options.threads is not None:
-        if options.threads < 1:
-            raise RunError(f"--threads {options.threads} is too small: pass at least 1")
+        check_threads(options.threads)
         torch.set_num_threads(options.threads)
     check_device(settings.device)
     check_folder(options.folder, resume=options.resume, force=options.force)

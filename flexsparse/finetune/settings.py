@@ -5,6 +5,7 @@ Pixel sizes are given for clips that are videos; clips that are latents are used
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,6 +13,8 @@ from types import MappingProxyType
 from typing import Any
 
 import flexsparse as fs
+from flexsparse.tables import MAX_SLOTS
+from flexsparse.training.environment import check_threads
 from flexsparse.training.errors import RunError
 
 METHODS = ("vsa", "bsa")
@@ -144,6 +147,10 @@ class Settings:
             raise RunError("--export 'ema' needs a moving average: pass for example --ema 0.999 too")
         if len(self.tile) != 3 or min(self.tile) < 1:
             raise RunError(f"--tile {_listed(self.tile)!r} is no tile: pass three sizes of at least 1, such as 4,4,4")
+        if math.prod(self.tile) > MAX_SLOTS:
+            raise RunError(
+                f"--tile {_listed(self.tile)!r} has {math.prod(self.tile)} tokens: pass one of at most {MAX_SLOTS}, as 4,4,4"
+            )
         if not all(0 < level <= 1 for level in self.noise_levels) or not self.noise_levels:
             raise RunError(
                 f"--noise-levels {_listed(self.noise_levels)!r}: pass times in (0, 1], such as 0.25,0.5,0.75"
@@ -177,6 +184,7 @@ class Settings:
             f"--{flag(f.name)} is {mine[f.name]!r}, the run has {stored.get(f.name)!r}"
             for f in fields(self)
             if mine[f.name] != stored.get(f.name)
+            and not (f.name in _PLACES and _same_place(mine[f.name], stored.get(f.name)))
         ]
 
 
@@ -211,8 +219,7 @@ class Options:
         for name in ("save_every", "keep", "micro_batch"):
             if getattr(self, name) < 1:
                 raise RunError(f"--{flag(name)} {getattr(self, name)} is too small: pass at least 1")
-        if self.threads is not None and self.threads < 1:
-            raise RunError(f"--threads {self.threads} is too small: pass at least 1")
+        check_threads(self.threads)
         if self.compile not in COMPILE:
             raise RunError(f"--compile {self.compile!r} is unknown: pass {', '.join(COMPILE)}")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -222,6 +229,17 @@ class Options:
 def flag(name: str) -> str:
     """What a setting is called on the command line."""
     return _FLAGS.get(name, name.replace("_", "-"))
+
+
+_PLACES = ("model", "data", "vae", "gates_from")
+
+
+def _same_place(one: Any, other: Any) -> bool:
+    """Whether two paths are spellings of one file or folder that is there."""
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, TypeError, ValueError):
+        return False
 
 
 def _listed(values: tuple[Any, ...]) -> str:

@@ -12,6 +12,7 @@ import torch
 from flexsparse.training.errors import RunError
 
 PACKAGES = ("flexsparse", "torch", "triton", "einops", "numpy", "diffusers", "accelerate", "peft")
+MAX_THREADS = 1024
 
 
 def versions() -> dict[str, str]:
@@ -52,6 +53,17 @@ def _git(file: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return (result.stdout.strip() or None) if result.returncode == 0 else None
+
+
+def check_threads(threads: int | None) -> None:
+    """Checks a number of CPU threads, None for as many as torch takes.
+
+    Raises:
+        RunError: there cannot be so many.
+    """
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        wrong = "small: pass at least 1" if threads < 1 else f"large: pass at most {MAX_THREADS}; one a core is fastest"
+        raise RunError(f"--threads {threads} is too {wrong}")
 
 
 def check_device(device: str) -> None:

@@ -153,6 +153,7 @@ def test_folder_errors(tmp_path):
         (Options(folder=file / "below"), "cannot be made"),
         (Options(folder=tmp_path / "x", save_every=0), "--save-every 0 is too small"),
         (Options(folder=tmp_path / "x", threads=0), "--threads 0 is too small"),
+        (Options(folder=tmp_path / "x", threads=100_000), "--threads 100000 is too large: pass at most 1024"),
     ]:
         with pytest.raises(RunError, match=message):
             run_demo(_settings(), options, QUIET)

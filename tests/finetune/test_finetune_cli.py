@@ -62,6 +62,7 @@ def test_defaults_are_those_of_the_settings_and_every_setting_has_an_option():
         ("--method flash", "--method 'flash' is unknown: pass vsa or bsa"),
         ("--lr nan", "--lr nan is no finite number above 0: pass for example 0.0001"),
         ("--tile 4,4", "--tile '4,4' is no tile: pass three sizes"),
+        ("--tile 99,99,99", "--tile '99,99,99' has 970299 tokens: pass one of at most 4096"),
         ("--tile 4,4,x", "--tile '4,4,x' is not understood: pass numbers separated by commas"),
         ("--noise-levels 0", "--noise-levels '0.0': pass times in (0, 1]"),
         ("--export ema", "--export 'ema' needs a moving average: pass for example --ema 0.999"),

@@ -288,6 +288,9 @@ def test_resuming_something_else_is_refused(finished, tmp_path):
     write_video(data / "a.mp4")
     with pytest.raises(InterruptedError):
         tuned(tmp_path / "run", stop_after(2), data=str(data))
+    same = str(data.parent / "." / data.name / "..") + "/" + data.name
+    with pytest.raises(InterruptedError):
+        tuned(tmp_path / "run", stop_after(3), data=same, resume=True)
     write_video(data / "b.mp4")
     with pytest.raises(RunError, match=r"--data .* has other clips than the run began with"):
         tuned(tmp_path / "run", data=str(data), resume=True)

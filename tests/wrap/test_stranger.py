@@ -218,6 +218,18 @@ def test_wrapping_twice_and_unwrapping_nothing_are_errors(stranger: Stranger) ->
         fs.wrap(stranger, fs.VSA(top_k=2))
 
 
+def test_a_module_of_a_wrapped_model_is_not_wrapped_by_itself(stranger: Stranger) -> None:
+    """Compiled, the model is one graph, which knows nothing of it: it was accepted and had no effect."""
+    block = stranger.blocks[1]
+    fs.wrap(stranger, fs.VSA(top_k=2))
+    with pytest.raises(ValueError, match=r'model is blocks\.1 of a wrapped Stranger.*unwrap.*\{"blocks\.1\*": builder'):
+        fs.wrap(block, fs.VSA(top_k=4), grid=(4, 8, 8))
+    fs.unwrap(stranger)
+    fs.wrap(block, fs.VSA(top_k=4), grid=(4, 8, 8))
+    with pytest.raises(ValueError, match=r"^blocks\.1 \(Block\) is wrapped already"):
+        fs.wrap(stranger, fs.VSA(top_k=2))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
