@@ -63,7 +63,8 @@ class SDPACall:
         if q.shape[2] != tokens or k.shape[2] != tokens:
             return f"{_size(q.shape[2])} x {_size(k.shape[2])} tokens are not the layout's {_size(tokens)}"
         if self.attn_mask is not None and mask is None:
-            return "it has an attention mask, and not the same for every query"
+            shape = f" {tuple(map(_size, self.attn_mask.shape))}" if isinstance(self.attn_mask, torch.Tensor) else ""
+            return f"it has an attention mask{shape}, maybe not the same for every query: give one [B, 1, 1, {_size(tokens)}]"
         if mask is not None:
             if not extra:
                 return "it has an attention mask, and no text tokens that it could hide"
