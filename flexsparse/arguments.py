@@ -5,9 +5,13 @@ Shape letters: B batch, H query heads, G KV heads, S query tokens, Z KV tokens, 
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import torch
 from torch import Tensor
 
+from flexsparse.given import to_float
 from flexsparse.layout import TileLayout
 from flexsparse.selection import TileSelection
 from flexsparse.tables import is_tracing
@@ -43,6 +47,8 @@ def check_inputs(
             raise ValueError(f"{name} has batch {x.shape[0]} and q has {q.shape[0]}: give the same batch")
         if x.shape[3] != q.shape[3]:
             raise ValueError(f"{name} has head dim {x.shape[3]} and q has {q.shape[3]}: give the same head dim")
+    if q.shape[1] == 0 or q.shape[3] == 0:
+        raise ValueError(f"q has shape {tuple(q.shape)}: give at least one head, and a head dim of at least 1")
     if v.shape != k.shape:
         raise ValueError(f"v has shape {tuple(v.shape)} and k has {tuple(k.shape)}: give the same shape")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
@@ -67,6 +73,32 @@ def check_inputs(
             raise ValueError(f"{name} is on {gate_.device} and q on {q.device}: move them to one device")
     if tile_counts is not None:
         check_tile_counts(tile_counts, q.shape[0], kv_layout)
+
+
+def softmax_scale(scale: float | None, head_dim: int) -> float:
+    """The softmax scale, ``head_dim ** -0.5`` by default.
+
+    Raises:
+        TypeError: a tensor: it would have no gradient.
+        ValueError: not a positive finite number.
+    """
+    if scale is None:
+        return float(head_dim) ** -0.5
+    if isinstance(scale, Tensor):
+        raise TypeError(
+            "scale is a tensor, which would get no gradient: give a number, and multiply q by a learned scale"
+        )
+    number = to_float(scale)
+    if number is None or not 0 < number < math.inf:  # `math.isfinite` is none of Dynamo's functions of a symbolic float
+        raise ValueError(f"scale is {scale!r}: give a positive finite number, or None for head_dim ** -0.5")
+    return number
+
+
+def other_tokens(layout: TileLayout, kv_layout: TileLayout | None, tile_counts: Tensor | None) -> TileLayout | None:
+    """The layout of keys that were given one: an object of its own, as one that is the queries' stands for the same tokens."""
+    if tile_counts is not None and kv_layout is layout:
+        return dataclasses.replace(layout)
+    return kv_layout
 
 
 def check_tile_counts(tile_counts: Tensor, batch: int, kv_layout: TileLayout) -> None:

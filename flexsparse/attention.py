@@ -14,11 +14,12 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from flexsparse.arguments import check_cut_tiles, check_inputs, check_selection
-from flexsparse.backends import Case, choose, flex, gather, reference, softmax_scale, triton
+from flexsparse.arguments import check_cut_tiles, check_inputs, check_selection, other_tokens, softmax_scale
+from flexsparse.backends import Case, choose, flex, gather, reference, triton
 from flexsparse.gated import GatedCoarse, gated_coarse
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import CoarseInputs, MaskBuilder
+from flexsparse.masks.checked import planned
 from flexsparse.ops import tile_tokens
 from flexsparse.selection import TileSelection
 from flexsparse.tables import is_tracing, valid_slots
@@ -201,11 +202,11 @@ def plan(
         if raster:
             tables = video_tables(layout, kv_layout, q.device)
             found = CoarseInputs(q_tiles, k_tiles, layout, kv_layout, scale, None, same, tables)
-            return builder.plan(found, v_tiles if coarse_wanted else None)
+            return planned(builder, found, v_tiles if coarse_wanted else None)
         coarse = CoarseInputs(
             layout.video(q_tiles), kv_layout.video(k_tiles), layout, kv_layout, scale, tile_counts, same
         )
-        return builder.plan(coarse, kv_layout.video(v_tiles) if coarse_wanted else None)
+        return planned(builder, coarse, kv_layout.video(v_tiles) if coarse_wanted else None)
 
 
 def fine(
@@ -296,9 +297,11 @@ def sparse_attention(  # type: ignore[misc]
         gate: ``[B, H, S, D]`` factor of the coarse output; None is zero.
         fine_gate: ``[B, H, S, D]`` factor of the fine output; None is one.
         scale: softmax scale of both stages, ``D ** -0.5`` by default.
-        kv_layout: layout of the keys and values where they live on another grid or other tiles.
+        kv_layout: layout of the keys and values where they are other tokens than the queries': on another grid, of other
+            tiles, or of a second video.
         tile_counts: valid tokens of every KV tile, int32 ``[tiles]`` or ``[B, tiles]`` in sequence order, where they
-            differ from the layout's (padded text of different lengths); zero is allowed.
+            differ from the layout's (padded text of different lengths); zero is allowed. Without ``kv_layout`` queries are the
+            same tokens, and what lies past a count is no part of their tile's mean either.
         backend: ``auto``, ``reference``, ``gather``, ``flex`` or ``triton``.
         return_aux: also return an `AttentionAux`.
 
@@ -309,6 +312,7 @@ def sparse_attention(  # type: ignore[misc]
         ValueError: shapes, devices or parameters that disagree, or an explicit backend that cannot do the case.
         TypeError: dtypes that disagree.
     """
+    kv_layout = other_tokens(layout, kv_layout, tile_counts)
     keys = layout if kv_layout is None else kv_layout
     check_inputs(q, k, v, layout, keys, gate, fine_gate, tile_counts)
     scale = softmax_scale(scale, q.shape[-1])

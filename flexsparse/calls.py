@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexsparse.arguments import softmax_scale
 from flexsparse.attention import Tiles, fine, plan, reads_raster, tiles_of, video_tables, wants_gradients
-from flexsparse.backends import softmax_scale
 from flexsparse.grids import Geometry
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import MaskBuilder

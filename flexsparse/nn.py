@@ -18,6 +18,7 @@ from flexsparse.backends import NAMES
 from flexsparse.gates import NAME
 from flexsparse.given import to_int
 from flexsparse.layout import TileLayout
+from flexsparse.schedule import schedules_of
 
 if TYPE_CHECKING:
     from flexsparse.distributed import SequenceParallel
@@ -138,7 +139,7 @@ class VideoSelfAttention(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VideoSelfAttention:
         # an average of the weights follows the schedule of the model, as a wrapped one does
-        memo |= {id(schedule): schedule for schedule in getattr(self.builder, "schedules", tuple)()}
+        memo |= {id(schedule): schedule for schedule in schedules_of(self.builder)}
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))

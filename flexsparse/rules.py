@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from flexsparse.given import to_int
-from flexsparse.schedule import SparsitySchedule
+from flexsparse.schedule import SparsitySchedule, schedules_of
 
 
 def _parents(name: str) -> Iterator[str]:
@@ -83,7 +83,7 @@ class BuilderRules:
         """Every schedule that a builder reads, once."""
         found: dict[int, SparsitySchedule] = {}
         for builder in self.builders:
-            for schedule in getattr(builder, "schedules", tuple)():
+            for schedule in schedules_of(builder):
                 found[id(schedule)] = schedule
         return tuple(found.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,16 +66,23 @@ class SparsitySchedule:
             )
         (self.target, self.start), self.every, self.step = ratios, period, move
         self.steps_done = 0
-        self.tensor: Tensor = torch.tensor(self.start, dtype=torch.float64)
+        with torch.inference_mode(False):  # a normal tensor of the CPU, whatever a model is being built under
+            self.tensor: Tensor = torch.tensor(self.start, dtype=torch.float64, device="cpu")
         self.seek(0)
 
     @property
     def moves(self) -> int:
         """Moves from start to target. A last move may be smaller than ``step``."""
-        return math.ceil(round(abs(self.target - self.start) / self.step, 9))
+        return math.ceil(round(min(abs(self.target - self.start) / self.step, sys.maxsize), 9))
 
     def value_at(self, step: int) -> float:
-        """The ratio at a training step, counted from 0."""
+        """The ratio at a training step, counted from 0.
+
+        Raises:
+            ValueError: a step below 0.
+        """
+        if step < 0:
+            raise ValueError(f"SparsitySchedule step is {step}: give a training step of at least 0")
         done = step // self.every
         if done >= self.moves:
             return self.target
@@ -181,6 +189,12 @@ class BoundRatio:
 
 
 Ratio = float | SparsitySchedule | BoundRatio
+
+
+def schedules_of(builder: Any) -> tuple[SparsitySchedule, ...]:
+    """The schedules that a builder reads, as far as it says so by a method ``schedules``."""
+    method = getattr(builder, "schedules", None)
+    return tuple(method()) if callable(method) else ()
 
 
 def lowest(ratio: Ratio) -> float:

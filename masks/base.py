@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flexsparse.arguments import check_cut_tiles, check_tile_counts
+from flexsparse.arguments import check_cut_tiles, check_tile_counts, other_tokens, softmax_scale
 from flexsparse.given import never_changes
 from flexsparse.layout import TileLayout
+from flexsparse.masks.checked import checked_mask, planned
 from flexsparse.ops.choice import Rule, masked_softmax
 from flexsparse.ops.coarse_select import pool_tiles
 from flexsparse.ops.select_tiles import allowed_bits, select_tiles
@@ -184,7 +184,7 @@ class MaskBuilder:
             q: queries ``[B, H, S, D]`` in raster order, after QK-norm and RoPE.
             k: keys ``[B, G, S_kv, D]``, H divisible by G.
             layout: query layout.
-            kv_layout: KV layout, the query layout by default.
+            kv_layout: KV layout where keys are other tokens; the query layout by default.
             scale: softmax scale, ``D ** -0.5`` by default.
             tile_counts: valid tokens of every KV tile where they differ from the layout's, int32 ``[tiles]`` or
                 ``[B, tiles]``, in sequence order; zero is allowed.
@@ -192,7 +192,7 @@ class MaskBuilder:
         Raises:
             ValueError: shapes that disagree with the layouts, or parameters that the layout cannot meet.
         """
-        same = kv_layout is None or kv_layout is layout
+        kv_layout, same = other_tokens(layout, kv_layout, tile_counts), kv_layout is None
         kv_layout = layout if kv_layout is None else kv_layout
         self.check(layout, kv_layout)
         if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -201,8 +201,9 @@ class MaskBuilder:
             )
         if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
             raise ValueError(f"q has {q.shape[1]} heads and k has {k.shape[1]}: q's must be a multiple of k's (GQA)")
-        if scale is not None and not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale is {scale}: give a positive finite number, or None for head_dim ** -0.5")
+        if q.shape[3] == 0:
+            raise ValueError(f"q has shape {tuple(q.shape)}: give a head dim of at least 1")
+        scale = softmax_scale(scale, q.shape[3])
         if tile_counts is not None:
             check_tile_counts(tile_counts, q.shape[0], kv_layout)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # scores are of float32
@@ -214,11 +215,11 @@ class MaskBuilder:
                 kv_layout.video(k_tiles),
                 layout,
                 kv_layout,
-                q.shape[-1] ** -0.5 if scale is None else scale,
+                scale,
                 tile_counts,
                 same,
             )
-            selection = self.plan(coarse)[0]
+            selection = planned(self, coarse)[0]
             if selection.queries is not None and tile_counts is not None and same and not is_tracing():
                 check_cut_tiles(tile_counts, layout)
             return selection
@@ -271,7 +272,7 @@ class MaskBuilder:
 @functools.lru_cache(64)
 @torch.inference_mode(False)  # what is cached must serve training later
 def _cached_mask(builder: StaticBuilder, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:
-    return builder.tile_mask(layout, kv_layout, device)
+    return checked_mask(builder, layout, kv_layout, device)
 
 
 @functools.lru_cache(64)
@@ -279,7 +280,7 @@ def _cached_mask(builder: StaticBuilder, layout: TileLayout, kv_layout: TileLayo
 def _cached_bits(
     builder: StaticBuilder, layout: TileLayout, kv_layout: TileLayout, device: torch.device
 ) -> tuple[Tensor, Tensor, int]:
-    mask = builder.tile_mask(layout, kv_layout, torch.device("cpu"))
+    mask = checked_mask(builder, layout, kv_layout, torch.device("cpu"))
     counts = mask.sum(-1, dtype=torch.int32)
     bits, counts = lasting((pack_bits(mask), counts), device)
     return bits, counts, max(1, int(counts.max()))
@@ -303,7 +304,7 @@ class StaticBuilder(MaskBuilder):
     def mask(self, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:
         """`tile_mask`, cached."""
         if not self._cached(layout, kv_layout):
-            return self.tile_mask(layout, kv_layout, device)
+            return checked_mask(self, layout, kv_layout, device)
         return _cached_mask(self, layout, kv_layout, device)
 
     def plan(self, coarse: CoarseInputs, v: Tensor | None = None) -> tuple[TileSelection, Tensor | None]:

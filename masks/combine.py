@@ -12,6 +12,7 @@ from torch import Tensor
 from flexsparse.given import keywords_only, to_int
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import CoarseInputs, MaskBuilder, StaticBuilder, expand_heads
+from flexsparse.masks.checked import planned
 from flexsparse.selection import KeptQueries, TileSelection
 from flexsparse.tables import smaller
 
@@ -40,6 +41,9 @@ class StaticCombination(StaticBuilder):
     parts: tuple[MaskBuilder, ...]
     kind: Kind
 
+    def __repr__(self) -> str:
+        return f"{self.kind.capitalize()}({', '.join(map(repr, self.parts))})"
+
     def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:
         for part in self.parts:
             part.check(layout, kv_layout)
@@ -62,6 +66,9 @@ class Combination(MaskBuilder):
     parts: tuple[MaskBuilder, ...]
     kind: Kind
 
+    def __repr__(self) -> str:
+        return f"{self.kind.capitalize()}({', '.join(map(repr, self.parts))})"
+
     @property
     def has_coarse(self) -> bool:  # type: ignore[override]
         return any(part.has_coarse for part in self.parts)
@@ -74,7 +81,7 @@ class Combination(MaskBuilder):
         selections, coarse_out = [], None
         for part in self.parts:
             wants = v if part.has_coarse and coarse_out is None else None
-            selection, out = part.plan(coarse, wants)
+            selection, out = planned(part, coarse, wants)
             selections.append(selection)
             coarse_out = coarse_out if out is None else out
         keep = _join([selection.keep() for selection in selections], self.kind)
@@ -193,7 +200,7 @@ class PerHead(MaskBuilder):
                 coarse.tile_counts,
                 coarse.same,
             )
-            selection, out = builder.plan(part, None if values is None else values[:, heads])
+            selection, out = planned(builder, part, None if values is None else values[:, heads])
             if selection.queries is not None:
                 raise ValueError("PerHead has a builder that prunes queries (BSA): use it for all heads instead")
             capped.append(selection.capped)

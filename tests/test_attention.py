@@ -1,5 +1,6 @@
 """`sparse_attention` itself: what it returns, what it chooses, compiled against eager."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -42,6 +43,39 @@ def test_a_selection_in_the_builders_place_gives_the_same_output() -> None:
     for builder in (fs.VSA(top_k=2), fs.BSA(kv_density=0.4), fs.SlidingTile(window=(1, 1, 1))):
         expected = fs.sparse_attention(q, k, v, LAYOUT, builder)
         assert torch.equal(fs.sparse_attention(q, k, v, LAYOUT, builder.select(q, k, LAYOUT)), expected)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_compiled_function_may_get_any_scale(dynamic: bool | None, fresh_dynamo: None) -> None:
+    """The second one, and with symbolic sizes the first, is a symbolic float."""
+    q, k, v = torch.randn(3, 1, 2, LAYOUT.seq_len, 16)
+
+    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    def compiled(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return fs.sparse_attention(q, k, v, LAYOUT, fs.VSA(top_k=2), scale=scale)
+
+    for scale in (0.3, 0.5, 0.7):
+        expected = fs.sparse_attention(q, k, v, LAYOUT, fs.VSA(top_k=2), scale=scale)
+        torch.testing.assert_close(compiled(q, k, v, scale), expected)
+
+
+def test_keys_of_their_own_layout_are_other_tokens() -> None:
+    """A KV layout that is the queries' object made its counts those of the queries; an equal one did not."""
+    q, k, v = torch.randn(3, 1, 2, LAYOUT.seq_len, 16)
+    counts = LAYOUT.tile_counts.clone()
+    counts[1:] = torch.where(torch.arange(len(counts) - 1) % 2 == 0, 0, counts[1:])
+    how = {"tile_counts": counts, "return_aux": True}
+    one, aux = fs.sparse_attention(q, k, v, LAYOUT, fs.VSA(top_k=1), kv_layout=LAYOUT, **how)
+    two, other = fs.sparse_attention(q, k, v, LAYOUT, fs.VSA(top_k=1), kv_layout=dataclasses.replace(LAYOUT), **how)
+    assert (
+        torch.equal(aux.selection.bits, other.selection.bits) and torch.equal(one, two) and aux.density == other.density
+    )
+    chosen = fs.VSA(top_k=1).select(q, k, LAYOUT, kv_layout=LAYOUT, tile_counts=counts)
+    assert torch.equal(chosen.bits, aux.selection.bits)
+    _, own = fs.sparse_attention(q, k, v, LAYOUT, fs.VSA(top_k=1), **how)
+    hidden = counts[: LAYOUT.num_tiles] == 0
+    assert bool((own.selection.keep()[:, :, hidden].int().argmax(-1) == 0).all()), "tiles without a token score alike"
+    assert not bool((aux.selection.keep()[:, :, hidden].int().argmax(-1) == 0).all())
 
 
 @pytest.mark.parametrize("scale", (0.1, 1.0))

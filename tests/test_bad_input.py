@@ -187,6 +187,29 @@ TENSORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "scale is inf: give a positive finite number",
     ),
     "zero scale": (lambda: attend(scale=0.0), ValueError, r"scale is 0\.0: give a positive finite number"),
+    "a learned scale": (
+        lambda: attend(scale=torch.nn.Parameter(torch.tensor(0.5))),
+        TypeError,
+        "scale is a tensor, which would get no gradient: give a number, and multiply q by a learned scale",
+    ),
+    "a scale in words": (lambda: attend(scale="0.5"), ValueError, r"scale is '0\.5': give a positive finite number"),
+    "a scale that is true": (lambda: attend(scale=True), ValueError, "scale is True: give a positive finite number"),
+    "a complex scale": (lambda: attend(scale=1j), ValueError, "scale is 1j: give a positive finite number"),
+    "heads without channels": (
+        lambda: attend(q=x()[..., :0], k=x()[..., :0], v=x()[..., :0]),
+        ValueError,
+        r"q has shape \(2, 2, 64, 0\): give at least one head, and a head dim of at least 1",
+    ),
+    "heads without channels, selecting": (
+        lambda: fs.VSA(top_k=1).select(x()[..., :0], x()[..., :0], LAYOUT),
+        ValueError,
+        r"q has shape \(2, 2, 64, 0\): give a head dim",
+    ),
+    "no query heads": (
+        lambda: attend(q=x()[:, :0]),
+        ValueError,
+        r"q has shape \(2, 0, 64, 8\): give at least one head",
+    ),
     "NaN scale, selecting": (
         lambda: fs.VSA(top_k=1).select(x(), x(), LAYOUT, scale=NAN),
         ValueError,

@@ -88,6 +88,7 @@ WRONG: list[tuple[Callable[[SparsitySchedule], Any], str]] = [
     (lambda s: s.advance(0.5), r"steps is 0\.5 at step 3: give how many training steps, an int"),  # type: ignore[arg-type]
     (lambda s: s.advance(-4), "steps is -4 at step 3: give .* cannot go below step 0"),
     (lambda s: s.seek(0.5), r"step is 0\.5: give a training step, an int of at least 0"),  # type: ignore[arg-type]
+    (lambda s: s.value_at(-100), "step is -100: give a training step of at least 0"),
     (lambda s: s.seek("a"), "step is 'a': give a training step"),  # type: ignore[arg-type]
     (lambda s: SparsitySchedule(target=0.5, step="a"), "step is 'a': give how much the ratio moves"),  # type: ignore[arg-type]
     (lambda s: SparsitySchedule(target="a"), r"target is 'a': give a ratio in \[0, 1\]"),  # type: ignore[arg-type]
@@ -102,6 +103,18 @@ def test_what_is_no_step_or_no_state_is_refused(call: Callable[[SparsitySchedule
     with pytest.raises((TypeError, ValueError), match=f"SparsitySchedule .*{message}"):
         call(schedule)
     assert schedule.steps_done == 3
+
+
+@pytest.mark.parametrize("under", [torch.device("meta"), torch.inference_mode()], ids=["meta", "inference mode"])
+def test_a_schedule_may_be_made_wherever_a_model_is(under: Any) -> None:
+    """Its tensor was on the meta device, and a selection made with whatever memory held."""
+    with under:
+        schedule = SparsitySchedule(target=0.9, start=0.5, step=0.1, every=1)
+    assert schedule.tensor.device.type == "cpu" and not schedule.tensor.is_inference() and schedule.tensor.item() == 0.5
+    q, k = torch.randn(2, 1, 1, 64, 8)
+    layout = fs.TileLayout(grid=(2, 4, 8), tile=(2, 2, 2))
+    assert fs.VSA(sparsity=schedule).select(q, k, layout).counts.unique().tolist() == [4]
+    assert schedule.advance() == pytest.approx(0.6) == schedule.tensor.item()
 
 
 def test_vsa_reads_its_schedule() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flexsparse.backends import softmax_scale
+from flexsparse.arguments import softmax_scale
 from flexsparse.calls import with_text_counts
 from flexsparse.compile_passes.sdpa_call import SDPACall
 from flexsparse.intercept import key_mask

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -89,16 +88,3 @@ def choose(backend: str, case: Case, templates: bool = True, argument: str = "ba
     if lacking is not None:
         return "gather", lacking.partition(";")[0]
     return "flex", "compiled, without gradients" if case.device == "cpu" else "on CUDA"
-
-
-def softmax_scale(scale: float | None, head_dim: int) -> float:
-    """The softmax scale, ``head_dim ** -0.5`` by default.
-
-    Raises:
-        ValueError: not a positive finite number.
-    """
-    if scale is None:
-        return float(head_dim) ** -0.5
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale is {scale}: give a positive finite number, or None for head_dim ** -0.5")
-    return float(scale)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 
+from models.entry import kind_of
 from models.zoo import NOT_CALLED, TEXT, ZOO
 
 import flexsparse as fs
@@ -156,8 +157,6 @@ COSMOS_25 = COSMOS | {
 )
 def test_a_model_is_called_as_in_fine_tuning(name: str, others: dict, size: tuple) -> None:
     """Which the tests of fine-tuning compare with its pipeline: times, positions, layouts, masks."""
-    import diffusers
-
     pytest.importorskip("accelerate")
     from finetune.pipelines import Recorder
 
@@ -165,7 +164,7 @@ def test_a_model_is_called_as_in_fine_tuning(name: str, others: dict, size: tupl
     from flexsparse.finetune.inputs import Batch
 
     kind, config = ZOO[name].make
-    model = getattr(diffusers, kind)(**{**config, **others})
+    model = kind_of(kind)(**{**config, **others})
     latents = torch.randn(1, channels_of(model), *size)
     ours = model_inputs(model, latents, 0.75, 6)
     recorder = Recorder(model)

@@ -7,11 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 TEXT = 12
 Size = tuple[int, int, int]
+
+
+def kind_of(name: str) -> Any:
+    """A class of diffusers; skips a test where the oldest diffusers that is supported has none."""
+    import diffusers
+
+    if not hasattr(diffusers, name) and diffusers.__version__.startswith("0.41."):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    return getattr(diffusers, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +57,8 @@ class Entry:
         """A fresh one; its parameters are random, those that start at zero too."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import diffusers
-
             torch.manual_seed(0)
-            model = getattr(diffusers, self.make[0])(**self.make[1])
+            model = kind_of(self.make[0])(**self.make[1])
         with torch.no_grad():
             for parameter in model.parameters():
                 if not parameter.any():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import flexsparse as fs
 from flexsparse.compile_passes import RewriteError
 
-from .entry import Size, random
+from .entry import Size, kind_of, random
 from .zoo import ZOO
 
 GRID = (4, 8, 8)
@@ -27,10 +27,8 @@ def made(kind: str, **config: Any) -> nn.Module:
     """A model of diffusers, random."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import diffusers
-
         torch.manual_seed(0)
-        return getattr(diffusers, kind)(**config).eval()
+        return kind_of(kind)(**config).eval()
 
 
 def minimax() -> nn.Module:

@@ -4,7 +4,31 @@ from tests.mutations.catalogue.mutation import Mutation
 
 EMPTY = ("backends/test_empty_rows.py",)
 
+OWN = ("masks/test_own_builders.py",)
+
 ATTENTION = (
+    Mutation(
+        "what plan returns is not held to the call",
+        "masks/checked.py",
+        "check_selection(selection,",
+        "str((selection,",
+        OWN,
+    ),
+    Mutation("a mask may have any shape", "masks/checked.py", " or tuple(mask.shape) != sizes", "", OWN),
+    Mutation(
+        "a gate without a coarse output is left out",
+        "masks/checked.py",
+        "if v is not None and builder.has_coarse and",
+        "if v is None and builder.has_coarse and",
+        OWN,
+    ),
+    Mutation(
+        "a layout that was given is the queries' tokens",
+        "arguments.py",
+        "return dataclasses.replace(layout)",
+        "return kv_layout",
+        ("test_attention.py",),
+    ),
     Mutation(
         "the oracle reads past a count",
         "backends/reference.py",
