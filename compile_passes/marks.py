@@ -15,7 +15,7 @@ from torch import Tensor
 def _not_rewritten() -> RuntimeError:
     return RuntimeError(
         "this model is wrapped by flexsparse, but was compiled by another backend, which would leave its attention dense: "
-        "let wrap(model, ..., compile=True) or compile='regional' compile it, or pass torch.compile(..., "
+        "let wrap(model, ..., compile=True) or compile='regional' compile it, or unwrap it and pass torch.compile(..., "
         "backend=flexsparse.backend(...)). After too many recompilations torch also runs uncompiled: see "
         "torch._dynamo.config.recompile_limit"
     )

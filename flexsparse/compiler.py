@@ -301,6 +301,12 @@ class Backend:
             )
 
     def _verify(self, rewrite: RewriteSDPA, met: Report, is_region: bool) -> None:
+        if rewrite.marked and not self.wrapped:
+            raise RewriteError(
+                "this model is wrapped by flexsparse, and was compiled by a flexsparse.backend(...), whose builders would "
+                "take the place of its own: let wrap(model, ..., compile=True) or compile='regional' compile it, or unwrap it "
+                "and give that backend its builder"
+            )
         if self.expect is not None:
             if rewrite.matches != self.expect:
                 raise RewriteError(
@@ -389,7 +395,7 @@ def backend(
     Args:
         builder: a mask builder, or a dict of name patterns to builders (None: dense); the first that matches holds.
         tile: tokens of one tile along (t, h, w), or ``"auto"``.
-        grid: the latent token grid (T, H, W). A graph of a wrapped model says its own, any other needs this.
+        grid: the latent token grid (T, H, W).
         expect: how many sparse calls every graph (uncompiled: every forward) must have; None for at least one.
         options: ``text_first``, ``text_last`` (extra tokens in every call), ``query_tile`` (queries in other tiles than keys:
             BSA's (4, 4, 8), of which half are kept, fill 64 rows), ``min_tokens`` (shorter calls stay dense; all of a wrapped

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from flexsparse.gates import FINE, NAME, gate_modules
+from flexsparse.rules import plain_name
 
 FORMAT = "flexsparse-gates"
 
@@ -125,19 +127,38 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return found, metadata
 
 
-def _assign(
-    gates: list[tuple[str, str, nn.Linear]], found: dict[str, Tensor], path: Path
-) -> Iterator[tuple[Tensor, str, str | None]]:
+def _assign(model: nn.Module, found: dict[str, Tensor], path: Path) -> Iterator[tuple[Tensor, str, str | None]]:
     """(parameter, its name, the key that fits it or None), shapes checked."""
+    gates = list(gate_modules(model))
+    prefix = _prefix(model, [own for pair in gates for own in _keys_of(*pair[:2])], found)
     for name, own, gate in gates:
         for kind, parameter in gate.named_parameters():
-            options = [f"{holder}.{own}.{kind}".lstrip(".") for holder in (name, _fastvideo_name(name))]
-            key = next((k for o in options for k in found if k == o or k.endswith("." + o)), None)
+            options = [f"{prefix}{key}.{kind}" for key in _keys_of(name, own)]
+            key = next((key for key in options if key in found), None)
             if key is not None and found[key].shape != parameter.shape:
                 raise ValueError(
                     f"{key} in {path} is {tuple(found[key].shape)}, the model's gate {tuple(parameter.shape)}"
                 )
-            yield parameter, options[0], key
+            yield parameter, options[0].removeprefix(prefix), key
+
+
+def _keys_of(name: str, own: str) -> list[str]:
+    """What a gate may be called, ours first."""
+    return [f"{holder}.{own}".lstrip(".") for holder in (name, _fastvideo_name(name))]
+
+
+def _prefix(model: nn.Module, names: list[str], found: dict[str, Tensor]) -> str:
+    """What stands before every name in a file (``module.``, ``model.diffusion_model.``): that with which most of them fit.
+
+    A name that is one of the model's own modules has none: it is that module's gate and no other's.
+    """
+    modules = {plain_name(name) for name, _ in model.named_modules()}
+    fits: Counter[str] = Counter()
+    for key in found:
+        gate = key.rpartition(".")[0]
+        prefixes = {gate[: len(gate) - len(name)] for name in names if f".{gate}".endswith(f".{name}")}
+        fits.update({""} & prefixes if gate.rpartition(".")[0] in modules else prefixes)
+    return max(fits, key=lambda prefix: (fits[prefix], not prefix), default="")
 
 
 def load_gates(model: nn.Module, path: str | Path, strict: bool = True) -> list[str]:
@@ -161,7 +182,7 @@ def load_gates(model: nn.Module, path: str | Path, strict: bool = True) -> list[
             f"path is {path}: there is no such file; give a safetensors file with gates, or a folder of them"
         )
     found, metadata = _read(path)
-    fits = list(_assign(list(gate_modules(model)), found, path))
+    fits = list(_assign(model, found, path))
     used = [key for _, _, key in fits if key is not None]
     missing = [name for _, name, key in fits if key is None]
     extra = sorted(set(found) - set(used))

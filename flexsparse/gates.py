@@ -6,12 +6,15 @@ wrapped pretrained model begins as pure fine attention.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FlatParameter
+from torch.nn.parallel import DistributedDataParallel
+
+from flexsparse.rules import SHELLS, matches, plain_name
 
 NAME = "to_gate_compress"
 FINE = "to_gate_fine"
@@ -60,7 +63,7 @@ class Gate(nn.Linear):
 
 def _linear(module: nn.Module, names: Sequence[str]) -> nn.Linear | None:
     for name in names:
-        child = getattr(module, name, None)
+        child = module._modules.get(name)  # not by getattr, which shells around a module hand on to it
         child = getattr(child, "base_layer", child)  # peft wraps linear layers
         if isinstance(child, nn.Linear):
             return child
@@ -113,7 +116,11 @@ def gate_dtype(model: nn.Module, module: nn.Module, projection: nn.Module) -> to
 
 def gate_names(model: nn.Module, which: bool | Sequence[str]) -> list[str]:
     """Names of the attention modules that `add_gates` would add a gate to; raises as it does."""
-    named = [(name, module) for name, module in model.named_modules() if name]
+    named = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name and not any(shell in module._modules for shell in SHELLS)  # the module inside has the projections
+    ]
     if which is True:
         chosen = [name for name, module in named if gate_sizes(module) is not None]
         if not chosen:
@@ -128,9 +135,9 @@ def gate_names(model: nn.Module, which: bool | Sequence[str]) -> list[str]:
         raise TypeError(f"gates is {which!r}: give True, or name patterns of attention modules ('blocks.*.attn1')")
     patterns = list(which)
     for pattern in patterns:
-        if not any(fnmatch.fnmatch(name, pattern) for name, _ in named):
+        if not any(matches(name, pattern) for name, _ in named):
             raise ValueError(f"gates has {pattern!r}, which matches no module of {type(model).__name__}")
-    return [name for name, _ in named if any(fnmatch.fnmatch(name, p) for p in patterns)]
+    return [name for name, _ in named if any(matches(name, p) for p in patterns)]
 
 
 def add_gates(model: nn.Module, which: bool | Sequence[str], fine: bool = False) -> list[str]:
@@ -177,12 +184,13 @@ def add_gates(model: nn.Module, which: bool | Sequence[str], fine: bool = False)
 
 
 def gate_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Linear]]:
-    """Every gate of a model: the name of its attention module, its own, and itself.
+    """Every gate of a model: the name of its attention module (`plain_name`), its own, and itself.
 
     Raises:
         ValueError: something else has taken the place of a gate of ours (an adapter).
     """
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
+        name = plain_name(path)
         for kind in (NAME, FINE):
             gate = _trained(module._modules.get(kind))
             if isinstance(gate, nn.Linear):
@@ -201,6 +209,30 @@ def _trained(gate: Any) -> Any:
         return gate
     active = [name for name in gate.active_adapters if name in copies]
     return copies[active[0]] if len(active) == 1 and not gate.disable_adapters else gate.original_module
+
+
+def check_synchronised(model: nn.Module) -> int | None:
+    """The DistributedDataParallel whose forward runs, if one does, by its id; it averages the gradients of every gate.
+
+    Raises:
+        RuntimeError: it was made before `wrap`, and knows nothing of the gates.
+    """
+    shell = DistributedDataParallel._active_ddp_module
+    if shell is None:
+        return None
+    known = {id(parameter) for parameter in shell._module_parameters}
+    for name, kind, gate in gate_modules(model):
+        if any(parameter.requires_grad and id(parameter) not in known for parameter in gate.parameters()):
+            raise RuntimeError(
+                f"the gate {name}.{kind} is no parameter of the DistributedDataParallel around the model, and every rank would "
+                "train one of its own: wrap the model before DistributedDataParallel"
+            )
+    return id(shell)
+
+
+def is_flat(model: nn.Module) -> bool:
+    """Whether FSDP1 (`FullyShardedDataParallel`) holds the model's weights in flat tensors of its own."""
+    return any(isinstance(p, FlatParameter) or getattr(p, "_fsdp_flattened", False) for p in model.parameters())
 
 
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -214,7 +214,7 @@ def _from_input(model: nn.Module, names: list[str], about: Known) -> GridFunctio
     if not names and patch is not None:
         raise ValueError(
             f"grid is None, and {kind}.forward names no argument to read it from: wrap the model inside of it "
-            "(get_base_model() of peft's, .module of DistributedDataParallel's), or give grid=(T, H, W)"
+            "(get_base_model() of peft's), before DistributedDataParallel goes around it, or give grid=(T, H, W)"
         )
     if patch is None or not names:
         raise ValueError(

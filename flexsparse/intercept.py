@@ -28,7 +28,7 @@ from flexsparse.compiler import DENSE, Backend
 from flexsparse.crossing import ANY, CROSSES, Lengths
 from flexsparse.grids import Geometry
 from flexsparse.ops.text_lengths import key_mask_of, stays_dense
-from flexsparse.redone import Ran, Redone
+from flexsparse.redone import Forward, Redone
 
 
 class _Local(threading.local):
@@ -41,7 +41,7 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.grid: Geometry | None = None
-        self.ran: Ran | None = None
+        self.ran: Forward | None = None
         self.depth = 0
         self.names: list[str] = []
         self.crossing: list[frozenset[int] | None] = []
@@ -76,13 +76,8 @@ class Interceptor:
         """
         grid = self.known_grid()
         if grid is not None:
-            ran = None if self.local.grid is not None else self.redone.current()
-            if ran is not None and ran.values != self._values():
-                raise RuntimeError(
-                    f"a SparsitySchedule moved from {ran.values} to {self._values()} between a forward and its "
-                    "backward, which redoes checkpointed blocks: their gradients would be those of another sparsity; call "
-                    "schedule.advance() after backward"
-                )
+            if self.local.grid is None:
+                self.check_values(self.redone.current())
             return grid
         raise RuntimeError(
             "a part of a wrapped model runs outside of the model's forward, where the grid is not known: call the whole "
@@ -90,7 +85,17 @@ class Interceptor:
             "the checkpoint be one of a module, or the loss depend on what the model returns"
         )
 
-    def _values(self) -> tuple[float, ...]:
+    def check_values(self, ran: Forward | None) -> None:
+        """Raise where a schedule has moved on since a forward that backward redoes."""
+        if ran is not None and ran.values != self.values():
+            raise RuntimeError(
+                f"a SparsitySchedule moved from {ran.values} to {self.values()} between a forward and its backward, which "
+                "redoes what is checkpointed: its gradients would be those of another sparsity; call schedule.advance() after "
+                "backward"
+            )
+
+    def values(self) -> tuple[float, ...]:
+        """The schedules' values now."""
         return tuple(schedule.value for schedule in self.backend.rules.schedules)
 
     def known_grid(self) -> Geometry | None:
@@ -109,12 +114,12 @@ class Interceptor:
             self.redone.find(args, kwargs)
 
     @contextmanager
-    def forward(self, grid: Geometry) -> Iterator[Ran | None]:
+    def forward(self, grid: Geometry) -> Iterator[Forward | None]:
         """The model's forward on a grid; yields it, where it has a backward."""
         local = self.local
         before = local.grid, local.ran, local.cut
         self.redone.forget()
-        ran = Ran(grid, self._values()) if torch.is_grad_enabled() else None
+        ran = Forward(grid, self.values()) if torch.is_grad_enabled() else None
         local.grid, local.ran, local.cut = grid, ran, False
         try:
             with self.active():
@@ -167,7 +172,8 @@ class Interceptor:
         """
         local = self.local
         gradients = torch.is_grad_enabled()  # noqa: F841  # read by `_redone_without_us`: a reentrant checkpoint switches them off inside
-        grid = self.current_grid()
+        # outside of a forward that is known, as of a module that another model has too, only attention needs its grid
+        grid = None if gate is None and self.known_grid() is None else self.current_grid()
         before = local.grid, local.ran
         if local.grid is None:
             local.ran = self.redone.current()

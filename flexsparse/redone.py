@@ -23,7 +23,7 @@ Key = tuple[StorageWeakRef, int | torch.SymInt, torch.Size]
 
 
 @dataclasses.dataclass(frozen=True)
-class Ran:
+class Forward:
     """A forward.
 
     Attributes:
@@ -39,23 +39,37 @@ class Redone:
     """The forwards that backward may redo parts of."""
 
     def __init__(self) -> None:
-        self.given: dict[Key, Ran | None] = {}
+        self.given: dict[Key, Forward | None] = {}
         """What modules were given, to the forward it was given in; None where that were several."""
-        self.tasks: dict[int, Ran] = {}
+        self.models: dict[Key, Forward] = {}
+        """What the model was called with last, to that forward."""
+        self.tasks: dict[int, Forward] = {}
         """A backward that runs, to the forward that it redoes now."""
 
-    def note(self, ran: Ran, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def note(self, ran: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A module was given this during a forward."""
         for key in _keys(args, kwargs):
             before = self.given.setdefault(key, ran)
             if before is not ran and before != ran:
                 self.given[key] = None  # a table of positions, or one video on two grids
 
+    def note_whole(self, ran: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The model was called with this; what it gets in a backward is what it got in the forward that is redone."""
+        self.models |= dict.fromkeys(_keys(args, kwargs), ran)
+
+    def find_whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Forward | None:
+        """The forward that a call of the model repeats, where backward redoes the whole of it; None where that is not known."""
+        found = {ran for key in _keys(args, kwargs) if (ran := self.models.get(key)) is not None}
+        return found.pop() if len(found) == 1 else None
+
     def forget(self) -> None:
         """Drop what is there no more."""
         for key in list(self.given):
             if key[0].expired():
                 self.given.pop(key, None)
+        for key in list(self.models):
+            if key[0].expired():
+                self.models.pop(key, None)
 
     def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A module is called outside of every forward: if backward redoes it, from now on its forward is the current one."""
@@ -65,7 +79,7 @@ class Redone:
         if len(found) == 1:
             self.begin(found.pop())
 
-    def begin(self, ran: Ran, _: Any = None) -> None:
+    def begin(self, ran: Forward, _: Any = None) -> None:
         """Backward is about to redo parts of a forward. Also the hook of a tensor, whose gradient is of no interest."""
         task = torch._C._current_graph_task_id()
         if task not in self.tasks:
@@ -75,7 +89,7 @@ class Redone:
     def _end(self, task: int) -> None:
         self.tasks.pop(task, None)
 
-    def tell(self, out: Any, ran: Ran) -> None:
+    def tell(self, out: Any, ran: Forward) -> None:
         """A module, or the model, returned this in a forward: where its gradient comes, parts of that forward may be redone.
 
         By hooks, and not by a node of a class of its own: what such a node returns may not be written in place.
@@ -87,7 +101,7 @@ class Redone:
             elif isinstance(x, Tensor) and x.grad_fn is not None and torch.is_grad_enabled():
                 x.register_hook(functools.partial(self.begin, ran))
 
-    def current(self) -> Ran | None:
+    def current(self) -> Forward | None:
         """The forward that backward redoes; None outside of backward, and where it is not known."""
         task = torch._C._current_graph_task_id()
         if task == -1:

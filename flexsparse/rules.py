@@ -12,6 +12,19 @@ from torch import nn
 from flexsparse.given import to_int
 from flexsparse.schedule import SparsitySchedule, schedules_of
 
+SHELLS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
+"""What `checkpoint_wrapper`, FSDP1 and `torch.compile` call the module inside."""
+
+
+def plain_name(path: str) -> str:
+    """A module's name without what torch's shells around modules add, as a state dict of theirs has it."""
+    return ".".join(part for part in path.split(".") if part not in SHELLS)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern is one of a module's name, or of its `plain_name`."""
+    return any(fnmatch.fnmatchcase(each, pattern) for each in {name, plain_name(name)})
+
 
 def _parents(name: str) -> Iterator[str]:
     """A module's path and those of the modules that it is in."""
@@ -74,7 +87,7 @@ class BuilderRules:
     def index(self, name: str) -> int | None:
         """Which of `builders` an attention takes; None for dense attention."""
         for pattern, value in self.rules:
-            if any(fnmatch.fnmatchcase(parent, pattern) for parent in _parents(name)):
+            if any(matches(parent, pattern) for parent in _parents(name)):
                 return None if value is None else next(i for i, b in enumerate(self.builders) if b is value)
         return None
 
@@ -91,7 +104,7 @@ class BuilderRules:
         """Raise a `ValueError` where a pattern matches no module of the model."""
         names = [name for name, _ in model.named_modules() if name]
         for pattern, _ in self.rules:
-            if pattern != "*" and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            if pattern != "*" and not any(matches(name, pattern) for name in names):
                 raise ValueError(
                     f"the pattern {pattern!r} matches no module of {type(model).__name__}: give names as in "
                     f"model.named_modules(), such as {next((n for n in names if 'attn' in n), names[:1])!r}"

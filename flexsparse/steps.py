@@ -21,7 +21,9 @@ class DenseSteps:
 
     The models are dense from the moment this is made, and again after the last step, for the next run. A dense step of a
     compiled model runs a compiled form of the model as it was, which its first dense step compiles. A run that ended early
-    (interrupted, or an error) leaves the models where they were: call `reset` before the next one.
+    (interrupted, or an error) leaves the models where they were: call `reset` before the next one. To train after a
+    validation, call `remove`, or let ``with fs.DenseSteps(...) as dense_steps:`` do so: a dense step that has gradients is an
+    error.
 
     Args:
         models: one or several wrapped models (Wan 2.2 has two).
@@ -47,6 +49,17 @@ class DenseSteps:
         self.states = [state_of(model) for model in ([models] if isinstance(models, nn.Module) else models)]
         self.fraction, self.steps = share, steps
         self.reset()
+
+    def __enter__(self) -> DenseSteps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Leave the models alone, sparse from now on."""
+        self._set(False)
+        self.states = []
 
     def dense_until(self, steps: int) -> int:
         """How many of so many steps are dense."""

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from flexsparse.compiler import Backend
 from flexsparse.forwards import STATE, hidden_by, override, remove_hooks, restore
 from flexsparse.gate_files import warn_of_dropped_gates
-from flexsparse.gates import ADDED, Gate, add_gates, gate_names
+from flexsparse.gates import ADDED, Gate, add_gates, gate_names, is_flat
 from flexsparse.grids import FixedGrid, GridFunction, geometry_reader
 from flexsparse.models import known
 from flexsparse.reporting import Report
@@ -108,7 +108,7 @@ def wrap(
         raise ValueError(f"{type(model).__name__} cannot be made sparse: it {known(model).refused}")
     _check_uncompiled(model)
     if any(STATE in module.__dict__ for module in model.modules()):
-        raise ValueError(f"{_wrapped_part(model)} is wrapped already: call flexsparse.unwrap(model) first")
+        raise ValueError(_wrapped_already(model))
     for whole in list(_WRAPPED):
         for name, module in whole.named_modules():
             if module is model:
@@ -151,9 +151,10 @@ def wrap(
         except ValueError:
             state.own = None  # the input does not say its grid; the given one is all there is
     warn_of_dropped_gates(model)
-    if gates and any(isinstance(module, FSDPModule) for module in model.modules()):
+    if gates and (is_flat(model) or any(isinstance(module, FSDPModule) for module in model.modules())):
         raise ValueError(
-            "gates are on, but the model is sharded by FSDP already, which would not see them: wrap it before fully_shard"
+            "gates are on, but the model is sharded by FSDP already, which would not see them: wrap it before fully_shard (or "
+            "FullyShardedDataParallel)"
         )
     if gates and any("_hf_hook" in x.__dict__ and any(p.is_meta for p in x.parameters()) for x in model.modules()):
         raise ValueError(
@@ -193,10 +194,17 @@ def _check_uncompiled(model: nn.Module) -> None:
             )
 
 
-def _wrapped_part(model: nn.Module) -> str:
-    """What an error calls the part of a model that is wrapped: its class, and where it is not the model its name."""
+def _wrapped_already(model: nn.Module) -> str:
+    """What to do where the model, or a module of it, is part of a wrapped model."""
     name, module = next((name, module) for name, module in model.named_modules() if STATE in module.__dict__)
-    return f"{name} ({type(module).__name__})" if name else type(module).__name__
+    what = f"{name} ({type(module).__name__})" if name else type(module).__name__
+    elsewhere = module.__dict__["_flexsparse_name"]
+    if name and elsewhere:
+        return (
+            f"{what} is {elsewhere} of a wrapped model, too: use compile=True for both, which leaves what they share alone, or "
+            "give one of them a copy of it (copy.deepcopy before wrap)"
+        )
+    return f"{what} is wrapped already: call flexsparse.unwrap(model) first"
 
 
 def _check_hooks(model: nn.Module, compile: bool | str, blocks: Sequence[nn.Module]) -> None:

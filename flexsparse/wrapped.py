@@ -16,15 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from flexsparse.compile_passes import RewriteError, marks
 from flexsparse.compiler import Backend, no_match
 from flexsparse.crossing import other_sequences, two_sequences
 from flexsparse.forwards import OWN, STATE, takes_the_arguments_of
-from flexsparse.gates import ADDED, FINE, NAME
+from flexsparse.gates import ADDED, FINE, NAME, check_synchronised
 from flexsparse.grids import Geometry, GeometryReader
 from flexsparse.intercept import Gates, Interceptor
 from flexsparse.one_graph import clear_errors, one_graph
+from flexsparse.redone import Forward
 from flexsparse.reporting import Call
 from flexsparse.tally import Ran
 
@@ -34,6 +36,7 @@ class State:
 
     Attributes:
         dense: whether the model runs as it did before it was wrapped, for the time being (`flexsparse.DenseSteps`).
+        shell: the DistributedDataParallel that is known to have the gates, by its id.
         tokens: video tokens of the forward that is being compiled, for a sequence parallel model.
         ends: what such a model does to its own arguments and to what it returns (`distributed.cuts.Ends`).
     """
@@ -42,6 +45,7 @@ class State:
         self.backend, self.reader, self.compile, self.options = backend, reader, compile, options
         self.own: GeometryReader | None = None
         self.dense = False
+        self.shell: int | None = None
         self.tokens = 0
         self.ends: Any = None
         self.interceptor = Interceptor(backend, reader.fixed)
@@ -278,8 +282,20 @@ def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             "flexsparse cannot see it, dense: call flexsparse.distributed.ulysses(model) after wrap, which takes it over"
         )
     if state.dense:
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
+            raise RuntimeError(
+                f"fs.DenseSteps lets {type(module).__name__} run dense, but this forward has gradients: call its remove() "
+                "before training goes on, or sample under torch.no_grad()"
+            )
         return (state.whole_dense() if state.compile is True else _original)(module, args, kwargs)
     geometry = state.geometry_of(module, args, kwargs)
+    _check_schedules(state, geometry, args, kwargs)
+    if (
+        state.backend.gates
+        and torch.is_grad_enabled()
+        and id(DistributedDataParallel._active_ddp_module) != state.shell
+    ):
+        state.shell = check_synchronised(module)
     if state.too_short(geometry) and state.compile is not False:
         state.backend.calls.record(_whole_row(state, geometry))
         if state.compile is True:
@@ -296,6 +312,18 @@ def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if not state.too_short(geometry):
         _check_sparse(state, module, geometry, state.backend.tally.since(before))
     return out
+
+
+def _check_schedules(state: State, geometry: Geometry, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise where backward redoes the whole model, and a schedule has moved on since."""
+    if not state.backend.rules.schedules:
+        return
+    interceptor = state.interceptor
+    if torch._C._current_graph_task_id() == -1:
+        interceptor.redone.forget()
+        interceptor.redone.note_whole(Forward(geometry, interceptor.values()), args, kwargs)
+    else:
+        interceptor.check_values(interceptor.redone.find_whole(args, kwargs))
 
 
 def _whole_row(state: State, geometry: Geometry) -> Call:

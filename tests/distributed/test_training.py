@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from distributed import training
@@ -44,9 +46,20 @@ def test_checkpointing(two: Processes, compile: bool | str) -> None:
     two.run(training.same_training, "fsdp", compile, True)
 
 
-def test_gates_after_sharding(two: Processes) -> None:
-    for message in two.run(training.said, "gates_after_sharding"):
-        assert "wrap it before fully_shard" in message
+@pytest.mark.parametrize(
+    ("what", "remedy"),
+    [
+        ("gates_after_sharding", "wrap it before fully_shard"),
+        ("gates_after_fsdp1", "wrap it before fully_shard (or FullyShardedDataParallel)"),
+        (
+            "gates_after_ddp",
+            "to_gate_compress is no parameter of the DistributedDataParallel .*: wrap the model before",
+        ),
+    ],
+)
+def test_gates_that_ranks_would_train_alone(two: Processes, what: str, remedy: str) -> None:
+    for message in two.run(training.said, what):
+        assert re.search(remedy.replace("(", r"\(").replace(")", r"\)"), message)
 
 
 @pytest.mark.slow

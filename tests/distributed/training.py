@@ -11,7 +11,7 @@ import torch.distributed as dist
 from models.zoo import WAN as TINY
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import flexsparse as fs
 from flexsparse.models import Whole
@@ -123,6 +123,26 @@ def gates_after_sharding() -> None:
     """Gates that FSDP does not know of would be trained by each rank alone."""
     model = fully_shard(wan(), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     fs.wrap(model, fs.VSA(top_k=2), tile=(2, 4, 4), gates=True, compile=False)
+
+
+def gates_after_ddp() -> None:
+    """Every rank trained gates of its own, without a word."""
+    shell = nn.parallel.DistributedDataParallel(wan())
+    fs.wrap(shell.module, fs.VSA(top_k=2), tile=(2, 4, 4), gates=True, compile=False)
+    with torch.no_grad():
+        shell(**video(0))
+    fs.unwrap(shell.module)
+    fs.wrap(shell.module, fs.VSA(top_k=2), tile=(2, 4, 4), compile=False)
+    shell(**video(0))[0].sum().backward()
+    fs.unwrap(shell.module)
+    fs.wrap(shell.module, fs.VSA(top_k=2), tile=(2, 4, 4), gates=True, compile=False)
+    shell(**video(0))
+
+
+def gates_after_fsdp1() -> None:
+    """As `gates_after_sharding`, by the class of before."""
+    shell = FullyShardedDataParallel(wan(), use_orig_params=True, device_id=torch.device("cpu"))
+    fs.wrap(shell.module, fs.VSA(top_k=2), tile=(2, 4, 4), gates=True, compile=False)
 
 
 def context_parallel(model: nn.Module) -> None:

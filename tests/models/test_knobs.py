@@ -121,6 +121,27 @@ def test_query_tiles_larger_than_key_tiles(way: Any, name: str) -> None:
         torch.testing.assert_close(grad, expected.get(key, torch.zeros_like(grad)), atol=2e-6, rtol=1e-3)
 
 
+@pytest.mark.parametrize("way", [True, False])
+def test_training_after_a_validation_with_dense_steps(way: Any) -> None:
+    """The callback leaves the model dense for its next run: training went on, dense, without a word."""
+    model = wrapped(WAN, fs.VSA(top_k=1), way)
+    sparse = sample(model)
+    with fs.DenseSteps(model, fraction=0.5, steps=2) as steps:
+        for step in (0, 1):
+            sample(model)
+            steps(None, step, None, {})
+        with pytest.raises(RuntimeError, match=r"DenseSteps lets \w+ run dense.* has gradients.*remove\(\).*no_grad"):
+            model(**WAN.inputs(GRID, 1))
+        model.requires_grad_(False)
+        model(**WAN.inputs(GRID, 1))
+        model.requires_grad_(True)
+    model(**WAN.inputs(GRID, 1), return_dict=False)[0].sum().backward()
+    torch.testing.assert_close(sample(model), sparse)
+    assert "dense for now" not in str(fs.report(model))
+    steps.reset()
+    assert "dense for now" not in str(fs.report(model)), "it has let go of the model"
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_dense_steps(way: Any) -> None:
     """Dense first steps equal the model as it was, gates or not; then sparse; dense again for the next run."""

@@ -11,11 +11,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 import flexsparse as fs
 from flexsparse.gates import add_gates
 
-from .conftest import WAN, Stranger
+from .conftest import WAN, Block, Stranger
 
 
 @pytest.fixture
@@ -103,6 +108,76 @@ def test_the_file_says_what_the_gates_were_trained_with(gated: Stranger, tmp_pat
         fs.load_gates(other, path)
     with pytest.raises(ValueError, match="names is 'theirs'"):
         fs.save_gates(other, path, names="theirs")  # type: ignore[arg-type]
+
+
+class Two(nn.Module):
+    """A model with a second one in it, under a name that is sorted before or after its own blocks."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.blocks, self.name = Stranger().blocks, name
+        self.add_module(name, Stranger())
+
+
+@pytest.mark.parametrize("name", ["aux", "draft"])
+def test_a_name_in_a_file_is_that_of_one_module(name: str, tmp_path: Path) -> None:
+    """Names were compared by their ends: a module's gates were loaded into another one, and a file did not fit its model."""
+    how = {"grid": (4, 8, 8), "compile": False}
+    path = tmp_path / "gates.safetensors"
+    both = fs.wrap(Two(name), fs.VSA(top_k=2), gates=True, **how)
+    for parameter in fs.gate_parameters(both):
+        nn.init.normal_(parameter)
+    expected = [p.detach().clone() for p in fs.gate_parameters(both)]
+    fs.save_gates(both, path)
+    for parameter in fs.gate_parameters(both):
+        nn.init.zeros_(parameter)
+    assert len(fs.load_gates(both, path)) == 4
+    assert all(torch.equal(a, b) for a, b in zip(expected, fs.gate_parameters(both), strict=True))
+    inner = fs.wrap(Two(name), fs.VSA(top_k=2), gates=[f"{name}.blocks.[01]"], dense_layers=["blocks.*"], **how)
+    fs.save_gates(inner, path)
+    outer = fs.wrap(Two(name), fs.VSA(top_k=2), gates=["blocks.?"], dense_layers=[name], **how)
+    with pytest.raises(ValueError, match=rf"unknown to the model \['{name}\.blocks\.0"):
+        fs.load_gates(outer, path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.diffusion_model."])
+def test_all_names_in_a_file_may_have_one_prefix(prefix: str, stranger: Stranger, tmp_path: Path) -> None:
+    fs.wrap(stranger, fs.VSA(top_k=2), gates=True, compile=False)
+    fs.save_gates(stranger, tmp_path / "gates.safetensors")
+    tensors = load_file(tmp_path / "gates.safetensors")
+    changed = {f"{prefix}{name}": x + 1 for name, x in tensors.items()}
+    save_file(changed, tmp_path / "gates.safetensors")
+    assert len(fs.load_gates(stranger, tmp_path / "gates.safetensors")) == 2
+    assert all(bool((parameter == 1).all()) for parameter in fs.gate_parameters(stranger))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before wrap", "after wrap"])
+def test_names_of_gates_in_shells(first: bool, stranger: Stranger, tmp_path: Path) -> None:
+    """torch's `checkpoint_wrapper` adds to names, and hands on attributes: a module had two gates, its file fitted no other."""
+    plain = fs.wrap(copy.deepcopy(stranger), fs.VSA(top_k=2), gates=True, compile=False)
+
+    def shells() -> None:
+        apply_activation_checkpointing(
+            stranger, checkpoint_wrapper_fn=checkpoint_wrapper, check_fn=lambda module: type(module) is Block
+        )
+
+    if first:
+        shells()
+    rules = {"blocks.0": fs.VSA(top_k=3), "*": fs.VSA(top_k=2)}
+    fs.wrap(stranger, rules, gates=["blocks.[01]"], compile=False)
+    if not first:
+        shells()
+    for parameter in fs.gate_parameters(plain):
+        nn.init.normal_(parameter)
+    assert len(fs.gate_parameters(stranger)) == len(fs.gate_parameters(plain)) == 4
+    for one, other in ((plain, stranger), (stranger, plain)):
+        fs.save_gates(one, tmp_path / "gates.safetensors")
+        assert fs.load_gates(other, tmp_path / "gates.safetensors") == [f"blocks.{i}.to_gate_compress" for i in (0, 1)]
+    x = torch.randn(1, 3, 4, 16, 16)
+    stranger(x).sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in fs.gate_parameters(stranger))
+    densities = [call.density for call in fs.report(stranger).calls]
+    assert len(densities) == 2 and densities[0] > densities[1], "builders go by names without the shells"
 
 
 def test_fine_gates_are_in_the_file(stranger: Stranger, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import flexsparse as fs
-from flexsparse.redone import Ran, Redone
+from flexsparse.redone import Forward, Redone
 
 C, SIZES = 32, [(4, 4, 8), (4, 8, 4)]
 """Two grids of as many tokens."""
@@ -208,7 +208,7 @@ def test_what_is_there_no_more_is_forgotten() -> None:
 
 
 def test_storages_are_told_apart_by_life_and_not_by_address() -> None:
-    redone, first = Redone(), Ran((1, 2, 3, 0, 0), ())
+    redone, first = Redone(), Forward((1, 2, 3, 0, 0), ())
     one = torch.zeros(4, 6)
     redone.note(first, (one[:2],), {"named": [one[2:]]})
     assert len(redone.given) == 2
@@ -234,6 +234,25 @@ def test_storages_are_told_apart_by_life_and_not_by_address() -> None:
     one = torch.zeros(1)
     redone.forget()
     assert not redone.given
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("way", [False, "regional", True])
+def test_a_schedule_that_moves_before_the_whole_model_is_redone(way: Any, use_reentrant: bool) -> None:
+    schedule = fs.SparsitySchedule(start=0.0, target=0.75, step=0.75, every=1)
+    model = net(plainly, way, builder=fs.VSA(sparsity=schedule), grid=SIZES[0])
+    for early in (False, True):
+        x = video(0)
+        out = checkpoint(model, x, SIZES[0], use_reentrant=use_reentrant).square().sum()
+        if not early:
+            out.backward()
+        schedule.advance()
+        if early:
+            with pytest.raises(
+                RuntimeError, match=r"a SparsitySchedule moved from \(0.0,\) to \(0.75,\) .*after backward"
+            ):
+                out.backward()
+        schedule.seek(0)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

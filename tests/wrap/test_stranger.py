@@ -218,6 +218,34 @@ def test_wrapping_twice_and_unwrapping_nothing_are_errors(stranger: Stranger) ->
         fs.wrap(stranger, fs.VSA(top_k=2))
 
 
+def test_a_backend_around_a_wrapped_model_does_not_take_its_place(stranger: Stranger) -> None:
+    """Its own builder was used in place of the wrapped model's, as an error of ours had advised."""
+    fs.wrap(stranger, {"blocks.0": fs.VSA(top_k=1), "*": None}, compile=False)
+    step = torch.compile(lambda x: stranger(x), backend=fs.backend(fs.VSA(top_k=4), grid=(4, 8, 8), inner="aot_eager"))
+    with pytest.raises(Exception, match=r"wrapped by flexsparse, and was compiled by a flexsparse\.backend.*unwrap it"):
+        step(clip())
+
+
+def test_a_module_that_a_dense_model_has_too(stranger: Stranger) -> None:
+    """Uncompiled, what two models share ran outside of the wrapped one's forward: an error about checkpoints."""
+    other = Stranger()
+    other.blocks[0].mlp = stranger.blocks[0].mlp
+    expected, alone = other(clip()), stranger.blocks[0].mlp(torch.ones(1, 3, 32))
+    fs.wrap(stranger, fs.VSA(top_k=2), compile=False)
+    torch.testing.assert_close(other(clip()), expected, atol=0, rtol=0)
+    torch.testing.assert_close(stranger.blocks[0].mlp(torch.ones(1, 3, 32)), alone, atol=0, rtol=0)
+    with pytest.raises(RuntimeError, match="part of a wrapped model runs outside of the model's forward"):
+        stranger.blocks[0](torch.ones(1, 256, 32))
+    with pytest.raises(
+        ValueError, match=r"^blocks\.0\.mlp \(Sequential\) is blocks\.0\.mlp of a wrapped model, too.*copy"
+    ):
+        fs.wrap(other, fs.VSA(top_k=2), compile=False)
+    fs.unwrap(stranger)
+    for model in (stranger, other):
+        fs.wrap(model, fs.VSA(top_k=2), **inner(True))
+    assert other(clip()).isfinite().all() and stranger(clip()).isfinite().all()
+
+
 def test_a_module_of_a_wrapped_model_is_not_wrapped_by_itself(stranger: Stranger) -> None:
     """Compiled, the model is one graph, which knows nothing of it: it was accepted and had no effect."""
     block = stranger.blocks[1]

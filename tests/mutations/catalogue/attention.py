@@ -10,8 +10,8 @@ ATTENTION = (
     Mutation(
         "what plan returns is not held to the call",
         "masks/checked.py",
-        "check_selection(selection,",
-        "str((selection,",
+        "check_selection(selection, coarse.q, coarse.layout, coarse.kv_layout, whose)",
+        "pass",
         OWN,
     ),
     Mutation("a mask may have any shape", "masks/checked.py", " or tuple(mask.shape) != sizes", "", OWN),
