@@ -196,9 +196,11 @@ def _is_tile_mask(gm: GraphModule, mask: Any, rows: int, slots: int) -> bool:
     with unset_fake_temporarily():
         generator = torch.Generator().manual_seed(0)
         B, H, N, M = 2, 2, 3, 4
-        table = torch.rand(B, H, N, M, generator=generator) < 0.5
-        counts = torch.randint(0, slots + 1, (B, M), generator=generator, dtype=torch.int32)
-        b, h, q, kv = torch.meshgrid(*(torch.arange(n) for n in (B, H, N * rows, M * slots)), indexing="ij")
+        table = torch.rand(B, H, N, M, generator=generator, device="cpu") < 0.5
+        counts = torch.randint(0, slots + 1, (B, M), generator=generator, dtype=torch.int32, device="cpu")
+        b, h, q, kv = torch.meshgrid(
+            *(torch.arange(n, device="cpu") for n in (B, H, N * rows, M * slots)), indexing="ij"
+        )
         expected = tile_mask_mod(b, h, q, kv, table, counts, rows.bit_length() - 1, slots.bit_length() - 1)
         try:
             found: Any = torch.fx.Interpreter(sub).run(b, h, q, kv, table, counts)

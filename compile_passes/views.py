@@ -87,7 +87,7 @@ def indices(sizes: Any) -> Tensor:
     numbers = torch.Size([int(concrete(size)) for size in sizes])
     if numbers.numel() > MOST_INDICES:
         raise TooLarge(f"a tensor of sizes {tuple(numbers)} is too large to follow its views")
-    return torch.arange(numbers.numel()).view(numbers)
+    return torch.arange(numbers.numel(), device="cpu").view(numbers)
 
 
 class TooLarge(ValueError):
@@ -122,7 +122,7 @@ class Chain:
                 continue
             rest = [concrete(argument) for argument in node.args[1:]]
             if node.target is aten.expand_as.default:
-                rest = [torch.empty([int(concrete(size)) for size in shape_of(node)])]
+                rest = [torch.empty([int(concrete(size)) for size in shape_of(node)], device="cpu")]
             x = node.target(x, *rest, **{key: concrete(value) for key, value in node.kwargs.items()})
         return x
 

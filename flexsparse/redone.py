@@ -106,12 +106,12 @@ class Redone:
         task = torch._C._current_graph_task_id()
         if task == -1:
             return None
-        if (
-            task not in self.tasks
-        ):  # a reentrant checkpoint inside of another one: a backward within that of a forward above
-            above = set(self.tasks.copy().values())
-            return above.pop() if len(above) == 1 else None
-        return self.tasks[task]
+        if task in self.tasks:
+            return self.tasks[task]
+        above = set(
+            self.tasks.copy().values()
+        )  # a reentrant checkpoint inside of another one is a backward within a backward
+        return above.pop() if len(above) == 1 else None
 
 
 def _keys(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Key]:

@@ -135,17 +135,17 @@ def token_tables(
 
     def extra(count: int, offset: int) -> tuple[Tensor, Tensor]:
         n = ceil_div(count, slots)
-        position = torch.arange(n * slots)
+        position = torch.arange(n * slots, device="cpu")
         token = torch.where(position < count, position + offset, -1)
-        return token, (count - torch.arange(n) * slots).clamp(max=slots)
+        return token, (count - torch.arange(n, device="cpu") * slots).clamp(max=slots)
 
     def tile_axes(index: Tensor) -> list[Tensor]:
         return [index // (tiles[1] * tiles[2]), index // tiles[2] % tiles[1], index % tiles[2]]
 
-    where = tile_axes(torch.arange(math.prod(tiles)))
+    where = tile_axes(torch.arange(math.prod(tiles), device="cpu"))
     extent = [torch.clamp(grid[i] - where[i] * tile[i], max=tile[i])[:, None] for i in range(3)]
     origin = [(where[i] * tile[i])[:, None] for i in range(3)]
-    slot = torch.arange(slots)[None]
+    slot = torch.arange(slots, device="cpu")[None]
     local = [slot // (extent[1] * extent[2]), slot // extent[2] % extent[1], slot % extent[2]]
     counts = (extent[0] * extent[1] * extent[2])[:, 0]
     t, h, w = (origin[i] + local[i] for i in range(3))
@@ -155,8 +155,8 @@ def token_tables(
     last_token, last_counts = extra(last, first + math.prod(grid))
     slot_to_token = torch.cat([first_token, token, last_token])
     valid = slot_to_token >= 0
-    token_to_slot = torch.empty(first + math.prod(grid) + last, dtype=torch.int64)
-    token_to_slot[slot_to_token[valid]] = torch.arange(len(slot_to_token))[valid]
+    token_to_slot = torch.empty(first + math.prod(grid) + last, dtype=torch.int64, device="cpu")
+    token_to_slot[slot_to_token[valid]] = torch.arange(len(slot_to_token), device="cpu")[valid]
     tile_counts = torch.cat([first_counts, counts, last_counts])
     return cast(tuple[Tensor, Tensor, Tensor], lasting((slot_to_token, token_to_slot, tile_counts), device))
 

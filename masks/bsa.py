@@ -26,7 +26,7 @@ from flexsparse.masks.base import (
 )
 from flexsparse.masks.top_p import check_tiles
 from flexsparse.masks.windows import window_in, window_sizes, windows_of
-from flexsparse.ops.choice import Rule, masked_softmax, row_threshold
+from flexsparse.ops.choice import Rule, masked_softmax, row_threshold, to_tensor
 from flexsparse.ops.coarse_select import pool_tiles
 from flexsparse.ops.prune_queries import prune_queries as pruning
 from flexsparse.ops.windows import Axes
@@ -158,7 +158,7 @@ class BSA(MaskBuilder):
         scores = tile_scores(coarse.pooled_q() if q_c is None else q_c, coarse.pooled_k(), coarse.scale)
         allowed = coarse.alive()
         values = masked_softmax(scores, allowed) if self.threshold == "probability" else scores
-        density = torch.as_tensor(current(self.kv_density), dtype=torch.float64)
+        density = to_tensor(current(self.kv_density))
         above = (values > row_threshold(values, allowed, density, (-2, -1))) | (density >= 1)
         above = above if allowed is None else above & allowed
         return Rule(name="top_k", now=above.sum(-1, keepdim=True), min_tiles=self.min_tiles)
@@ -167,7 +167,7 @@ class BSA(MaskBuilder):
         """`query_share` times the KV tiles that a row aims at, within its bounds; for ``"mass"`` an upper bound."""
         M = kv_layout.num_tiles
         capacity = self.capacity(M)
-        allowed = torch.tensor([M])
+        allowed = torch.tensor([M], device="cpu")
         if self.within is not None:
             allowed = self.within.mask(layout, kv_layout, torch.device("cpu")).sum(-1)
         allowed = allowed.double()

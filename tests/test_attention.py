@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import flexsparse as fs
 from flexsparse.attention import _log_once
 from flexsparse.backends import Case, choose
 from flexsparse.backends import triton as triton_backend
-from flexsparse.masks.base import _cached_mask
+from flexsparse.masks.base import _cached_bits, _cached_mask
 from flexsparse.ops.windows import window_table
 from flexsparse.tables import tables_in_order, token_tables
 
@@ -310,3 +311,28 @@ def test_compiled_equals_eager_in_any_precision_with_the_selection_given(
         grads = torch.autograd.grad(out.float().sum(), (q, k, v))
         for actual, wanted in zip(grads, torch.autograd.grad(expected.float().sum(), (q, k, v))):
             torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize(
+    "builder",
+    [
+        fs.VSA(sparsity=0.5),
+        fs.TopP(mass=0.5),
+        fs.BSA(kv_density=0.4, threshold="probability"),
+        fs.BSA(kv_density=0.3, statistics="head"),
+        fs.SlidingTile(window=(1, 3, 3)),
+    ],
+    ids=lambda builder: type(builder).__name__,
+)
+@pytest.mark.parametrize("backend", ["gather", "triton"])
+def test_torchs_default_device_is_for_others(builder: Any, backend: str) -> None:
+    """Tables are made on the CPU, also where a script says that everything is to be made elsewhere."""
+    q, k, v = qkv()
+    expected = fs.sparse_attention(q, k, v, LAYOUT, builder, backend=backend)
+    for cached in (token_tables, window_table, _cached_mask, _cached_bits):
+        cached.cache_clear()
+    with torch.device("meta"):
+        out, aux = fs.sparse_attention(q, k, v, LAYOUT, builder, backend=backend, return_aux=True)
+        assert torch.equal(builder.select(q, k, LAYOUT).bits, aux.selection.bits)
+        assert 0 < builder.nominal_density(LAYOUT, LAYOUT) <= 1
+    assert torch.equal(out, expected)

@@ -101,8 +101,9 @@ def pair_lists(bits: Tensor, counts: Tensor, M: int, capacity: int, frame_tiles:
 def pairs_reference(N: int, frame_tiles: int) -> tuple[Tensor, Tensor]:
     """The first and the second query tile of every pair: two int64 ``[P]``."""
     paired = N // (2 * frame_tiles) * frame_tiles
-    frames = torch.arange(2 * paired).view(-1, 2, frame_tiles) if paired else torch.empty(0, 2, 1, dtype=torch.int64)
-    rest = torch.arange(2 * paired, N)
+    every = torch.arange(N, device="cpu")
+    frames = every[: 2 * paired].view(-1, 2, frame_tiles if paired else 1)
+    rest = every[2 * paired :]
     rest = torch.cat([rest, rest[-1:]]) if len(rest) % 2 else rest
     pairs = torch.cat([frames.transpose(1, 2).reshape(-1, 2), rest.view(-1, 2)])
     return pairs[:, 0], pairs[:, 1]

@@ -45,6 +45,13 @@ class Rule:
         return read(self.now) if self.now.dim() == 0 and self.now.device.type == "cpu" else self.now
 
 
+def to_tensor(number: float | Tensor) -> Tensor:
+    """A number as a 0-d float64 tensor: on the CPU, whatever torch's default device is; a tensor where it is."""
+    if isinstance(number, Tensor):
+        return torch.as_tensor(number, dtype=torch.float64)
+    return torch.as_tensor(number, dtype=torch.float64, device="cpu")
+
+
 def read(number: Tensor) -> float:
     """A 0-d tensor on the CPU, as kernels are launched with it.
 

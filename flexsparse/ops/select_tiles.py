@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexsparse import ops
-from flexsparse.ops.choice import Choice, Rule, choose
+from flexsparse.ops.choice import Choice, Rule, choose, to_tensor
 from flexsparse.tile_bits import words_of
 
 
@@ -62,7 +62,7 @@ def fake_choice(like: Tensor, B: int, H: int, N: int, M: int) -> tuple[Tensor, T
 
 def tiles_to_keep(rule: Rule, M: int) -> float | Tensor:
     """The count that a ``"sparsity"`` rule stands for."""
-    kept: Tensor = ((1 - torch.as_tensor(rule.number(), dtype=torch.float64)) * M).ceil().clamp(1, M)
+    kept: Tensor = ((1 - to_tensor(rule.number())) * M).ceil().clamp(1, M)
     return float(kept) if kept.device.type == "cpu" else kept
 
 

@@ -42,7 +42,7 @@ def window_table(grid: Axes, tile: Axes, window: Axes, device: torch.device) -> 
     parts = [ceil_div(side, w) for side, w in zip(tile, window)]
 
     def axes(count: Sequence[int], dim: int) -> list[Tensor]:
-        index = torch.arange(math.prod(count))
+        index = torch.arange(math.prod(count), device="cpu")
         split = [index // (count[1] * count[2]), index // count[2] % count[1], index % count[2]]
         return [grow(x, dim) for x in split]
 

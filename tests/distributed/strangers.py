@@ -43,6 +43,8 @@ class Attention(nn.Module):
             source = F.avg_pool1d(x.transpose(1, 2), 4).transpose(1, 2)
         if self.kind == "norms":
             source = self.other(x)
+        if self.kind == "mixed":
+            source = x + F.gelu(x)
         if self.kind in ("cross", "own text"):
             source = text
         if self.kind == "own text":

@@ -23,10 +23,10 @@ def test_attention_that_is_not_spread(two: Processes, compile: bool | str) -> No
             assert REFUSED[kind] in message and "or run the model on one rank" in message, kind
 
 
-def test_queries_and_keys_normalised_apart(two: Processes) -> None:
-    """A graph takes them for different sequences, and would leave them to a rank's own tokens."""
-    for message in two.run(strangers.said, "norms", "regional"):
-        assert "cannot be spread over ranks" in message
+def test_queries_and_keys_of_different_features_of_the_same_tokens(two: Processes) -> None:
+    """A graph sees through norms of their own; features that it takes for another sequence are not left to a rank's tokens."""
+    for messages in two.run(strangers.all_said, ["norms", "mixed"], "regional"):
+        assert messages["norms"] == "" and "cannot be spread over ranks" in messages["mixed"]
 
 
 @pytest.mark.parametrize("compile", [False, pytest.param("regional", marks=SLOW), pytest.param(True, marks=SLOW)])
