@@ -188,7 +188,10 @@ def page(files: Sequence[File], figures: Sequence[str], where: str) -> str:
         f"## {plots.PLOTS[name].caption}\n\n![{plots.PLOTS[name].caption}]({where}/{name}.png)" for name in figures
     ]
     parts += ["## Files", files_table(files) if files else "None."]
-    if notes := mixed(files):
+    if notes := [
+        *(f"- `{file.name}`: {file.header['note']}." for file in files if file.header.get("note")),
+        *mixed(files),
+    ]:
         parts.append("\n".join(notes))
     return "\n\n".join(parts) + "\n"
 

@@ -402,3 +402,11 @@ def test_a_seed_that_was_just_started_hides_no_curve() -> None:
     assert [point[0] for point in plot_data.band(seeds, lambda _, step: step, 40)] == [80, 160]
     assert [point[0] for point in plot_data.gaps(seeds, {**seeds, 2: curve(0, 80, 160)}, 40)] == [80, 160]
     assert plot_data.band({2: curve(0)}, lambda _, step: step, 40) == []
+
+
+def test_what_a_file_says_of_itself_is_on_the_page() -> None:
+    """Such as that its seeds were added after others had been seen."""
+    plain = report.File(name="a", header=HEADER, rows=training("base", "dense", (0,)))
+    noted = report.File(name="b", header=HEADER | {"note": "a later seed"}, rows=training("base", "dense", (1,)))
+    text = report.page([plain, noted], [], "plots")
+    assert "- `b`: a later seed." in text and "- `a`:" not in text
