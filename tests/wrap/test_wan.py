@@ -41,7 +41,7 @@ def test_all_tiles_kept_equals_dense(wan: Make, way: Any) -> None:
 )
 @pytest.mark.parametrize("way", [pytest.param(True, marks=pytest.mark.slow), "regional"])
 def test_inductor_equals_eager_in_outputs_and_gradients(wan: Make, way: Any) -> None:
-    """With gates: a fourth linear map of the same tokens."""
+    """With gates: a fourth linear map of the same tokens. The slow one without gradients too, which compiles more C++."""
     model = wan()
     model.blocks = model.blocks[:1]  # type: ignore[index]  # Inductor compiles C++ for every block
     compiled = fs.wrap(copy.deepcopy(model), fs.VSA(top_k=2), gates=True, **options(way, "inductor"))
@@ -50,9 +50,10 @@ def test_inductor_equals_eager_in_outputs_and_gradients(wan: Make, way: Any) -> 
         for parameter in fs.gate_parameters(model):
             nn.init.constant_(parameter, 0.1)
     assert_same_gradients(gradients(compiled, video()), gradients(eager, video()))
-    with torch.no_grad():  # a graph without gradients takes FlexAttention
-        torch.testing.assert_close(run(compiled, video()), run(eager, video()), atol=1e-5, rtol=0)
-    assert {call.backend for call in fs.report(compiled).calls if call.sparse} == {"flex"}
+    if way is True:
+        with torch.no_grad():  # such a graph takes FlexAttention
+            torch.testing.assert_close(run(compiled, video()), run(eager, video()), atol=1e-5, rtol=0)
+    assert {call.backend for call in fs.report(compiled).calls if call.sparse} == {"flex" if way is True else "gather"}
 
 
 @pytest.mark.parametrize("way", QUICK)
