@@ -94,6 +94,16 @@ class Interceptor:
                 "backward"
             )
 
+    def check_whole(self, grid: Geometry, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raise where backward redoes the whole model, and a schedule has moved on since."""
+        if not self.backend.rules.schedules:
+            return
+        if torch._C._current_graph_task_id() == -1:
+            self.redone.forget()
+            self.redone.note_whole(Forward(grid, self.values()), args, kwargs)
+        else:
+            self.check_values(self.redone.find_whole(args, kwargs))
+
     def values(self) -> tuple[float, ...]:
         """The schedules' values now."""
         return tuple(schedule.value for schedule in self.backend.rules.schedules)

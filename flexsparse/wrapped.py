@@ -26,7 +26,6 @@ from flexsparse.gates import ADDED, FINE, NAME, check_synchronised
 from flexsparse.grids import Geometry, GeometryReader
 from flexsparse.intercept import Gates, Interceptor
 from flexsparse.one_graph import clear_errors, one_graph
-from flexsparse.redone import Forward
 from flexsparse.reporting import Call
 from flexsparse.tally import Ran
 
@@ -289,7 +288,7 @@ def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             )
         return (state.whole_dense() if state.compile is True else _original)(module, args, kwargs)
     geometry = state.geometry_of(module, args, kwargs)
-    _check_schedules(state, geometry, args, kwargs)
+    state.interceptor.check_whole(geometry, args, kwargs)
     if (
         state.backend.gates
         and torch.is_grad_enabled()
@@ -312,18 +311,6 @@ def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if not state.too_short(geometry):
         _check_sparse(state, module, geometry, state.backend.tally.since(before))
     return out
-
-
-def _check_schedules(state: State, geometry: Geometry, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise where backward redoes the whole model, and a schedule has moved on since."""
-    if not state.backend.rules.schedules:
-        return
-    interceptor = state.interceptor
-    if torch._C._current_graph_task_id() == -1:
-        interceptor.redone.forget()
-        interceptor.redone.note_whole(Forward(geometry, interceptor.values()), args, kwargs)
-    else:
-        interceptor.check_values(interceptor.redone.find_whole(args, kwargs))
 
 
 def _whole_row(state: State, geometry: Geometry) -> Call:

@@ -47,8 +47,8 @@ MODELS = (
     ),
     Mutation(
         "a model that is redone as a whole is asked nothing",
-        "wrapped.py",
-        "interceptor.check_values(interceptor.redone.find_whole(args, kwargs))",
+        "intercept.py",
+        "self.check_values(self.redone.find_whole(args, kwargs))",
         "pass",
         ("wrap/test_redone.py", "-k", "whole_model and not True"),
     ),
