@@ -108,9 +108,8 @@ class Redone:
             return None
         if task in self.tasks:
             return self.tasks[task]
-        above = set(
-            self.tasks.copy().values()
-        )  # a reentrant checkpoint inside of another one is a backward within a backward
+        # a reentrant checkpoint inside of another one is a backward within a backward
+        above = set(self.tasks.copy().values())
         return above.pop() if len(above) == 1 else None
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from flexsparse.compile_passes import RewriteError, marks
 from flexsparse.compiler import Backend, no_match
@@ -225,9 +224,8 @@ def _gates(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     if linear is None or ADDED not in module.__dict__ or module.__dict__[STATE].runs_dense():
         return None
     given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
-    tokens = [
-        x for x in given if x.dim() == 3 and x.shape[2] == linear.in_features
-    ]  # a timestep's embedding may come first
+    # a timestep's embedding may come first
+    tokens = [x for x in given if x.dim() == 3 and x.shape[2] == linear.in_features]
     for value in tokens or given:
         return linear(value), None if fine is None else fine(value)
     raise ValueError("a gated attention module was called without hidden states")
@@ -289,12 +287,8 @@ def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return (state.whole_dense() if state.compile is True else _original)(module, args, kwargs)
     geometry = state.geometry_of(module, args, kwargs)
     state.interceptor.check_whole(geometry, args, kwargs)
-    if (
-        state.backend.gates
-        and torch.is_grad_enabled()
-        and id(DistributedDataParallel._active_ddp_module) != state.shell
-    ):
-        state.shell = check_synchronised(module)
+    if state.backend.gates and torch.is_grad_enabled():
+        state.shell = check_synchronised(module, state.shell)
     if state.too_short(geometry) and state.compile is not False:
         state.backend.calls.record(_whole_row(state, geometry))
         if state.compile is True:

@@ -6,7 +6,8 @@ from tests.mutations.catalogue.mutation import Mutation
 from tests.mutations.catalogue.ops import OPS
 from tests.mutations.catalogue.passes import PASSES
 from tests.mutations.catalogue.templates import TEMPLATES
+from tests.mutations.catalogue.training import TRAINING
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-MUTATIONS: tuple[Mutation, ...] = (*ATTENTION, *OPS, *PASSES, *TEMPLATES, *MODELS)
+MUTATIONS: tuple[Mutation, ...] = (*ATTENTION, *OPS, *PASSES, *TEMPLATES, *MODELS, *TRAINING)

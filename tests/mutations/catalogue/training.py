@@ -1,0 +1,34 @@
+"""Bugs in what training loops meet: shells around models, blocks that backward redoes, references."""
+
+from tests.mutations.catalogue.mutation import Mutation
+
+TRAINING = (
+    Mutation(
+        "every rank trains gates of its own under DDP",
+        "gates.py",
+        "if any(parameter.requires_grad and id(parameter) not in known for parameter in gate.parameters()):",
+        "if False:",
+        ("distributed/test_training.py", "-k", "train_alone"),
+    ),
+    Mutation(
+        "FSDP1 is not seen",
+        "gates.py",
+        'return any(isinstance(p, FlatParameter) or getattr(p, "_fsdp_flattened", False) for p in model.parameters())',
+        "return False",
+        ("distributed/test_training.py", "-k", "train_alone"),
+    ),
+    Mutation(
+        "a module does not tell which forward comes in backward",
+        "intercept.py",
+        "self.redone.tell(out, local.ran)",
+        "pass",
+        ("wrap/test_redone.py", "-k", "not regional"),
+    ),
+    Mutation(
+        "a video that a module is given is no reference",
+        "crossing.py",
+        "if isinstance(x, Tensor) and x.dim() == 5:",
+        "if False:",
+        ("wrap/test_crossing.py",),
+    ),
+)
