@@ -50,7 +50,7 @@ class BSA(MaskBuilder):
         keep_queries: share of the valid tokens of a window to compute, in (0, 1], or a `SparsitySchedule` from 1
             down (its packed queries take the room of its highest value until the graph is compiled again). The
             representative is always computed; of the others, the least similar to it (cosine, per head; ties: lowest
-            slot), until ``ceil(keep_queries * tokens)`` are in.
+            slot; what is not finite before all others), until ``ceil(keep_queries * tokens)`` are in.
         kv_density: share of KV tiles that ``threshold="normal"`` aims at, in (0, 1], or a `SparsitySchedule`.
         window: tokens of a window along (t, h, w); None for the whole tile. Temporal and spatial extents are
             separate choices (the paper's "dynamic spatial-time" strategy is not specified).

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from flexsparse.compile_passes.templates.choice import LOWEST, to_key
 from flexsparse.compile_passes.templates.launch import Compilation, launch
-from flexsparse.ops.prune_queries import Pruned
+from flexsparse.ops.prune_queries import UNLIKE, Pruned
 
 MOST_TOKENS = 1024
 """Windows x tokens of a window, each rounded up to a power of two."""
-PAST_KEYS = tl.constexpr(0x7F800000)  # the key of inf: after all finite cosines, before NaN
+PAST_KEYS = tl.constexpr(0x7F800000)  # the key of inf: after all cosines
+NO_COSINE = tl.constexpr(UNLIKE)
 
 
 @triton.jit
@@ -42,10 +43,11 @@ def at_place(chosen, values):
 
 @triton.jit
 def cosine_key(dot, norm2, other2, inside):
-    """Order-preserving integers of cosines; 0 where a vector is zero, NaN above all, outside of the windows below all."""
+    """Order-preserving integers of cosines; 0 where a vector is zero, -2 where NaN, outside of the windows below all."""
     norms = tl.sqrt_rn(norm2) * tl.sqrt_rn(other2)
-    some = norms > 0
-    return to_key(tl.where(some, tl.div_rn(dot, tl.where(some, norms, 1.0)), 0.0), inside)
+    some = norms != 0
+    cosines = tl.where(some, tl.div_rn(dot, tl.where(some, norms, 1.0)), 0.0)
+    return to_key(tl.where(cosines != cosines, NO_COSINE, cosines), inside)
 
 
 @triton.jit

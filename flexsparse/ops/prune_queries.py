@@ -24,6 +24,9 @@ log = logging.getLogger("flexsparse")
 
 Pruned = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
+UNLIKE = -2.0
+"""Likeness of a query that is not finite, below every cosine: it is computed, so that its output shows it."""
+
 
 @torch.library.custom_op("flexsparse::prune_queries", mutates_args=())
 def prune_queries(
@@ -93,9 +96,10 @@ def _(q: Tensor, tokens: Tensor, now: Tensor | None, share: float, *args: Any) -
 
 
 def cosine(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-    """Cosine over the last dimension; 0 where a vector is zero. ``out`` is memory for the product."""
+    """Cosine over the last dimension; 0 where a vector is zero, `UNLIKE` where it is NaN. ``out`` is memory for the product."""
     norms = x.norm(dim=-1) * y.norm(dim=-1)
-    return torch.where(norms > 0, torch.mul(x, y, out=out).sum(-1) / norms, 0)
+    cosines = torch.where(norms == 0, 0, torch.mul(x, y, out=out).sum(-1) / norms)
+    return torch.where(cosines.isnan(), UNLIKE, cosines)
 
 
 def prune_reference(

@@ -71,6 +71,21 @@ def test_the_share_is_taken_in_float64() -> None:
             assert prune_queries(*given)[2].tolist() == [kept], (share, window)
 
 
+@pytest.mark.parametrize("fill", ("representative", "nearest"))
+@pytest.mark.parametrize("bad", (float("nan"), float("inf"), float("-inf")))
+@pytest.mark.parametrize("representative", ("center", "medoid"))
+def test_a_query_that_is_not_finite_is_computed_and_nobody_elses_source(
+    representative: str, bad: float, fill: str
+) -> None:
+    """What took its representative's row would be finite, and the fault in the model hidden."""
+    token = 37
+    q = torch.randn(1, 2, LAYOUT.seq_len, 8)
+    q[..., token, 2] = bad
+    *_, source, _ = prune_queries(*arguments(LAYOUT, q, fill=fill, representative=representative))
+    assert source[..., token].tolist() == [[token, token]]
+    assert (source == token).sum() == 2
+
+
 def test_no_gradient_and_no_token_past_a_tiles_count() -> None:
     q = torch.randn(1, 2, LAYOUT.seq_len, 8)
     given = arguments(LAYOUT, q)

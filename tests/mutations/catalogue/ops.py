@@ -168,6 +168,13 @@ OPS = (
         PRUNED,
     ),
     Mutation(
+        "query that is not finite hidden",
+        "ops/prune_queries.py",
+        "torch.where(cosines.isnan(), UNLIKE, cosines)",
+        "torch.where(cosines.isnan(), 0, cosines)",
+        ("ops/test_prune_queries.py",),
+    ),
+    Mutation(
         "another representative",
         "ops/windows.py",
         "size[i] // 2 for i",
