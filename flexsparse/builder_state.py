@@ -6,9 +6,11 @@ read anew at every call. A number that has changed, or a tensor put in another's
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ from flexsparse.schedule import SparsitySchedule
 
 Compile = TypeVar("Compile", bound=Callable[..., Any])
 Held = dict[str, Any]
-"""Names of attributes (``Own.n``) to numbers, texts and tensors."""
+"""Names of attributes (``Own.n``) to numbers, texts, tensors, functions and parts that are builders, modules or settings."""
 
 
 class Watch:
@@ -68,36 +70,87 @@ def held_by(builders: Sequence[Any]) -> Held:
     return found
 
 
+class Maybe(NamedTuple):
+    """What a dict, or a list with tensors, holds: one that fills up (a cache, a history) is no change."""
+
+    value: Any
+
+
 def _object(name: str, value: Any, found: Held, seen: set[int]) -> None:
     if id(value) in seen or isinstance(value, SparsitySchedule):  # graphs read a schedule's tensor
         return
     seen.add(id(value))
-    held = dict(getattr(value, "__dict__", {}))
+    for key, each in _attributes(value).items():
+        _value(f"{name}.{key}", each, found, seen, _is_frozen(value))
+
+
+def _is_frozen(value: Any) -> bool:
+    parameters = getattr(type(value), "__dataclass_params__", None)
+    return parameters is not None and parameters.frozen
+
+
+def _attributes(value: Any) -> Held:
+    """Of an object, of its slots, and of its own classes; of a module its parameters, buffers and modules."""
+    own = [one for one in type(value).__mro__ if _of_users(one)]
+    held: Held = {}
+    for one in reversed(own):
+        held |= {key: each for key, each in vars(one).items() if isinstance(each, PLAIN) and not key.startswith("__")}
+    slots = [key for one in own for key in _names(vars(one).get("__slots__", ()))]
+    held |= {key: getattr(value, key) for key in slots if not key.startswith("__") and hasattr(value, key)}
+    held |= getattr(value, "__dict__", {})
     if isinstance(value, nn.Module):
         parts = {key: dict(held.pop(key)) for key in ("_parameters", "_buffers", "_modules")}
         held = {key: each for key, each in held.items() if not key.startswith("_")}
         held |= {key: each for part in parts.values() for key, each in part.items()}
-    parameters = getattr(type(value), "__dataclass_params__", None)
-    frozen = parameters is not None and parameters.frozen
-    for key, each in held.items():
-        for place, one in _items(f"{name}.{key}", each):
-            if isinstance(one, nn.Module) or _selects(one):
-                _object(place, one, found, seen)
-            elif not frozen or isinstance(each, list):  # a list changes in place
-                found[place] = one
+    return held
 
 
-def _items(name: str, value: Any) -> list[tuple[str, Any]]:
-    """A number, text, tensor, module or builder by its name; those in a list. Other objects (caches) say nothing."""
+LIBRARIES = ("flexsparse", "torch", "builtins", "typing", "abc")
+
+
+def _of_users(one: type) -> bool:
+    """Whether a class may have settings of a user's own."""
+    return one.__module__.partition(".")[0] not in LIBRARIES
+
+
+def _names(slots: str | Iterable[str]) -> Iterable[str]:
+    return (slots,) if isinstance(slots, str) else slots
+
+
+def _value(name: str, value: Any, found: Held, seen: set[int], frozen: bool, maybe: bool = False) -> None:
+    """Note a value, or what it consists of. Other objects say nothing. ``frozen``: it cannot be replaced."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if isinstance(key, PLAIN) and not isinstance(each, Tensor):  # tensors of a dict are a cache's
+                _value(f"{name}[{key!r}]", each, found, seen, False, True)
+        return
     if isinstance(value, list | tuple):
-        each = [item for index, one in enumerate(value) for item in _items(f"{name}[{index}]", one)]
-        return each if not any(isinstance(one, Tensor) for _, one in each) else []
-    known = isinstance(value, (*PLAIN, Tensor, nn.Module)) or _selects(value)
-    return [(name, value)] if known else []
+        some = maybe or any(isinstance(each, Tensor) for each in value)
+        for index, each in enumerate(value):
+            _value(f"{name}[{index}]", each, found, seen, frozen and isinstance(value, tuple), some)
+        return
+    settings = isinstance(value, SimpleNamespace) or (dataclasses.is_dataclass(value) and _of_users(type(value)))
+    part = isinstance(value, nn.Module | SparsitySchedule) or _selects(value) or settings
+    if not frozen and (part or isinstance(value, (*PLAIN, Tensor)) or callable(value)):
+        found[name] = Maybe(value) if maybe else value
+    if part:
+        _object(name, value, found, seen)
 
 
 def _selects(value: Any) -> bool:
     return callable(getattr(value, "select", None)) and not isinstance(value, Tensor)  # a tensor's is something else
+
+
+def _same(was: Any, new: Any) -> bool:
+    if was is new:
+        return True
+    if type(was) is not type(new):
+        return False
+    if isinstance(was, PLAIN):
+        return bool(was == new)
+    return _is_frozen(was) and all(
+        _same(getattr(was, one.name), getattr(new, one.name)) for one in dataclasses.fields(was)
+    )
 
 
 def check_held(before: Held, now: Held) -> None:
@@ -106,12 +159,19 @@ def check_held(before: Held, now: Held) -> None:
     Raises:
         RewriteError: with the attribute's name and both values.
     """
-    for name in before.keys() | now.keys():
+    for name in sorted(before.keys() | now.keys()):  # what holds a part comes before what the part holds
         was, new = before.get(name), now.get(name)
-        if was is new or (isinstance(was, PLAIN) and type(was) is type(new) and was == new):
+        if isinstance(was, Maybe) or isinstance(new, Maybe):
+            if name not in before or name not in now:
+                continue
+            was, new = (x.value if isinstance(x, Maybe) else x for x in (was, new))
+        if _same(was, new):
             continue
         values = [f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x) for x in (was, new)]
-        change = "is another tensor" if isinstance(was, Tensor) and isinstance(new, Tensor) else f"is {values[1]} now"
+        another = type(was) is type(new) and (isinstance(was, Tensor) or values[0] == values[1])
+        change = (
+            f"is another {'tensor' if isinstance(was, Tensor) else 'object'} now" if another else f"is {values[1]} now"
+        )
         raise RewriteError(
             f"{name} was {values[0]} when this graph was compiled and {change}: a graph keeps what the builder's select read "
             "then; hold it in a tensor and change that in place (fill_, copy_), read a SparsitySchedule's tensor, or wrap the "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,6 +123,115 @@ class ByNumber:
 class ByTensor(ByNumber):
     def share(self) -> Any:
         return self.schedule.tensor
+
+
+class Reads:
+    """The first tiles, as many as a function finds in it."""
+
+    shared = 4
+
+    def __init__(self, find: Callable[[Any], Any], **held: Any) -> None:
+        self.find = find
+        self.__dict__ |= held
+
+    def select(self, q: Tensor, k: Tensor, layout: fs.TileLayout, **options: Any) -> fs.TileSelection:
+        return First(self.find(self)).select(q, k, layout)
+
+
+@dataclasses.dataclass
+class Settings:
+    n: int
+
+
+class Slots:
+    __slots__ = ("n",)
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def select(self, q: Tensor, k: Tensor, layout: fs.TileLayout, **options: Any) -> fs.TileSelection:
+        return First(self.n).select(q, k, layout)
+
+
+class Around(Reads):
+    """A builder in a builder."""
+
+    def select(self, q: Tensor, k: Tensor, layout: fs.TileLayout, **options: Any) -> fs.TileSelection:
+        return self.find(self).select(q, k, layout)
+
+
+def _shares(value: Any) -> None:
+    Reads.shared = value
+
+
+CHANGES: dict[str, tuple[Any, Callable[[Any], Any], str]] = {
+    "part": (
+        Around(lambda own: own.part, part=fs.VSA(top_k=1)),
+        lambda own: setattr(own, "part", fs.VSA(top_k=2)),
+        r"Around\.part was VSA\(.*top_k=1.* is VSA\(.*top_k=2",
+    ),
+    "part in a list": (
+        Around(lambda own: own.parts[0], parts=[fs.VSA(top_k=1)]),
+        lambda own: own.parts.__setitem__(0, fs.VSA(top_k=2)),
+        r"Around\.parts\[0\] was",
+    ),
+    "schedule": (
+        ByTensor(fs.SparsitySchedule(target=0.9)),
+        lambda own: setattr(own, "schedule", fs.SparsitySchedule(target=0.5)),
+        r"ByTensor\.schedule was",
+    ),
+    "dict": (
+        Reads(lambda own: own.all["n"], all={"n": 4}),
+        lambda own: own.all.update(n=1),
+        r"Reads\.all\['n'\] was 4",
+    ),
+    "namespace": (
+        Reads(lambda own: own.all.n, all=SimpleNamespace(n=4)),
+        lambda own: setattr(own.all, "n", 1),
+        r"Reads\.all\.n was 4",
+    ),
+    "dataclass": (
+        Reads(lambda own: own.all.n, all=Settings(4)),
+        lambda own: setattr(own.all, "n", 1),
+        r"Reads\.all\.n was 4",
+    ),
+    "class": (Reads(lambda own: own.shared), lambda own: _shares(1), r"Reads\.shared was 4"),
+    "slots": (Slots(4), lambda own: setattr(own, "n", 1), r"Slots\.n was 4"),
+    "tensor in a list": (
+        Reads(lambda own: own.all[0], all=[torch.tensor(4)]),
+        lambda own: own.all.__setitem__(0, torch.tensor(1)),
+        r"Reads\.all\[0\] was a tensor \(\) .* is another tensor now",
+    ),
+    "function": (Reads(lambda own: 4), lambda own: setattr(own, "find", lambda own: 1), r"Reads\.find was <function"),
+    "select": (First(4), lambda own: setattr(own, "select", First(1).select), r"First\.select was None"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CHANGES)
+def test_whatever_holds_the_number_is_watched(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reads, "shared", 4)
+    builder, change, message = CHANGES[name]
+    builder = copy.deepcopy(builder)
+    model, plain = both(builder)
+    same_as_uncompiled(model, plain)
+    same_as_uncompiled(model, plain)
+    change(builder)
+    with pytest.raises(RuntimeError, match=message):
+        model(clip())
+
+
+@torch.no_grad()
+def test_what_fills_up_is_no_change() -> None:
+    """And a part that was replaced by an equal one is as before."""
+    builder = Around(lambda own: own.part, part=fs.VSA(top_k=2), seen={}, tables={"mask": clip()}, history=[clip()])
+    model, plain = both(builder)
+    same_as_uncompiled(model, plain)
+    builder.seen["an uncompiled call"] = 3
+    builder.tables["mask"] = clip()
+    builder.history.append(clip())
+    builder.part = fs.VSA(top_k=2)
+    same_as_uncompiled(model, plain)
 
 
 @dataclasses.dataclass(frozen=True)
