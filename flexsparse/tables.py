@@ -25,13 +25,26 @@ def is_symbolic(*values: Any) -> bool:
     return any(isinstance(value, torch.SymInt) for value in values)
 
 
-def is_tracing() -> bool:
-    """Whether this code is being traced, by Dynamo or by what follows it: nothing may be cached or looked at then.
+def is_compiling() -> bool:
+    """Whether Dynamo, or an export, traces this code.
 
-    `torch.compiler.is_compiling` alone says no where a backend traces its graph, in torch 2.11.
+    `torch.compiler.is_compiling` is one flag for all threads: true of a thread that trains while another one compiles.
     """
+    return torch.compiler.is_dynamo_compiling() or is_exporting()
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` traces this code: an export that is not strict runs it, with modes that its thread alone has."""
+    flag: bool = (
+        torch.compiler._is_exporting_flag
+    )  # `is_exporting` is true of everything that Dynamo of torch 2.11 traces
+    return flag and (torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0)
+
+
+def is_tracing() -> bool:
+    """Whether this code is being traced, by Dynamo or by what follows it: nothing may be cached or looked at then."""
     return (
-        torch.compiler.is_compiling()
+        torch.compiler.is_dynamo_compiling()
         or torch._guards.TracingContext.try_get() is not None
         or torch._C._len_torch_dispatch_stack() > 0
     )

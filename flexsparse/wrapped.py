@@ -26,6 +26,7 @@ from flexsparse.grids import Geometry, GeometryReader
 from flexsparse.intercept import Gates, Interceptor
 from flexsparse.one_graph import clear_errors, one_graph
 from flexsparse.reporting import Call
+from flexsparse.tables import is_compiling, is_exporting
 from flexsparse.tally import Ran
 
 
@@ -109,7 +110,7 @@ class State:
 
     def runs_dense(self) -> bool:
         """Whether what runs now is the model as it was: for some denoising steps, or as the video is too short."""
-        if self.dense or not self.backend.min_tokens or torch.compiler.is_compiling():
+        if self.dense or not self.backend.min_tokens or is_compiling():
             return self.dense
         grid = self.interceptor.known_grid()
         return grid is not None and self.too_short(grid)
@@ -267,8 +268,8 @@ def _inner_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward of a wrapped model."""
     state: State = getattr(module, STATE)
-    if torch.compiler.is_compiling():
-        if torch.compiler._is_exporting_flag:  # `is_exporting` is true of everything that Dynamo of torch 2.11 traces
+    if is_compiling():
+        if is_exporting():
             raise NotImplementedError(
                 "a wrapped model is not exported: its sparse attention is made by torch.compile; unwrap it to export it dense"
             )
@@ -335,7 +336,7 @@ def _check_sparse(state: State, module: nn.Module, geometry: Geometry, ran: Ran)
 
 def module_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward of a module of a wrapped model."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _inner_call(module, args, kwargs)
     state: State = getattr(module, STATE)
     if state.dense:

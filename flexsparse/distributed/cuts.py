@@ -19,6 +19,7 @@ from flexsparse.distributed.parallel import SequenceParallel
 from flexsparse.distributed.tokens import Segment, Segments, bounds, gather_tokens, own_part, parts, segments_of
 from flexsparse.forwards import Hook
 from flexsparse.models import Joined, Leading
+from flexsparse.tables import is_compiling
 
 
 class Cut:
@@ -62,7 +63,7 @@ class Cut:
             first, last = (text, 0) if self.text_first else (0, text)
             return own_part(x, self.segments(count, first, last), self.ranks.rank, entry.split_dim)
         count, video = x.shape[entry.split_dim], self.video()
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             self.tokens = count
         if video is not None and count != video:
             raise ValueError(
@@ -74,7 +75,7 @@ class Cut:
 
     def says(self, x: Tensor, cut: bool) -> Tensor:
         """Notes that tokens are cut from now on, or whole again; a graph is told by what is returned."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return marks.CUT(x, cut)
         redone = torch._C._current_graph_task_id() != -1  # in a backward, of a block that knows nothing of the others
         if not redone:
@@ -83,7 +84,7 @@ class Cut:
 
     def count(self) -> int:
         """Video tokens of the forward that runs, is redone, or is being compiled."""
-        return self.state.tokens if torch.compiler.is_compiling() else self.video() or self.tokens
+        return self.state.tokens if is_compiling() else self.video() or self.tokens
 
     def segments(self, video: int, first: int = 0, last: int = 0) -> Segments:
         """Of a sequence of video tokens, with text before or after them."""
@@ -91,7 +92,7 @@ class Cut:
 
     def video(self) -> int | None:
         """Video tokens of the forward that runs or is redone; None where that is not known yet, or seen by a compiler only."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return None
         grid = self.state.interceptor.known_grid()
         return None if grid is None else grid[0] * grid[1] * grid[2]

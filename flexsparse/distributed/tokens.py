@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from flexsparse.tables import is_compiling
+
 Text = Literal["replicated", "split", "joined"]
 
 
@@ -184,7 +186,7 @@ def known_empty(size: int) -> bool:
 
 def without_autograd() -> bool:
     """Whether uncompiled code runs under inference mode: torch 2.11 has its collectives with a backward for autograd alone."""
-    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    return not is_compiling() and torch.is_inference_mode_enabled()
 
 
 def all_gather(x: Tensor, group: str) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -165,6 +166,49 @@ def test_threads_that_train_one_model() -> None:
     for i, each in found.items():
         for mine in each:
             torch.testing.assert_close(mine, expected[i], atol=1e-5, rtol=0)
+
+
+@contextlib.contextmanager
+def another_thread_compiles() -> Iterator[None]:
+    """Something of its own. Torch has one flag for all threads that says so."""
+    inside, done = threading.Event(), threading.Event()
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        inside.set()
+        assert done.wait(60)
+        return gm.forward
+
+    thread = threading.Thread(target=lambda: torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.ones(3)))
+    thread.start()
+    assert inside.wait(60)
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("redo", [plainly, *CHECKPOINTS])
+def test_another_thread_compiles(redo: Redo) -> None:
+    """What torch's flag says of this thread would leave redone blocks dense."""
+
+    def gradient() -> Tensor:
+        x = video(0)
+        return gradients_of(model(x, SIZES[0]).square().sum(), x)[0]
+
+    model = net(redo)
+    expected = gradient()
+    with another_thread_compiles():
+        torch.testing.assert_close(gradient(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("compile", [True, "regional"])
+def test_a_compiled_model_while_another_thread_compiles(compile: Any) -> None:
+    model = net(plainly, compile)
+    expected = model(video(0), SIZES[0])
+    with another_thread_compiles():
+        torch.testing.assert_close(model(video(0), SIZES[0]), expected)
 
 
 def test_a_block_of_which_nothing_tells_the_forward() -> None:
