@@ -15,6 +15,7 @@ from torch._dynamo.source import ConstantSource
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from flexsparse.autocast import autocast_off
 from flexsparse.compile_passes.graphs import as_fake, constant, finish, is_attribute, remove, tables_of, value_of
 
 CALL = "flexsparse_call"
@@ -121,7 +122,7 @@ class UnfoldAttention:
             if tables is None:
                 tables = self._made(gm, node, grid, device, order, fake)
         table_examples = tuple(as_fake(fake, value_of(table)) for table in tables)
-        with fake, torch.autocast(device.type, enabled=False):
+        with fake, autocast_off(device.type):
             # detached: what autograd saved here would count among the tensors that a checkpointed region saves
             examples = [x.detach().to(dtype) for x in examples]
             mask_example = None if mask is None else value_of(mask)

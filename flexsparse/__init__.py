@@ -18,6 +18,7 @@ from flexsparse.masks import (
     TopP,
     Union,
 )
+from flexsparse.ops import flop_formulas as _flop_formulas  # noqa: F401  # registers them with torch
 from flexsparse.schedule import SparsitySchedule
 from flexsparse.selection import KeptQueries, TileSelection
 from flexsparse.steps import DenseSteps

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.arguments import check_cut_tiles, check_inputs, check_selection, other_tokens, softmax_scale
+from flexsparse.autocast import autocast_off
 from flexsparse.backends import Case, choose, flex, gather, reference, triton
 from flexsparse.gated import GatedCoarse, gated_coarse
 from flexsparse.layout import TileLayout
@@ -22,7 +23,7 @@ from flexsparse.masks.base import CoarseInputs, MaskBuilder
 from flexsparse.masks.checked import planned
 from flexsparse.ops import tile_tokens
 from flexsparse.selection import TileSelection
-from flexsparse.tables import is_tracing, valid_slots
+from flexsparse.tables import is_compiling, is_tracing, valid_slots
 
 log = logging.getLogger("flexsparse")
 
@@ -330,12 +331,12 @@ def sparse_attention(  # type: ignore[misc]
             f"gate is given, but {type(builder).__name__} has no coarse output to apply it to: use VSA or TopP, or no gate"
         )
     gradients = wants_gradients(q, k, v)
-    compiled = torch.compiler.is_compiling()
+    compiled = is_compiling()
     case = case_of(q, layout, gradients=gradients, lse=return_aux, compiled=compiled)
     name, reason = choose(backend, case)
     if not compiled:
         _log_once(f"{case.device} {case.dtype} grid {layout.grid}: backend {name} ({reason})")
-    with torch.autocast(q.device.type, enabled=False):
+    with autocast_off(q.device.type):
         out, selection, coarse_out, lse = attend(
             q,
             k,

@@ -14,18 +14,13 @@ from torch import Tensor
 
 from flexsparse.arguments import softmax_scale
 from flexsparse.attention import Tiles, fine, plan, reads_raster, tiles_of, video_tables, wants_gradients
+from flexsparse.autocast import autocast_dtype, autocast_off
 from flexsparse.grids import Geometry
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import MaskBuilder
 from flexsparse.ops import text_lengths  # noqa: F401  # registers the op
 from flexsparse.schedule import SparsitySchedule
 from flexsparse.selection import KeptQueries, TileSelection
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype to which autocast would cast attention's inputs; None where it is off."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
 
 Gates = tuple[Tensor | None, Tensor | None]
 """Of the coarse and of the fine output, ``[B, S, H * D]`` each."""
@@ -109,7 +104,7 @@ def sparse_call(
     dtype = autocast_dtype(q.device.type)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    with autocast_off(q.device.type):
         gates = gates_of_heads(gates, q, layout)
         scale = softmax_scale(scale, q.shape[-1])
         if mask is not None:
@@ -231,7 +226,7 @@ class CallParts:
             scale: float | None,
             builder: int,
         ) -> list[Any]:
-            with torch.autocast(q.device.type, enabled=False):
+            with autocast_off(q.device.type):
                 softmax = softmax_scale(scale, q.shape[-1])
                 layout, kv_layout = ordered(grid, tables, order)
                 chooser = bound(ratios, builder)
@@ -252,7 +247,7 @@ class CallParts:
             builder: int,
             order: str,
         ) -> Tensor:
-            with torch.autocast(q.device.type, enabled=False):
+            with autocast_off(q.device.type):
                 layout, kv_layout = ordered(grid, tables, order)
                 selection, coarse_out = unflat(planned, layout, kv_layout)
                 own = gates_of_heads(gates, q, layout)

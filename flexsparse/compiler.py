@@ -14,9 +14,10 @@ from torch import Tensor
 
 from flexsparse import naming
 from flexsparse.attention import case_of
+from flexsparse.autocast import autocast_dtype
 from flexsparse.backends import NAMES, choose
 from flexsparse.builder_state import Watch, watched
-from flexsparse.calls import CallParts, autocast_dtype
+from flexsparse.calls import CallParts
 from flexsparse.compile_passes import (
     FoldTiling,
     FuseSelection,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.fx.experimental._config
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
+from torch.utils._python_dispatch import is_in_any_mode_without_ignore_compile_internals
 
 from flexsparse import naming
 from flexsparse.compile_passes import RewriteError
@@ -104,3 +105,10 @@ def clear_errors(compiled: Callable[..., Any], *args: Any) -> Any:
             "wrap(..., compile='regional') if the break is outside of the blocks, compile=False if it is inside, or mend it. "
             f"torch says: {error}"
         ) from error
+    except RuntimeError as error:
+        if is_in_any_mode_without_ignore_compile_internals():
+            raise RewriteError(
+                "a torch dispatch mode is active (FlopCounterMode is one), under which torch runs nothing compiled: use it on "
+                f"a model that is wrapped with compile=False. torch says: {error}"
+            ) from error
+        raise

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.arguments import check_cut_tiles, check_tile_counts, other_tokens, softmax_scale
+from flexsparse.autocast import autocast_off
 from flexsparse.given import never_changes
 from flexsparse.layout import TileLayout
 from flexsparse.masks.checked import checked_mask, planned
@@ -206,7 +207,7 @@ class MaskBuilder:
         scale = softmax_scale(scale, q.shape[3])
         if tile_counts is not None:
             check_tile_counts(tile_counts, q.shape[0], kv_layout)
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # scores are of float32
+        with torch.no_grad(), autocast_off(q.device.type):  # scores are of float32
             k_tiles = kv_layout.to_tiles(k.detach())
             if tile_counts is not None:  # as in `attention.tiles_of`: what lies past a count may be anything
                 k_tiles = k_tiles.masked_fill(~valid_slots(k_tiles, tile_counts, kv_layout.slots), 0)

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from flexsparse.block_lists import BlockLists, block_lists, block_mask, tile_mask_mod
 from flexsparse.packing import pack_queries, unpack_lse, unpack_rows
 from flexsparse.selection import TileSelection
+from flexsparse.tables import is_compiling
 
 LN2 = 0.6931471805599453
 
@@ -24,6 +25,8 @@ def refusal(device: str, dtype: torch.dtype, gradients: bool, lse: bool, dynamic
     """Why FlexAttention cannot do a case, with the remedy; None where it can (torch 2.11 to 2.14)."""
     if dtype == torch.float64:
         return "FlexAttention computes no float64; use 'gather' or 'reference'"
+    if device == "meta":
+        return "FlexAttention has no meta tensors; use 'gather'"
     if device == "cpu":
         if gradients:
             return "FlexAttention has no backward on CPU; use 'gather'"
@@ -98,7 +101,7 @@ def attend(
         out, lse = _operator(rows, k, v, lists, scale, wants_lse)
     else:
         mask = block_mask(lists, columns=rows.is_cuda)  # the backward walks columns; compiled for the CPU there is none
-        if torch.compiler.is_compiling():
+        if is_compiling():
             aux = AuxRequest(lse=True) if wants_lse else None
             options = _kernel_options(*mask.BLOCK_SIZE, q.device.type)
             result = flex_attention(

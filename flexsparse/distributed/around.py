@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from flexsparse.calls import Gates, autocast_dtype, hidden_text
+from flexsparse.autocast import autocast_dtype
+from flexsparse.calls import Gates, hidden_text
 from flexsparse.compile_passes import RewriteError, marks, multi_head, nested, origins
 from flexsparse.compile_passes.graphs import finish, graph_modules, remove, value_of
 from flexsparse.compile_passes.rewrite_sdpa import call_name

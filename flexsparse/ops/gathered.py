@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexsparse.autocast import autocast_off
 from flexsparse.tile_bits import ascending_lists, unpack_bits
 
 CHUNK_ENTRIES = {"forward": 1 << 17, "backward": 1 << 19, "cuda": 1 << 26}
@@ -170,7 +171,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         q = next(x for x in args if isinstance(x, Tensor))
-        with torch.autocast(q.device.type, enabled=False):
+        with autocast_off(q.device.type):
             return function(*args, **kwargs)
 
     return run

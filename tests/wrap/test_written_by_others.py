@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import flexsparse as fs
 from flexsparse import one_graph
@@ -121,6 +122,21 @@ def test_numbers_that_modules_hold(monkeypatch: pytest.MonkeyPatch) -> None:
         for step in range(4):
             model.patch[1].shift = plain.patch[1].shift = step / 8
             torch.testing.assert_close(model(clip(12)), plain(clip(12)), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_dispatch_mode_is_said_to_be_the_reason(warm: bool) -> None:
+    """And not another backend: torch runs the wrapped model's code uncompiled under one."""
+    model = fs.wrap(Stranger(depth=1), fs.VSA(top_k=1), inner="aot_eager")
+    if warm:
+        model(clip())
+    with FlopCounterMode(display=False), pytest.raises(RewriteError, match=r"FlopCounterMode is one.*compile=False"):
+        model(clip())
+    fs.wrap(fs.unwrap(model), fs.VSA(top_k=1), compile=False)
+    with FlopCounterMode(display=False) as counter:
+        model(clip())
+    assert any("gather_attention" in str(op) for op in counter.get_flop_counts()["Global"])
 
 
 @torch.no_grad()

@@ -186,14 +186,14 @@ ATTENTION = (
     Mutation(
         "both stages under autocast",
         "attention.py",
-        "with torch.autocast(q.device.type, enabled=False):\n        out, selection",
+        "with autocast_off(q.device.type):\n        out, selection",
         "if True:\n        out, selection",
         ("test_attention.py::test_autocast_changes_nothing",),
     ),
     Mutation(
         "a selection under autocast",
         "masks/base.py",
-        "with torch.no_grad(), torch.autocast(q.device.type, enabled=False):",
+        "with torch.no_grad(), autocast_off(q.device.type):",
         "with torch.no_grad():",
         ("test_attention.py::test_selecting_under_autocast_is_selecting_without",),
     ),

@@ -226,7 +226,7 @@ OPS = (
     Mutation(
         "the fine stage's backward under autocast",
         "ops/gathered.py",
-        "with torch.autocast(q.device.type, enabled=False):\n            return",
+        "with autocast_off(q.device.type):\n            return",
         "if True:\n            return",
         ("test_attention.py::test_the_gather_backward_ignores_an_autocast_around_it",),
     ),
@@ -285,5 +285,19 @@ OPS = (
         "out_dtype=q.dtype if gate is None else high",
         "out_dtype=q.dtype",
         ("ops/test_tile_attention.py::test_a_gated_sum_is_rounded_once",),
+    ),
+    Mutation(
+        "FLOPs of text left out",
+        "ops/flop_formulas.py",
+        "(kept + B * H * N * (tiles - kv_video))",
+        "kept",
+        ("ops/test_flop_formulas.py",),
+    ),
+    Mutation(
+        "FLOPs of a backward as of a forward",
+        "ops/flop_formulas.py",
+        "FORWARD, BACKWARD = 2, 5",
+        "FORWARD, BACKWARD = 2, 2",
+        ("ops/test_flop_formulas.py",),
     ),
 )

@@ -31,4 +31,25 @@ TRAINING = (
         "if False:",
         ("wrap/test_crossing.py",),
     ),
+    Mutation(
+        "another thread that compiles leaves redone blocks dense",
+        "tables.py",
+        "return torch.compiler.is_dynamo_compiling() or is_exporting()",
+        "return torch.compiler.is_compiling()",
+        ("wrap/test_redone.py", "-k", "another_thread"),
+    ),
+    Mutation(
+        "a part of a builder replaced goes unseen",
+        "builder_state.py",
+        "(part or isinstance(value, (*PLAIN, Tensor)) or callable(value))",
+        "isinstance(value, (*PLAIN, Tensor))",
+        ("wrap/test_builder_state.py",),
+    ),
+    Mutation(
+        "a cache that fills up is a change",
+        "builder_state.py",
+        "found[name] = Maybe(value) if maybe else value",
+        "found[name] = value",
+        ("wrap/test_builder_state.py",),
+    ),
 )

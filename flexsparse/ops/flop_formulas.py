@@ -1,0 +1,68 @@
+"""FLOPs of the attention ops for `torch.utils.flop_counter.FlopCounterMode`, which counts nothing of an op it does not know.
+
+As in `planning.attention`: two FLOPs a multiply-add, whole tiles, padding included; a backward is 2.5 forwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
+
+from flexsparse.backends import gather  # noqa: F401  # registers its ops
+from flexsparse.ops import tile_attention  # noqa: F401
+
+FORWARD, BACKWARD = 2, 5
+"""Matrix products of a pair of tiles."""
+
+
+def _flops(
+    products: int, q: Tensor, rows: int, counts: Tensor, kv_counts: Tensor, query_rows: int, kv_video: int, slots: int
+) -> int:
+    """Of kept tiles, extra tiles, and extra rows, which see everything.
+
+    Raises:
+        RuntimeError: counts that have no values.
+    """
+    if counts.is_meta or isinstance(counts, FakeTensor):
+        raise RuntimeError(
+            "FLOPs are counted of a selection without values (meta or fake tensors), and how many tiles it keeps is not "
+            "known: count a forward of real tensors, or use `flexsparse plan`"
+        )
+    B, H, _, D = q.shape
+    N, tiles = counts.shape[2], kv_counts.shape[-1]
+    kept = int(counts.expand(B, H, N).sum())
+    pairs = query_rows * (kept + B * H * N * (tiles - kv_video)) + B * H * (rows - N * query_rows) * tiles
+    return 2 * products * D * pairs * slots
+
+
+@register_flop_formula(torch.ops.flexsparse.gather_attention, get_raw=True)
+def _gather(q: Tensor, k: Tensor, v: Tensor, *args: Any, **_: Any) -> int:
+    _bits, counts, kv_counts, query_rows, _first, _kv_first, kv_video, slots = args[:8]
+    return _flops(FORWARD, q, q.shape[2], counts, kv_counts, query_rows, kv_video, slots)
+
+
+@register_flop_formula(torch.ops.flexsparse.gather_attention_backward, get_raw=True)
+def _gather_backward(grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **_: Any) -> int:
+    _out, _lse, _bits, counts, kv_counts, query_rows, _first, _kv_first, kv_video, slots = args[:10]
+    return _flops(BACKWARD, q, q.shape[2], counts, kv_counts, query_rows, kv_video, slots)
+
+
+@register_flop_formula(torch.ops.flexsparse.tile_attention, get_raw=True)
+def _tiles(q: Tensor, k: Tensor, v: Tensor, *args: Any, **_: Any) -> int:
+    _coarse, _gate, _bits, counts, kv_counts, query_rows, *_ends, _kv_first, kv_video, slots = args[:11]
+    return _flops(FORWARD, q, _rows(q, args[16:]), counts, kv_counts, query_rows, kv_video, slots)
+
+
+@register_flop_formula(torch.ops.flexsparse.tile_attention_backward, get_raw=True)
+def _tiles_backward(grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **_: Any) -> int:
+    _out, _lse, _coarse, _gate, _bits, counts, kv_counts, query_rows, *_ends, _kv_first, kv_video, slots = args[:13]
+    return _flops(BACKWARD, q, _rows(q, args[17:]), counts, kv_counts, query_rows, kv_video, slots)
+
+
+def _rows(q: Tensor, tables: tuple[Any, ...]) -> int:
+    """Query rows as computed: of the table of tokens, where q comes in raster order."""
+    return q.shape[2] if not tables or tables[0] is None else tables[0].shape[0]
