@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from flexsparse.gates import FINE, NAME, gate_modules
 from flexsparse.rules import plain_name
@@ -57,26 +58,29 @@ def save_gates(model: nn.Module, path: str | Path, names: Literal["flexsparse", 
     """Write every gate to a safetensors file; the builder's settings, tile and version are in its metadata.
 
     Args:
-        model: wrapped with gates.
+        model: wrapped with gates. Where FSDP2 has sharded them every rank calls this, and the first one writes.
         path: the file to write.
         names: ``"flexsparse"`` for ``blocks.0.attn1.to_gate_compress.weight``, ``"fastvideo"`` for
             ``blocks.0.to_gate_compress.weight``.
 
     Raises:
-        ValueError: the model has no gates, or two in one block, which FastVideo's names cannot tell apart.
+        ValueError: the model has no gates, or two in one block, which FastVideo's names cannot tell apart; or FSDP1 holds them
+            in flat tensors of its own.
         FileNotFoundError: the folder that the file would be in does not exist.
         OSError: it cannot be written; what it held before is untouched.
     """
     if names not in ("flexsparse", "fastvideo"):
         raise ValueError(f"names is {names!r}: give 'flexsparse' or 'fastvideo'")
     tensors: dict[str, Tensor] = {}
+    first = True
     for name, own, gate in gate_modules(model):
         holder = name if names == "flexsparse" else _fastvideo_name(name)
-        for kind, value in gate.state_dict().items():
+        for kind, value in _values(f"{name}.{own}".lstrip("."), gate):
             key = f"{holder}.{own}.{kind}".lstrip(".")
             if key in tensors:
                 raise ValueError(f"names is 'fastvideo', but {holder} has two gates: save them with names='flexsparse'")
-            tensors[key] = value.detach().contiguous()
+            first = first and not (_is_sharded(value) and torch.distributed.get_rank())
+            tensors[key] = _whole(value.detach())
     if not tensors:
         raise ValueError(f"{type(model).__name__} has no gates: wrap it with gates=True before saving them")
     folder = Path(path).parent
@@ -84,7 +88,38 @@ def save_gates(model: nn.Module, path: str | Path, names: Literal["flexsparse", 
         raise FileNotFoundError(f"path is {path}, but there is no folder {folder}: make it first")
     from flexsparse.training.files import write_atomically  # not with the library: commands share it
 
-    write_atomically(Path(path), _safetensors().torch.save(tensors, metadata=settings_of(model)))
+    if first:
+        write_atomically(Path(path), _safetensors().torch.save(tensors, metadata=settings_of(model)))
+
+
+def _values(name: str, gate: nn.Linear) -> Iterator[tuple[str, Tensor]]:
+    """Weight and bias of a gate as it computes with them, a parametrised one (`weight_norm`) too."""
+    weight, bias = getattr(gate, "weight", None), getattr(gate, "bias", None)
+    if weight is None or weight.dim() != 2:
+        raise ValueError(
+            f"the gate {name} is part of a flat tensor of FSDP1's: call save_gates within "
+            "FullyShardedDataParallel.summon_full_params(model)"
+        )
+    yield "weight", weight
+    if bias is not None:
+        yield "bias", bias
+
+
+def _is_sharded(x: Tensor) -> bool:
+    return hasattr(x, "device_mesh")  # a DTensor; torch without distributed has no such class
+
+
+def _whole(x: Any) -> Tensor:
+    """All of what FSDP2 has sharded, for which every rank is needed; gathered by the mesh's backend, and kept on the CPU."""
+    whole: Tensor = x.to(x.device_mesh.device_type).full_tensor().cpu() if _is_sharded(x) else x
+    return whole.contiguous()
+
+
+def _shard(whole: Tensor, like: Any) -> Tensor:
+    """This rank's part of what every rank has read."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _files(path: Path) -> list[Path]:
@@ -132,6 +167,11 @@ def _assign(model: nn.Module, found: dict[str, Tensor], path: Path) -> Iterator[
     gates = list(gate_modules(model))
     prefix = _prefix(model, [own for pair in gates for own in _keys_of(*pair[:2])], found)
     for name, own, gate in gates:
+        if is_parametrized(gate):
+            raise ValueError(
+                f"the gate {name}.{own} is parametrized, so that its weight cannot be set: load gates first, or call "
+                "torch.nn.utils.parametrize.remove_parametrizations"
+            )
         for kind, parameter in gate.named_parameters():
             options = [f"{prefix}{key}.{kind}" for key in _keys_of(name, own)]
             key = next((key for key in options if key in found), None)
@@ -165,7 +205,7 @@ def load_gates(model: nn.Module, path: str | Path, strict: bool = True) -> list[
     """Read gates from safetensors: a file of `save_gates`, a model's checkpoint, or one with FastVideo's names.
 
     Args:
-        model: wrapped with gates.
+        model: wrapped with gates; where FSDP2 has sharded them every rank calls this.
         path: a file, or a folder of `save_pretrained` (a model's, or a pipeline's); other tensors are ignored.
         strict: whether every gate of the model must be there, and the other way round.
 
@@ -202,7 +242,7 @@ def load_gates(model: nn.Module, path: str | Path, strict: bool = True) -> list[
     with torch.no_grad():
         for target, _, key in fits:
             if key is not None:
-                target.copy_(found[key])
+                target.copy_(_shard(found[key], target) if _is_sharded(target) else found[key])
     return sorted({key.rpartition(".")[0] for key in used})
 
 

@@ -265,15 +265,20 @@ def _inner_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return _original(module, args, kwargs)
 
 
+NO_EXPORT = (
+    "a wrapped model is not exported: its sparse attention is made by torch.compile; unwrap it to export it dense"
+)
+
+
 def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward of a wrapped model."""
     state: State = getattr(module, STATE)
     if is_compiling():
         if is_exporting():
-            raise NotImplementedError(
-                "a wrapped model is not exported: its sparse attention is made by torch.compile; unwrap it to export it dense"
-            )
+            raise NotImplementedError(NO_EXPORT)
         return _traced_model(module, args, kwargs)
+    if torch.jit.is_tracing():
+        raise NotImplementedError(NO_EXPORT)
     if getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None) is not None:
         raise ValueError(
             f"{type(module).__name__} has diffusers' context parallelism enabled, whose backward recomputes attention where "

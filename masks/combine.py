@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -91,7 +92,7 @@ class Combination(MaskBuilder):
             "tile_counts": coarse.tile_counts,
         }
         if self.kind == "intersection":
-            fields["capacity"] = min(selection.capacity for selection in selections)
+            fields["capacity"] = functools.reduce(smaller, [selection.capacity for selection in selections])
         return TileSelection.from_mask(keep, coarse.layout, coarse.kv_layout, **fields), coarse_out
 
     def nominal_density(self, layout: TileLayout, kv_layout: TileLayout) -> float:

@@ -40,10 +40,11 @@ class Around:
 
     Args:
         parallel: how tokens are spread.
+        heads: how many query heads a sparse call may have; empty where any number will do.
     """
 
-    def __init__(self, parallel: SequenceParallel) -> None:
-        self.parallel = parallel
+    def __init__(self, parallel: SequenceParallel, heads: frozenset[int] = frozenset()) -> None:
+        self.parallel, self.heads = parallel, heads
 
     def is_local(self, q: Any, k: Any, layout: TileLayout) -> bool:
         """Whether a call is attention of as many tokens as this rank holds, among themselves."""
@@ -107,7 +108,12 @@ class Around:
             )
 
     def check_heads(self, q: Any, name: str) -> None:
-        """Raise a `RewriteError` where there are more ranks than query heads."""
+        """Raise a `RewriteError`, on every rank, where there are more ranks than query heads, or others than `PerHead` has."""
+        if self.heads and q.shape[1] not in self.heads:  # a rank whose share is right would wait for the others
+            entries = " or ".join(map(str, sorted(self.heads)))
+            raise RewriteError(
+                f"PerHead heads has {entries} entries, but {name} has {q.shape[1]} heads: give one for each"
+            )
         if q.shape[1] < self.parallel.ulysses.size:
             raise RewriteError(f"{name} {too_few_heads(q.shape[1], self.parallel.ulysses.size)}")
 

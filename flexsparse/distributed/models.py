@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -87,7 +87,7 @@ def ulysses(model: Model, mesh: DeviceMesh | None = None, plan: Plan | None = No
             module.register_forward_pre_hook(hook, with_kwargs=True)
         for hook in after if module is not model else ():
             module.register_forward_hook(hook)
-    backend.parallel = Around(parallel)
+    backend.parallel = Around(parallel, _head_counts(state.backend.rules.builders))
     state.use(backend)
     return model
 
@@ -136,6 +136,19 @@ def _switch_off(model: nn.Module) -> None:
         if hasattr(processor, "_parallel_config"):
             processor._parallel_config = None  # type: ignore[union-attr]
     model._parallel_config = None  # type: ignore[assignment]
+
+
+def _head_counts(builders: Sequence[Any]) -> frozenset[int]:
+    """How many heads calls may have, where each builder says a number."""
+    counts = [_head_count(builder) for builder in builders]
+    return frozenset() if None in counts else frozenset(count for count in counts if count is not None)
+
+
+def _head_count(builder: Any) -> int | None:
+    if isinstance(builder, PerHead):
+        return len(builder.heads)
+    parts = builder.parts if isinstance(builder, Combination) else ()
+    return next((count for part in parts if (count := _head_count(part)) is not None), None)
 
 
 def _localized(backend: Any, parallel: SequenceParallel) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -101,6 +102,14 @@ def test_more_ranks_than_heads(two: Processes, compile: bool | str) -> None:
         for message in two.run(training.too_many, compile, of_config):
             assert message.startswith(f"{kind}: ") and "has 1 heads for 2 ranks" in message
             assert "other samples to the other ranks" in message and "tiles=" not in message
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_builder_of_other_heads(two: Processes, compile: bool | str) -> None:
+    for message in two.run(training.said, "per_head_of_others", compile, limit=60):
+        assert re.match(r"RewriteError: PerHead heads has 3 entries, but blocks\.0\.attn1 has 2 heads", message), (
+            message
+        )
 
 
 @pytest.mark.parametrize("mesh", [(1, 2), (2, 1)])

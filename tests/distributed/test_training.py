@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -60,6 +61,14 @@ def test_checkpointing(two: Processes, compile: bool | str) -> None:
 def test_gates_that_ranks_would_train_alone(two: Processes, what: str, remedy: str) -> None:
     for message in two.run(training.said, what):
         assert re.search(remedy.replace("(", r"\(").replace(")", r"\)"), message)
+
+
+def test_gate_files_of_sharded_gates(two: Processes, tmp_path: Path) -> None:
+    two.run(training.same_gate_files, str(tmp_path / "gates.safetensors"))
+    for message in two.run(training.said, "gates_saved_by_fsdp1", str(tmp_path / "others.safetensors")):
+        assert re.match(
+            r"ValueError: the gate blocks\.0\.attn1\.to_gate_compress is part of a flat tensor .*summon", message
+        )
 
 
 @pytest.mark.slow

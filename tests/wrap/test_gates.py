@@ -18,7 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 import flexsparse as fs
-from flexsparse.gates import add_gates
+from flexsparse.gates import add_gates, gate_modules
 
 from .conftest import WAN, Block, Stranger
 
@@ -312,6 +312,24 @@ def test_gates_that_an_adapter_trains_are_the_ones_that_are_saved(gated: Strange
     plain = fs.wrap(copy.deepcopy(fs.unwrap(gated)), fs.VSA(top_k=2), gates=True, compile=False)
     fs.load_gates(plain, tmp_path / "gates.safetensors")
     assert all((p == 0.5).all() for p in fs.gate_parameters(plain))
+
+
+def test_a_parametrised_gate_is_saved_as_it_computes(gated: Stranger, tmp_path: Path) -> None:
+    """Else the file has names that no other model knows."""
+    gates = [gate for *_, gate in gate_modules(gated)]
+    whole = [gate.weight.detach().clone() for gate in gates]
+    for gate in gates:
+        torch.nn.utils.parametrizations.weight_norm(gate)
+    path = tmp_path / "gates.safetensors"
+    fs.save_gates(gated, path)
+    with pytest.raises(ValueError, match=r"the gate blocks\.0\.\w+ is parametrized.*remove_parametrizations"):
+        fs.load_gates(gated, path)
+    for gate in gates:
+        torch.nn.utils.parametrize.remove_parametrizations(gate, "weight")
+        nn.init.zeros_(gate.weight)
+    fs.load_gates(gated, path)
+    for gate, weight in zip(gates, whole, strict=True):
+        torch.testing.assert_close(gate.weight, weight)
 
 
 def test_an_adapter_over_a_gate_is_an_error(gated: Stranger, tmp_path: Path) -> None:

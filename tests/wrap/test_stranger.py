@@ -342,12 +342,15 @@ def test_a_part_of_a_wrapped_model(stranger: Stranger) -> None:
     assert fs.report(stranger).sparse_calls == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_wrapped_model_is_not_exported(stranger: Stranger, strict: bool) -> None:
     """The exported graph would have been dense."""
     fs.wrap(stranger, fs.VSA(top_k=2), compile=False)
     with pytest.raises(Exception, match=r"a wrapped model is not exported.*unwrap it to export it dense"):
         torch.export.export(stranger, (clip(),), strict=strict)
+    with pytest.raises(NotImplementedError, match="a wrapped model is not exported"):
+        torch.jit.trace(stranger, (clip(),))
     exported = torch.export.export(fs.unwrap(stranger), (clip(),), strict=strict)
     torch.testing.assert_close(exported.module()(clip()), stranger(clip()))
 

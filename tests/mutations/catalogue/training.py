@@ -52,4 +52,32 @@ TRAINING = (
         "found[name] = value",
         ("wrap/test_builder_state.py",),
     ),
+    Mutation(
+        "a rank waits for another whose share of PerHead does not fit",
+        "distributed/around.py",
+        "if self.heads and q.shape[1] not in self.heads:",
+        "if False:",
+        ("distributed/test_models.py", "-k", "builder_of_other"),
+    ),
+    Mutation(
+        "parts of flat tensors saved as gates",
+        "gate_files.py",
+        "weight is None or weight.dim() != 2",
+        "weight is None",
+        ("distributed/test_training.py", "-k", "gate_files"),
+    ),
+    Mutation(
+        "no rank writes gates that are sharded",
+        "gate_files.py",
+        "first = first and not (_is_sharded(value) and torch.distributed.get_rank())",
+        "first = first and not _is_sharded(value)",
+        ("distributed/test_training.py", "-k", "gate_files"),
+    ),
+    Mutation(
+        "a parametrised gate saved by its parts",
+        "gate_files.py",
+        'in _values(f"{name}.{own}".lstrip("."), gate):',
+        "in gate.state_dict().items():",
+        ("wrap/test_gates.py", "-k", "parametrised"),
+    ),
 )
