@@ -20,21 +20,32 @@ FORWARD, BACKWARD = 2, 5
 
 
 def _flops(
-    products: int, q: Tensor, rows: int, counts: Tensor, kv_counts: Tensor, query_rows: int, kv_video: int, slots: int
+    products: int,
+    q: Tensor,
+    rows: int,
+    counts: Tensor,
+    kv_counts: Tensor,
+    query_rows: int,
+    kv_video: int,
+    slots: int,
+    capacity: int,
 ) -> int:
     """Of kept tiles, extra tiles, and extra rows, which see everything.
 
     Raises:
-        RuntimeError: counts that have no values.
+        RuntimeError: counts that have no values. (A compiler that weighs nodes by their FLOPs is told the most it can be.)
     """
-    if counts.is_meta or isinstance(counts, FakeTensor):
+    B, H, _, D = q.shape
+    N, tiles = counts.shape[2], kv_counts.shape[-1]
+    if not counts.is_meta and not isinstance(counts, FakeTensor):
+        kept = int(counts.expand(B, H, N).sum())
+    elif torch._guards.TracingContext.try_get() is not None:
+        kept = B * H * N * capacity
+    else:
         raise RuntimeError(
             "FLOPs are counted of a selection without values (meta or fake tensors), and how many tiles it keeps is not "
             "known: count a forward of real tensors, or use `flexsparse plan`"
         )
-    B, H, _, D = q.shape
-    N, tiles = counts.shape[2], kv_counts.shape[-1]
-    kept = int(counts.expand(B, H, N).sum())
     pairs = query_rows * (kept + B * H * N * (tiles - kv_video)) + B * H * (rows - N * query_rows) * tiles
     return 2 * products * D * pairs * slots
 
@@ -42,25 +53,27 @@ def _flops(
 @register_flop_formula(torch.ops.flexsparse.gather_attention, get_raw=True)
 def _gather(q: Tensor, k: Tensor, v: Tensor, *args: Any, **_: Any) -> int:
     _bits, counts, kv_counts, query_rows, _first, _kv_first, kv_video, slots = args[:8]
-    return _flops(FORWARD, q, q.shape[2], counts, kv_counts, query_rows, kv_video, slots)
+    return _flops(FORWARD, q, q.shape[2], counts, kv_counts, query_rows, kv_video, slots, kv_video)
 
 
 @register_flop_formula(torch.ops.flexsparse.gather_attention_backward, get_raw=True)
 def _gather_backward(grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **_: Any) -> int:
     _out, _lse, _bits, counts, kv_counts, query_rows, _first, _kv_first, kv_video, slots = args[:10]
-    return _flops(BACKWARD, q, q.shape[2], counts, kv_counts, query_rows, kv_video, slots)
+    return _flops(BACKWARD, q, q.shape[2], counts, kv_counts, query_rows, kv_video, slots, kv_video)
 
 
 @register_flop_formula(torch.ops.flexsparse.tile_attention, get_raw=True)
 def _tiles(q: Tensor, k: Tensor, v: Tensor, *args: Any, **_: Any) -> int:
-    _coarse, _gate, _bits, counts, kv_counts, query_rows, *_ends, _kv_first, kv_video, slots = args[:11]
-    return _flops(FORWARD, q, _rows(q, args[16:]), counts, kv_counts, query_rows, kv_video, slots)
+    _coarse, _gate, _bits, counts, kv_counts, query_rows, *_ends, _kv_first, kv_video, slots, capacity = args[:12]
+    return _flops(FORWARD, q, _rows(q, args[16:]), counts, kv_counts, query_rows, kv_video, slots, capacity)
 
 
 @register_flop_formula(torch.ops.flexsparse.tile_attention_backward, get_raw=True)
 def _tiles_backward(grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **_: Any) -> int:
-    _out, _lse, _coarse, _gate, _bits, counts, kv_counts, query_rows, *_ends, _kv_first, kv_video, slots = args[:13]
-    return _flops(BACKWARD, q, _rows(q, args[17:]), counts, kv_counts, query_rows, kv_video, slots)
+    _out, _lse, _coarse, _gate, _bits, counts, kv_counts, query_rows, *_ends, _kv_first, kv_video, slots, capacity = (
+        args[:14]
+    )
+    return _flops(BACKWARD, q, _rows(q, args[17:]), counts, kv_counts, query_rows, kv_video, slots, capacity)
 
 
 def _rows(q: Tensor, tables: tuple[Any, ...]) -> int:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import flexsparse as fs
@@ -112,3 +113,15 @@ def test_a_selection_without_values_is_an_error() -> None:
     q = torch.empty(1, 2, layout.seq_len, 8, device="meta")
     with FlopCounterMode(display=False), pytest.raises(RuntimeError, match=r"without values .* `flexsparse plan`"):
         fs.sparse_attention(q, q, q, layout, fs.VSA(top_k=2))
+
+
+def test_a_compiler_that_weighs_nodes_by_their_flops() -> None:
+    """Inductor counts them of fake tensors: the most it can be, exact where a builder fills every row."""
+    layout = LAYOUTS["ragged, text"]
+    qkv, selection = _inputs(layout, BUILDERS["vsa"])
+    given = (*(layout.to_tiles(x).contiguous().detach() for x in qkv), None, None, *selection.operands(), 0.3, True)
+    mode = FakeTensorMode()
+    with mode, torch._guards.tracing(torch._guards.TracingContext(mode)), FlopCounterMode(display=False) as counter:
+        fake = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in given]
+        torch.ops.flexsparse.tile_attention(*fake)
+    assert counter.get_total_flops() == _products(qkv, selection, False) > 0

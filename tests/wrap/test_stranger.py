@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import io
 from typing import Any
@@ -340,6 +341,24 @@ def test_a_part_of_a_wrapped_model(stranger: Stranger) -> None:
         fs.unwrap(stranger.blocks[1])
     stranger(clip())
     assert fs.report(stranger).sparse_calls == 2
+
+
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="torch 2.11 checks a masked index in C++ that does not compile (AVX-512)"
+)
+def test_inductor_equals_eager_in_outputs_and_gradients() -> None:
+    """Whole models, diffusers' and without gradients are slow tests: two small blocks here."""
+    torch.manual_seed(1)
+    eager = Stranger()
+    model = fs.wrap(copy.deepcopy(eager), fs.VSA(top_k=2), gates=True, compile="regional")
+    fs.wrap(eager, fs.VSA(top_k=2), gates=True, compile=False, attention="reference")
+    for each in (model, eager):
+        for parameter in fs.gate_parameters(each):
+            nn.init.constant_(parameter, 0.1)
+        each(clip()).square().mean().backward()
+    for (name, mine), other in zip(model.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, atol=1e-6, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+    assert [call.backend for call in fs.report(model).calls if call.sparse] == ["gather"] * 2
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

@@ -39,9 +39,10 @@ def test_all_tiles_kept_equals_dense(wan: Make, way: Any) -> None:
 @pytest.mark.skipif(
     torch.__version__ < "2.12", reason="torch 2.11 checks a masked index in C++ that does not compile (AVX-512)"
 )
-@pytest.mark.parametrize("way", [pytest.param(True, marks=pytest.mark.slow), "regional"])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [True, "regional"])
 def test_inductor_equals_eager_in_outputs_and_gradients(wan: Make, way: Any) -> None:
-    """With gates: a fourth linear map of the same tokens. The slow one without gradients too, which compiles more C++."""
+    """With gates: a fourth linear map of the same tokens. A quick one is in test_stranger.py: every block's kernels are C++."""
     model = wan()
     model.blocks = model.blocks[:1]  # type: ignore[index]  # Inductor compiles C++ for every block
     compiled = fs.wrap(copy.deepcopy(model), fs.VSA(top_k=2), gates=True, **options(way, "inductor"))
