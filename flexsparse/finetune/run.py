@@ -265,17 +265,26 @@ def _prepare(settings: Settings, options: Options, accelerator: Any, model: torc
 
 
 def _check_window(training: Training) -> None:
-    """Raise for a window that the model cannot cut into its patches."""
+    """Raise for a window that the model cannot cut into its patches, or has no positions for."""
+    config = training.config
     clean = training.latents([training.task.samples.sample(0)]).clean
-    patch = training.config.get("patch_size") or 1
-    sides = (training.config.get("patch_size_t") or 1, patch, patch) if isinstance(patch, int) else tuple(patch)
+    patch = config.get("patch_size") or 1
+    sides = (config.get("patch_size_t") or 1, patch, patch) if isinstance(patch, int) else tuple(patch)
+    learned = config.get("use_learned_positional_embeddings") and not config.get(
+        "patch_size_t"
+    )  # CogVideoX of image to video
+    ratio = config.get("temporal_compression_ratio", 1)
     whole = training.task.samples.reader.shape is not None
     for name, size, side in zip(("frames", "height", "width"), clean.shape[2:], sides):
+        given, remedy = f"--{name} gives the model {size}", "a window that fits"
+        if whole:
+            given, remedy = f"--data {training.settings.data!r}: latents have {size} {UNITS[name]}", "others"
         if size % side:
-            given, remedy = f"--{name} gives the model {size}", "a window that fits"
-            if whole:
-                given, remedy = f"--data {training.settings.data!r}: latents have {size} {UNITS[name]}", "others"
             raise RunError(f"{given}, and its patches take multiples of {side}: pass {remedy}")
+        wanted = size if not learned else int(config[f"sample_{name}"])
+        wanted = (wanted - 1) // ratio + 1 if learned and name == "frames" else wanted
+        if size != wanted:  # of other frames diffusers would leave out what was learned, without a word
+            raise RunError(f"{given}, and its learned positions are of {wanted}: pass {remedy}")
 
 
 def _plan(training: Training, clips: int, first_step: int) -> str:

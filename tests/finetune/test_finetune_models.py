@@ -1,6 +1,7 @@
 """Each class of docs/models.md through a whole run on latents: it learns, gates are trained, what is written loads again."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,25 @@ def test_latents_that_no_patch_fits_and_clips_without_text(tmp_path):
         save_file({"latents": torch.randn(4, 2, 7, 8)}, str(tmp_path / "clips" / f"{name}.safetensors"))
     with pytest.raises(RunError, match=r"latents have 7 rows, and its patches take multiples of 2: pass others"):
         tuned(tmp_path / "odd", **{**RUN, "model": model_folder, "data": data})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"sample_height": 6}, "latents have 8 rows, and its learned positions are of 6: pass others"),
+        ({"sample_frames": 17}, "latents have 4 frames, and its learned positions are of 5: pass others"),
+        ({}, None),
+    ],
+)
+def test_positions_that_were_learned_at_another_size(tmp_path, sizes, message):
+    """diffusers raises for rows and columns, and takes other positions for frames."""
+    learned = {"use_learned_positional_embeddings": True, "use_rotary_positional_embeddings": True}
+    fits = {"sample_frames": 13, "sample_height": 8, "sample_width": 8, "temporal_compression_ratio": 4}
+    model_folder, data = Case("cogvideox", {**learned, **fits, **sizes}).save(tmp_path / "model", tmp_path / "clips")
+    for name in ("a", "b"):
+        save_file({"latents": torch.randn(4, 4, 8, 8)}, str(tmp_path / "clips" / f"{name}.safetensors"))
+    with nullcontext() if message is None else pytest.raises(RunError, match=message):
+        tuned(tmp_path / "run", **{**RUN, "model": model_folder, "data": data, "steps": 1})
 
 
 def test_a_model_of_image_to_video_sees_the_first_frame_of_videos(tmp_path, vae):
