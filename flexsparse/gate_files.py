@@ -210,7 +210,7 @@ def load_gates(model: nn.Module, path: str | Path, strict: bool = True) -> list[
         strict: whether every gate of the model must be there, and the other way round.
 
     Returns:
-        Names of the gates that were loaded.
+        Names of the gates that were loaded, as the file has them.
 
     Raises:
         FileNotFoundError: no such file.

@@ -273,7 +273,7 @@ class TileLayout:
         """Raster order to tile order.
 
         Args:
-            x: ``[..., S, D]``, any dtype and device.
+            x: ``[..., S, D]``, any device and any dtype that torch can mask (not float8).
 
         Returns:
             ``[..., P, D]``; padding slots are zero. `to_raster` inverts it exactly.

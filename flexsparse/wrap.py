@@ -91,8 +91,8 @@ def wrap(
         dense_layers: blocks that stay dense: numbers, counted through the model's lists of blocks (-1: the last), or name
             patterns.
         options: ``text_first``, ``text_last`` (text tokens in every call, in place of the input's), ``query_tile``,
-            ``min_tokens``, ``attention`` as for `backend`; everything else
-            goes to torch.compile (``dynamic``, ``mode``, ``options``).
+            ``min_tokens``, ``attention``, ``expect`` and, where something is compiled, ``inner`` and the switches of passes: as
+            for `backend`. Everything else goes to torch.compile (``dynamic``, ``mode``, ``options``), not with compile=False.
 
     Returns:
         The model: same class, same state dict besides the gates.
@@ -100,6 +100,7 @@ def wrap(
     Raises:
         ValueError: a class that is known not to become sparse; an argument that makes no sense for this model; at a call, a
             grid that the builder cannot meet.
+        TypeError: no module, no builder, or an option that nobody takes.
         RewriteError: at the first call, that no attention could be made sparse, with what was seen.
     """
     if not isinstance(model, nn.Module):

@@ -74,6 +74,7 @@ class BSA(MaskBuilder):
 
     Raises:
         ValueError: a parameter out of range.
+        TypeError: a parameter of another type, or ``within`` that is no static builder.
     """
 
     keep_queries: Ratio = 0.5

@@ -87,7 +87,7 @@ class Combination(MaskBuilder):
             coarse_out = coarse_out if out is None else out
         keep = _join([selection.keep() for selection in selections], self.kind)
         fields: dict[str, Any] = {
-            "queries": _only_queries(type(self).__name__, selections),
+            "queries": _only_queries(self.kind.capitalize(), selections),
             "capped": _total([selection.capped for selection in selections]),
             "tile_counts": coarse.tile_counts,
         }

@@ -47,6 +47,7 @@ class TopP(MaskBuilder):
 
     Raises:
         ValueError: a parameter out of range.
+        TypeError: a parameter of another type, or ``within`` that is no static builder.
     """
 
     mass: Ratio = 0.9

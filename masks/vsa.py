@@ -44,6 +44,7 @@ class VSA(MaskBuilder):
 
     Raises:
         ValueError: both or neither of sparsity and top_k, or one out of range.
+        TypeError: a parameter of another type, or ``within`` that is no static builder.
     """
 
     sparsity: Ratio | None = None

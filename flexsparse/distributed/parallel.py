@@ -194,7 +194,7 @@ class SequenceParallel:
         Raises:
             ValueError: as `flexsparse.sparse_attention`, and fewer heads than ``ulysses`` ranks; with ``tiles``, a builder
                 that prunes queries.
-            TypeError: dtypes that disagree; with ``tiles``, a builder of one's own.
+            TypeError: dtypes that disagree; with ``tiles``, a builder of one's own that is not static.
         """
         for name, x in (("q", q), ("k", k), ("v", v), ("gate", gate), ("fine_gate", fine_gate)):
             if x is not None:
