@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from flexsparse.distributed.heads import Heads
 from flexsparse.distributed.parallel import SequenceParallel
 from flexsparse.distributed.tokens import Ranks, local_length, parts, sent_range
+from flexsparse.given import to_int
 from flexsparse.layout import TileLayout
 
 
@@ -70,8 +71,23 @@ def traffic(
         itemsize: bytes of an element.
 
     Raises:
-        ValueError: as `SequenceParallel`, and fewer heads or tiles than ranks.
+        ValueError: as `SequenceParallel`; fewer heads or tiles than ranks; a number out of range.
     """
+    numbers = {
+        "heads": heads,
+        "head_dim": head_dim,
+        "ulysses": ulysses,
+        "tiles": tiles,
+        "batch": batch,
+        "itemsize": itemsize,
+    }
+    for name, number in numbers.items():
+        if to_int(number) is None or number < 1:
+            raise ValueError(f"{name} is {number!r}: give an int of at least 1")
+    if to_int(gates) not in (0, 1, 2):
+        raise ValueError(f"gates is {gates!r}: give how many gates a call has, 0 to 2")
+    if kv_heads is not None and (to_int(kv_heads) is None or kv_heads < 1 or heads % kv_heads):
+        raise ValueError(f"kv_heads is {kv_heads!r} with heads={heads}: give a number that divides the heads (GQA)")
     share = Heads(heads, heads if kv_heads is None else kv_heads, ulysses)
     if heads < ulysses:
         raise ValueError(f"heads is {heads} for {ulysses} ulysses ranks: give at most one rank a head")

@@ -104,6 +104,10 @@ def test_replicated_text_adds_its_outputs() -> None:
 
 
 def test_more_ranks_than_heads() -> None:
+    layout = fs.TileLayout(grid=(4, 8, 8))
+    for name, wrong in (("heads", 0), ("batch", 0), ("ulysses", 0), ("tiles", 0.5), ("gates", 3), ("kv_heads", 3)):
+        with pytest.raises(ValueError, match=f"^{name} is {wrong}.*: give "):
+            fs.distributed.traffic(layout, **{"heads": 4, "head_dim": 64, name: wrong})
     with pytest.raises(ValueError, match="at most one rank a head"):
         fs.distributed.traffic(fs.TileLayout(grid=(4, 8, 8)), heads=2, head_dim=64, ulysses=4)
 
