@@ -189,6 +189,12 @@ def another_thread_compiles() -> Iterator[None]:
         torch._dynamo.reset()
 
 
+compiles_in_threads = pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="torch 2.11 crashes where one thread after another compiles, whatever it is"
+)
+
+
+@compiles_in_threads
 @pytest.mark.parametrize("redo", [plainly, *CHECKPOINTS])
 def test_another_thread_compiles(redo: Redo) -> None:
     """What torch's flag says of this thread would leave redone blocks dense."""
@@ -203,6 +209,7 @@ def test_another_thread_compiles(redo: Redo) -> None:
         torch.testing.assert_close(gradient(), expected, atol=1e-5, rtol=0)
 
 
+@compiles_in_threads
 @pytest.mark.parametrize("compile", [True, "regional"])
 def test_a_compiled_model_while_another_thread_compiles(compile: Any) -> None:
     model = net(plainly, compile)
