@@ -35,9 +35,8 @@ def is_compiling() -> bool:
 
 def is_exporting() -> bool:
     """Whether `torch.export` traces this code: an export that is not strict runs it, with modes that its thread alone has."""
-    flag: bool = (
-        torch.compiler._is_exporting_flag
-    )  # `is_exporting` is true of everything that Dynamo of torch 2.11 traces
+    # torch's `is_exporting` is true of everything that Dynamo of torch 2.11 traces
+    flag: bool = torch.compiler._is_exporting_flag
     return flag and (torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0)
 
 

@@ -270,9 +270,8 @@ def _check_window(training: Training) -> None:
     clean = training.latents([training.task.samples.sample(0)]).clean
     patch = config.get("patch_size") or 1
     sides = (config.get("patch_size_t") or 1, patch, patch) if isinstance(patch, int) else tuple(patch)
-    learned = config.get("use_learned_positional_embeddings") and not config.get(
-        "patch_size_t"
-    )  # CogVideoX of image to video
+    # CogVideoX of image to video
+    learned = config.get("use_learned_positional_embeddings") and not config.get("patch_size_t")
     ratio = config.get("temporal_compression_ratio", 1)
     whole = training.task.samples.reader.shape is not None
     for name, size, side in zip(("frames", "height", "width"), clean.shape[2:], sides):
@@ -281,8 +280,10 @@ def _check_window(training: Training) -> None:
             given, remedy = f"--data {training.settings.data!r}: latents have {size} {UNITS[name]}", "others"
         if size % side:
             raise RunError(f"{given}, and its patches take multiples of {side}: pass {remedy}")
-        wanted = size if not learned else int(config[f"sample_{name}"])
-        wanted = (wanted - 1) // ratio + 1 if learned and name == "frames" else wanted
+        if not learned:
+            continue
+        wanted = int(config[f"sample_{name}"])
+        wanted = (wanted - 1) // ratio + 1 if name == "frames" else wanted
         if size != wanted:  # of other frames diffusers would leave out what was learned, without a word
             raise RunError(f"{given}, and its learned positions are of {wanted}: pass {remedy}")
 
