@@ -17,7 +17,7 @@ from torch import Tensor
 import flexsparse as fs
 from bench.cases import DENSE, Case
 from bench.problem import Problem, forward, make
-from flexsparse.masks.base import keep_top, pool, tile_scores
+from flexsparse.masks.coarse import keep_top, pool, tile_scores
 from flexsparse.ops import gathered
 from flexsparse.tile_bits import ascending_lists
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import flexsparse as fs
 from bench.header import header
 from bench.timing import Samples, both_clocks
-from flexsparse.masks.base import pool
+from flexsparse.masks.coarse import pool
 from flexsparse.ops.select_tiles import select_tiles
 from flexsparse.planning.attention import BACKWARD, Call, dense_flops
 from flexsparse.planning.counting import fake

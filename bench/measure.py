@@ -13,7 +13,7 @@ from bench.memory import peak_memory
 from bench.problem import RUN, Problem, make
 from bench.rows import Row, ratio, row_of
 from bench.timing import interleaved
-from flexsparse.masks.base import CoarseInputs
+from flexsparse.masks.coarse import CoarseInputs
 
 
 def measure(case: Case, threads: int, repeats: int) -> list[Row]:

@@ -144,7 +144,7 @@ def _best(anchor: Node, listed: Node, inner: list[Node]) -> Choice:
 
 
 def _ranked(anchor: Node, mask: Node, inner: list[Node]) -> Choice:
-    """`masks.base.keep_top`: the first n of a descending stable sort, scattered as ``arange(M) < n``."""
+    """`masks.coarse.keep_top`: the first n of a descending stable sort, scattered as ``arange(M) < n``."""
     _, _, index, source = mask.args
     first, between = source, []
     while is_op(first, aten.expand.default):

@@ -19,8 +19,9 @@ from flexsparse.autocast import autocast_off
 from flexsparse.backends import Case, choose, flex, gather, reference, triton
 from flexsparse.gated import GatedCoarse, gated_coarse
 from flexsparse.layout import TileLayout
-from flexsparse.masks.base import CoarseInputs, MaskBuilder
+from flexsparse.masks.base import MaskBuilder
 from flexsparse.masks.checked import planned
+from flexsparse.masks.coarse import CoarseInputs
 from flexsparse.ops import tile_tokens
 from flexsparse.selection import TileSelection
 from flexsparse.tables import is_compiling, is_tracing, valid_slots

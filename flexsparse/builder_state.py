@@ -119,15 +119,11 @@ def _names(slots: str | Iterable[str]) -> Iterable[str]:
 
 def _value(name: str, value: Any, found: Held, seen: set[int], frozen: bool, maybe: bool = False) -> None:
     """Note a value, or what it consists of. Other objects say nothing. ``frozen``: it cannot be replaced."""
-    if isinstance(value, dict):
-        for key, each in value.items():
-            if isinstance(key, PLAIN) and not isinstance(each, Tensor):  # tensors of a dict are a cache's
-                _value(f"{name}[{key!r}]", each, found, seen, False, True)
-        return
-    if isinstance(value, list | tuple):
-        some = maybe or any(isinstance(each, Tensor) for each in value)
-        for index, each in enumerate(value):
-            _value(f"{name}[{index}]", each, found, seen, frozen and isinstance(value, tuple), some)
+    if isinstance(value, dict | list | tuple):
+        if id(value) not in seen:  # one that contains itself
+            seen.add(id(value))
+            _entries(name, value, found, seen, frozen, maybe)
+            seen.remove(id(value))
         return
     settings = isinstance(value, SimpleNamespace) or (dataclasses.is_dataclass(value) and _of_users(type(value)))
     part = isinstance(value, nn.Module | SparsitySchedule) or _selects(value) or settings
@@ -135,6 +131,17 @@ def _value(name: str, value: Any, found: Held, seen: set[int], frozen: bool, may
         found[name] = Maybe(value) if maybe else value
     if part:
         _object(name, value, found, seen)
+
+
+def _entries(name: str, value: Any, found: Held, seen: set[int], frozen: bool, maybe: bool) -> None:
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if isinstance(key, PLAIN) and not isinstance(each, Tensor):  # tensors of a dict are a cache's
+                _value(f"{name}[{key!r}]", each, found, seen, False, True)
+        return
+    some = maybe or any(isinstance(each, Tensor) for each in value)
+    for index, each in enumerate(value):
+        _value(f"{name}[{index}]", each, found, seen, frozen and isinstance(value, tuple), some)
 
 
 def _selects(value: Any) -> bool:

@@ -31,14 +31,14 @@ from flexsparse.compile_passes import (
 )
 from flexsparse.compile_passes.fusion_guard import InOrder, compile_eagerly, compile_guarded
 from flexsparse.compile_passes.plain_alpha import plain_alpha
+from flexsparse.expected import check_name, verify
 from flexsparse.grids import Geometry
 from flexsparse.layout import TileLayout, axes_of
-from flexsparse.masks.base import MaskBuilder, StaticBuilder
-from flexsparse.reporting import Call, Report, density_of
+from flexsparse.masks.base import MaskBuilder
+from flexsparse.masks.static import StaticBuilder
+from flexsparse.reporting import DENSE, Call, Report, density_of
 from flexsparse.rules import BuilderRules
 from flexsparse.tally import Tally
-
-DENSE = "dense_layers, or the builder's rules, leave it dense"
 
 
 class Backend:
@@ -217,7 +217,7 @@ class Backend:
         ) -> dict[str, Any] | str:
             chosen, runs, builder = ("sdpa", ""), "sdpa", None
             if reason is None and geometry is not None:
-                self._check_name(name, bool(region))
+                check_name(self.rules, name, bool(region))
                 builder = self.rules.index(f"{within}.{name}" if within else name)
                 reason = DENSE if builder is None else None
             if reason is None and geometry is not None:
@@ -243,7 +243,7 @@ class Backend:
             self.parallel.rewrite(gm, self, cut)
         rewrite(gm)
         plain_alpha(gm)
-        self._verify(rewrite, met, is_region=bool(region))
+        verify(self, rewrite, met, is_region=bool(region))
         keep = None
         if self.keep_tiles and all(isinstance(b, MaskBuilder) for b in self.rules.builders):  # others read raster order
             keep = KeepTiles(parts.attend, parts)
@@ -265,11 +265,6 @@ class Backend:
         self.calls.update(met)
         return self.tally.counting(compiled, rewrite.matches) if self.wrapped else compiled
 
-    def _turned_dense(self, met: Report) -> bool:
-        """Whether a call that an earlier graph made sparse is dense in this one, and nobody asked for it."""
-        before = {call.name for call in self.calls.all() if call.sparse}
-        return not self.min_tokens and any(call.name in before and call.reason != DENSE for call in met.all())
-
     def _why_not_fused(self, fuse: FuseSelection, met: Report) -> dict[str, str]:
         if all(isinstance(builder, StaticBuilder) for builder in self.rules.builders):
             return {}  # static tiles have no coarse stage
@@ -288,71 +283,6 @@ class Backend:
             lowered=lower.lowered & known, notes={name: f"not lowered: {why}" for name, why in refused.items()}
         )
         met.rename_backend("triton", "flex", refused)
-
-    def _check_name(self, name: str, is_region: bool) -> None:
-        """Raise where builders go by names and it is not known in which module of the model a call is."""
-        root = naming.root()
-        if root is None or all(pattern == "*" for pattern, _ in self.rules.rules) or (name == "." and is_region):
-            return
-        if name not in dict(root.named_modules()):
-            raise RewriteError(
-                f"in which module of {type(root).__name__} an attention call is, is not known (found: {name!r}), but builders "
-                "or dense_layers go by module names: let the model call its modules, and not their forward, or give "
-                "wrap(..., compile=False)"
-            )
-
-    def _verify(self, rewrite: RewriteSDPA, met: Report, is_region: bool) -> None:
-        if rewrite.marked and not self.wrapped:
-            raise RewriteError(
-                "this model is wrapped by flexsparse, and was compiled by a flexsparse.backend(...), whose builders would "
-                "take the place of its own: let wrap(model, ..., compile=True) or compile='regional' compile it, or unwrap it "
-                "and give that backend its builder"
-            )
-        if self.expect is not None:
-            if rewrite.matches != self.expect:
-                raise RewriteError(
-                    f"expect is {self.expect} sparse attention calls, but this graph has {rewrite.matches}. Seen:\n{met}"
-                )
-            return
-        if self.wrapped and rewrite.calls and not rewrite.marked:
-            raise RewriteError(
-                "the model's own code breaks the graph, and these attention calls lie after the break, where the grid is "
-                "not known; they would stay dense. Use wrap(..., compile='regional') or compile=False, or mend the break "
-                f"(fullgraph=True shows it). Seen:\n{met}"
-            )
-        if rewrite.matches or is_region:
-            return  # not every region has attention over video; the model's forward sees whether any had
-        if self.calls.sparse_calls and not self.wrapped and not self._turned_dense(met):
-            return  # another part of the model
-        as_asked = rewrite.calls and all(call.reason == DENSE for call in met.all())
-        if not as_asked and (rewrite.calls or _is_whole_call()):
-            layout = self.layout_of(self.geometry) if self.geometry else None
-            raise RewriteError(no_match("the compiled model", layout, met, bool(self.calls.sparse_calls)))
-
-
-def no_match(model: str, layout: TileLayout | None, seen: Report, before: bool) -> str:
-    """What is said where nothing became sparse; ``before``: whether earlier calls were."""
-    expected = "" if layout is None else f", with the {layout.seq_len} tokens of grid {layout.grid},"
-    calls = str(seen) if seen.calls else "no scaled_dot_product_attention call at all"
-    caches = " Calls before were sparse: a cache that leaves attention out is enabled after wrap(..., compile=False)."
-    return (
-        f"flexsparse found no attention in {model} to make sparse: it looks for scaled_dot_product_attention of the video's "
-        f"tokens among themselves{expected} without a mask over them. Check grid=, text_first= and text_last=."
-        f"{caches if before else ''} Seen:\n{calls}"
-    )
-
-
-def _is_whole_call() -> bool:
-    """Whether the graph being compiled is a whole call, and not a piece between graph breaks."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        tx = InstructionTranslator.current_tx()
-        reason = tx.output.compile_subgraph_reason
-        resumed = tx.f_code.co_name.startswith("torch_dynamo_resume")
-    except AttributeError:  # not called by Dynamo
-        return False
-    return not resumed and (reason is None or not reason.graph_break)
 
 
 def _said_of_order(keep: KeepTiles | None, folded: set[str]) -> dict[str, str]:

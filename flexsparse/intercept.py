@@ -24,11 +24,12 @@ from torch.overrides import TorchFunctionMode
 from flexsparse.calls import Gates, sparse_call
 from flexsparse.compile_passes import multi_head
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
-from flexsparse.compiler import DENSE, Backend
+from flexsparse.compiler import Backend
 from flexsparse.crossing import ANY, CROSSES, Lengths
 from flexsparse.grids import Geometry
 from flexsparse.ops.text_lengths import key_mask_of, stays_dense
 from flexsparse.redone import Forward, Redone
+from flexsparse.reporting import DENSE
 
 
 class _Local(threading.local):

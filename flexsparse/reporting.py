@@ -10,6 +10,9 @@ from typing import Any
 
 from flexsparse.layout import TileLayout
 
+DENSE = "dense_layers, or the builder's rules, leave it dense"
+"""The `Call.reason` of a call that stays dense as its user asked."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Call:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from flexsparse.compile_passes import RewriteError, marks
-from flexsparse.compiler import Backend, no_match
+from flexsparse.compiler import Backend
 from flexsparse.crossing import other_sequences, two_sequences
+from flexsparse.expected import no_match
 from flexsparse.forwards import OWN, STATE, takes_the_arguments_of
 from flexsparse.gates import ADDED, FINE, NAME, check_synchronised
 from flexsparse.grids import Geometry, GeometryReader

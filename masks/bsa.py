@@ -16,14 +16,9 @@ from torch import Tensor
 
 from flexsparse.given import keywords_only, to_axes
 from flexsparse.layout import TileLayout
-from flexsparse.masks.base import (
-    CoarseInputs,
-    MaskBuilder,
-    StaticBuilder,
-    check_within,
-    coarse_stage,
-    tile_scores,
-)
+from flexsparse.masks.base import MaskBuilder
+from flexsparse.masks.coarse import CoarseInputs, coarse_stage, tile_scores
+from flexsparse.masks.static import StaticBuilder, check_within
 from flexsparse.masks.top_p import check_tiles
 from flexsparse.masks.windows import window_in, window_sizes, windows_of
 from flexsparse.ops.choice import Rule, masked_softmax, row_threshold, to_tensor

@@ -13,7 +13,9 @@ from flexsparse.selection import TileSelection
 from flexsparse.tables import is_tracing
 
 if TYPE_CHECKING:
-    from flexsparse.masks.base import CoarseInputs, MaskBuilder, StaticBuilder
+    from flexsparse.masks.base import MaskBuilder
+    from flexsparse.masks.coarse import CoarseInputs
+    from flexsparse.masks.static import StaticBuilder
 
 
 def planned(builder: MaskBuilder, coarse: CoarseInputs, v: Tensor | None = None) -> tuple[TileSelection, Tensor | None]:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from flexsparse.given import keywords_only, to_int
 from flexsparse.layout import TileLayout
-from flexsparse.masks.base import CoarseInputs, MaskBuilder, StaticBuilder, expand_heads
+from flexsparse.masks.base import MaskBuilder
 from flexsparse.masks.checked import planned
+from flexsparse.masks.coarse import CoarseInputs, expand_heads
+from flexsparse.masks.static import StaticBuilder
 from flexsparse.selection import KeptQueries, TileSelection
 from flexsparse.tables import smaller
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.layout import TileLayout
-from flexsparse.masks.base import StaticBuilder
+from flexsparse.masks.static import StaticBuilder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flexsparse.given import keywords_only, to_int
 from flexsparse.layout import TileLayout
-from flexsparse.masks.base import StaticBuilder, tile_axes
+from flexsparse.masks.static import StaticBuilder, tile_axes
 
 
 @keywords_only()

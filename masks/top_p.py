@@ -12,13 +12,9 @@ from torch import Tensor
 
 from flexsparse.given import keywords_only, to_int
 from flexsparse.layout import TileLayout
-from flexsparse.masks.base import (
-    CoarseInputs,
-    MaskBuilder,
-    StaticBuilder,
-    check_within,
-    coarse_stage,
-)
+from flexsparse.masks.base import MaskBuilder
+from flexsparse.masks.coarse import CoarseInputs, coarse_stage
+from flexsparse.masks.static import StaticBuilder, check_within
 from flexsparse.schedule import Ratio, check_ratio, rule_of
 from flexsparse.selection import TileSelection
 from flexsparse.tables import smaller

@@ -11,13 +11,9 @@ from torch import Tensor
 
 from flexsparse.given import keywords_only, to_int
 from flexsparse.layout import TileLayout
-from flexsparse.masks.base import (
-    CoarseInputs,
-    MaskBuilder,
-    StaticBuilder,
-    check_within,
-    coarse_stage,
-)
+from flexsparse.masks.base import MaskBuilder
+from flexsparse.masks.coarse import CoarseInputs, coarse_stage
+from flexsparse.masks.static import StaticBuilder, check_within
 from flexsparse.ops.choice import Rule
 from flexsparse.ops.select_tiles import tiles_to_keep
 from flexsparse.schedule import Ratio, check_ratio, lowest, rule_of, target

@@ -13,7 +13,7 @@ import flexsparse as fs
 from flexsparse.attention import _log_once
 from flexsparse.backends import Case, choose
 from flexsparse.backends import triton as triton_backend
-from flexsparse.masks.base import _cached_bits, _cached_mask
+from flexsparse.masks.static import _cached_bits, _cached_mask
 from flexsparse.ops.windows import window_table
 from flexsparse.tables import tables_in_order, token_tables
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import flexsparse as fs
-from flexsparse.masks.base import CoarseInputs, candidates, expand_heads, score_dtype, tile_scores
+from flexsparse.masks.coarse import CoarseInputs, candidates, expand_heads, score_dtype, tile_scores
 from flexsparse.ops.choice import masked_softmax
 from flexsparse.ops.select_tiles import select_tiles
 from flexsparse.selection import TileSelection

@@ -21,7 +21,7 @@ from bench.study.settings import ANCHOR, Size
 from flexsparse.analysis import SparseCall, watch
 from flexsparse.analysis.measures import recall, tile_mass
 from flexsparse.layout import TileLayout
-from flexsparse.masks.base import keep_top
+from flexsparse.masks import keep_top
 from flexsparse.selection import TileSelection
 from flexsparse.training.flow import velocity_loss
 

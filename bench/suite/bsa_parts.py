@@ -17,8 +17,8 @@ from bench.suite.contender import Contender, Found
 from bench.suite.device import Device
 from bench.suite.parts import columns_of, lists_of
 from flexsparse.attention import tiles_of
-from flexsparse.masks.base import CoarseInputs
 from flexsparse.masks.bsa import prune_queries
+from flexsparse.masks.coarse import CoarseInputs
 from flexsparse.packing import pack_queries, unpack_rows
 
 FORWARD = ("tiling", "prune", "selection", "pack", "lists", "fine", "unpack")

@@ -20,7 +20,7 @@ from bench.suite.contender import Contender, Found, Missing
 from bench.suite.device import Device
 from bench.suite.rows import NOT_RUN
 from flexsparse.attention import plan, reads_raster, tiles_of, video_tables
-from flexsparse.masks.base import CoarseInputs
+from flexsparse.masks.coarse import CoarseInputs
 from flexsparse.ops.coarse_select import pool_tiles
 
 PARTS = ("tiling", "pooling", "selection", "lists", "fine", "untile", "combine")

@@ -17,7 +17,8 @@ from flexsparse.calls import with_text_counts
 from flexsparse.compile_passes.sdpa_call import SDPACall
 from flexsparse.intercept import key_mask
 from flexsparse.layout import TileLayout
-from flexsparse.masks.base import CoarseInputs, MaskBuilder
+from flexsparse.masks.base import MaskBuilder
+from flexsparse.masks.coarse import CoarseInputs
 from flexsparse.rules import BuilderRules
 from flexsparse.selection import TileSelection
 from flexsparse.wrap import state_of

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from flexsparse.layout import TileLayout
-from flexsparse.masks.base import MaskBuilder, StaticBuilder
+from flexsparse.masks.base import MaskBuilder
 from flexsparse.masks.bsa import BSA
 from flexsparse.masks.combine import Combination, PerHead
+from flexsparse.masks.static import StaticBuilder
 from flexsparse.selection import KeptQueries, TileSelection
 
 

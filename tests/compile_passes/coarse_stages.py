@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import flexsparse as fs
 from flexsparse.compile_passes import FuseSelection
-from flexsparse.masks.base import keep_top
+from flexsparse.masks import keep_top
 from flexsparse.ops.choice import Rule, masked_softmax
 from flexsparse.ops.select_tiles import select_tiles
 
@@ -62,7 +62,7 @@ POOLS: dict[str, Step] = {
     ).squeeze(3),
     "sum over slots": lambda x, _: x.sum(3) / S,
     "float sum times a number": lambda x, _: x.float().sum(-2) * (1 / x.shape[3]),
-    "the library's": lambda x, counts: fs.masks.base.pool(x, counts),
+    "the library's": lambda x, counts: fs.masks.coarse.pool(x, counts),
 }
 
 # scores: (q_c [B, H, N, D], k_c [B, H, M, D]) -> [B, H, N, M]
@@ -78,7 +78,7 @@ SCORES: dict[str, Step] = {
     "einsum": lambda q, k: torch.einsum("bhid,bhjd->bhij", q, k) * SCALE,
     "einsum of other letters, scaled before": lambda q, k: torch.einsum("b h n d, b h m d -> b h n m", q * SCALE, k),
     "einsum with an ellipsis": lambda q, k: torch.einsum("...id,...jd->...ij", q, k) * SCALE,
-    "the library's": lambda q, k: fs.masks.base.tile_scores(q, k, SCALE),
+    "the library's": lambda q, k: fs.masks.coarse.tile_scores(q, k, SCALE),
 }
 
 

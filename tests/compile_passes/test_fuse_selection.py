@@ -77,7 +77,7 @@ GROUPED = {
     "repeat_interleave of tokens": {"expand_tokens": lambda x: x.repeat_interleave(H // x.shape[1], dim=1)},
     "expansion": {"expand": by_expansion},
     "expansion of tokens": {"expand_tokens": by_expansion},
-    "the library's": {"expand": lambda x: fs.masks.base.expand_heads(x, H)},
+    "the library's": {"expand": lambda x: fs.masks.coarse.expand_heads(x, H)},
 }
 
 

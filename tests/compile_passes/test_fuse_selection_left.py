@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexsparse.compile_passes import FuseSelection
-from flexsparse.masks.base import keep_top
+from flexsparse.masks import keep_top
 
 from .capture import trace
 from .coarse_stages import (

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import Case, cases
 
 import flexsparse as fs
-from flexsparse.masks.base import keep_top
+from flexsparse.masks import keep_top
 
 DOUBLE = (torch.float64,)
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import flexsparse as fs
-from flexsparse.masks.base import CoarseInputs
+from flexsparse.masks.coarse import CoarseInputs
 from flexsparse.planning.attention import Call
 
 B, H, D = 2, 3, 16

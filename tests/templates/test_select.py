@@ -13,7 +13,7 @@ from flexsparse.compile_passes.templates import selection
 from flexsparse.compile_passes.templates.launch import count_launches
 from flexsparse.compile_passes.templates.select import select, select_reference
 from flexsparse.compile_passes.templates.selection import RULES, choice_config, select_scores, select_scores_reference
-from flexsparse.masks.base import keep_top
+from flexsparse.masks import keep_top
 from flexsparse.tile_bits import pack_bits, unpack_bits
 
 VALUES = {"top_k": 5, "normal": 0.2, "probability": 0.3, "mass": 0.7, "all": 0}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import flexsparse as fs
 from flexsparse.builder_state import held_by
-from flexsparse.masks.base import keep_top
+from flexsparse.masks import keep_top
 
 from .conftest import Stranger
 
@@ -286,3 +286,14 @@ def test_torch_compile_with_the_backend() -> None:
 )
 def test_what_cannot_change_is_not_watched(make: Callable[[], Any]) -> None:
     assert not held_by([make()])
+
+
+@pytest.mark.parametrize("kind", [list, dict])
+def test_what_contains_itself_is_walked_once(kind: type) -> None:
+    own = First(1)
+    own.held = [2] if kind is list else {"two": 2}
+    own.held.append(own.held) if kind is list else own.held.update(itself=own.held)
+    own.again = own.held
+    held = held_by([own])
+    key = "0" if kind is list else "'two'"
+    assert f"First.held[{key}]" in held and f"First.again[{key}]" in held

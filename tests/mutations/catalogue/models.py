@@ -75,8 +75,8 @@ MODELS = (
     ),
     Mutation(
         "a backend takes a wrapped model's place",
-        "compiler.py",
-        "if rewrite.marked and not self.wrapped:",
+        "expected.py",
+        "if rewrite.marked and not backend.wrapped:",
         "if False:",
         ("wrap/test_stranger.py",),
     ),
@@ -348,14 +348,14 @@ MODELS = (
     ),
     Mutation(
         "a compiled call that turns dense goes unseen",
-        "compiler.py",
-        "return not self.min_tokens and any(",
+        "expected.py",
+        "return not backend.min_tokens and any(",
         "return False and any(",
         ("wrap/test_dense_unseen.py", "-k", "turns_dense"),
     ),
     Mutation(
         "the mask of a static builder that may change is kept",
-        "masks/base.py",
+        "masks/static.py",
         "and never_changes(self)",
         "and True",
         ("masks/test_static.py",),
