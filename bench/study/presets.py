@@ -216,7 +216,7 @@ def smoke() -> Preset:
         *make.runs(("vsa",), (0,), "main", 9),
         make.timing(MAIN, 2),
     ]
-    return Preset(name="smoke", items=tuple(items), windows=2)
+    return Preset(name="smoke", items=tuple(items), windows=1)
 
 
 def cpu() -> Preset:
