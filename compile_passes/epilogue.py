@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from flexsparse.compile_passes.gathers import plain, readers, restride, same_table, taken
 from flexsparse.compile_passes.graphs import value_of
 from flexsparse.compile_passes.views import CASTS, COPIES, aten, is_op, shape_of
+from flexsparse.ops import tile_attention  # noqa: F401  # defines the op
 
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
 _ZEROS = (aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default)

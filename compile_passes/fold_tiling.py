@@ -21,6 +21,7 @@ from flexsparse.compile_passes.gathers import gathered, identities, plain, reade
 from flexsparse.compile_passes.graphs import finish, graph_modules, value_of
 from flexsparse.compile_passes.lower_flex import CALL_NAME
 from flexsparse.compile_passes.views import is_op
+from flexsparse.ops import tile_attention, tile_tokens  # noqa: F401  # defines the ops
 
 ops = torch.ops.flexsparse
 FORWARD, BACKWARD, TILE = (

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flexsparse.compile_passes.graphs import as_fake, finish, graph_modules, value_of
 from flexsparse.compile_passes.views import aten, is_op, shape_of
-from flexsparse.ops import tile_tokens
+from flexsparse.ops import coarse_select, tile_tokens  # noqa: F401  # defines the op
 
 OP = torch.ops.flexsparse.coarse_select.default
 

@@ -10,8 +10,10 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from flexsparse import tile_bits  # noqa: F401  # defines the ops
 from flexsparse.compile_passes.graphs import value_of
 from flexsparse.compile_passes.views import CASTS, COPIES, aten, is_op, same, shape_of
+from flexsparse.ops import select_tiles  # noqa: F401  # defines the op
 
 ops = torch.ops.flexsparse
 CHOICES = (ops.select_tiles.default, ops.pack_tiles.default, ops.pack_lists.default)

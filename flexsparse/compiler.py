@@ -240,7 +240,7 @@ class Backend:
             name_of=naming.name_of,
         )
         if self.parallel is not None:
-            self.parallel.rewrite(gm, self, cut)
+            self.parallel.rewrite(gm, self, cut, within)
         rewrite(gm)
         plain_alpha(gm)
         verify(self, rewrite, met, is_region=bool(region))

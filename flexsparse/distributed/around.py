@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from flexsparse import naming
 from flexsparse.autocast import autocast_dtype
 from flexsparse.calls import Gates, hidden_text
 from flexsparse.compile_passes import RewriteError, marks, multi_head, nested, origins
@@ -40,11 +41,11 @@ class Around:
 
     Args:
         parallel: how tokens are spread.
-        heads: how many query heads a sparse call may have; empty where any number will do.
+        heads_of: from a call's name to how many query heads its builder is for; None where any number will do.
     """
 
-    def __init__(self, parallel: SequenceParallel, heads: frozenset[int] = frozenset()) -> None:
-        self.parallel, self.heads = parallel, heads
+    def __init__(self, parallel: SequenceParallel, heads_of: Callable[[str], int | None] = lambda name: None) -> None:
+        self.parallel, self.heads_of = parallel, heads_of
 
     def is_local(self, q: Any, k: Any, layout: TileLayout) -> bool:
         """Whether a call is attention of as many tokens as this rank holds, among themselves."""
@@ -109,10 +110,10 @@ class Around:
 
     def check_heads(self, q: Any, name: str) -> None:
         """Raise a `RewriteError`, on every rank, where there are more ranks than query heads, or others than `PerHead` has."""
-        if self.heads and q.shape[1] not in self.heads:  # a rank whose share is right would wait for the others
-            entries = " or ".join(map(str, sorted(self.heads)))
+        heads = self.heads_of(name)
+        if heads is not None and q.shape[1] != heads:  # a rank whose share is right would wait for the others
             raise RewriteError(
-                f"PerHead heads has {entries} entries, but {name} has {q.shape[1]} heads: give one for each"
+                f"PerHead heads has {heads} entries, but {name} has {q.shape[1]} heads: give one for each"
             )
         if q.shape[1] < self.parallel.ulysses.size:
             raise RewriteError(f"{name} {too_few_heads(q.shape[1], self.parallel.ulysses.size)}")
@@ -170,7 +171,7 @@ class Around:
             local.gate = gates if local.gate is own else others  # not used: the interceptor says so
         return exchange.to_tokens(out)
 
-    def rewrite(self, gm: GraphModule, backend: Any, cut: bool = False) -> None:
+    def rewrite(self, gm: GraphModule, backend: Any, cut: bool = False, within: str = "") -> None:
         """Spread the calls of Dynamo's graph, before they become sparse.
 
         Before::
@@ -190,8 +191,9 @@ class Around:
             gm: the graph.
             backend: of the wrapped model.
             cut: whether tokens are cut where the graph starts; its marks say where that changes.
+            within: the path of the module that runs the graph, where it is a region.
         """
-        self._walk(gm, {"cut": [cut]}, backend.layout_of)
+        self._walk(gm, {"cut": [cut], "within": within}, backend.layout_of)
 
     def _walk(self, gm: GraphModule, environment: dict[str, Any], layout_of: LayoutOf) -> None:
         gate = None
@@ -254,7 +256,8 @@ class Around:
             return False
         mask = origins.key_mask(call.attn_mask)
         self.check(call, value_of(mask), layout, node.name)
-        self.check_heads(q, call_name(node))
+        name = naming.name_of(node)
+        self.check_heads(q, f"{environment['within']}.{name}" if environment["within"] else name)
         if mask is not None:
             mask = self._mask(gm, node, mask, grid, layout_of)
         self._spread(gm, node, call, mask, gate, grid, layout_of)

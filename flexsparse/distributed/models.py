@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -75,6 +75,13 @@ def ulysses(model: Model, mesh: DeviceMesh | None = None, plan: Plan | None = No
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
     if isinstance(heads, int) and heads < parallel.ulysses.size:
         raise ValueError(f"{type(model).__name__} {too_few_heads(heads, parallel.ulysses.size)}")
+    rules = state.backend.rules  # for all heads
+    counts = [_head_count(builder) for builder in rules.builders]
+
+    def heads_of(name: str) -> int | None:
+        index = rules.index(name)
+        return None if index is None else counts[index]
+
     backend = _localized(state.backend, parallel)
     cut = Cut(parallel, state, known(model).text_at == "first")
     hooks = [(module, cut.hooks(module, name, entry)) for name, entry in plan.items() for module in _named(model, name)]
@@ -87,7 +94,7 @@ def ulysses(model: Model, mesh: DeviceMesh | None = None, plan: Plan | None = No
             module.register_forward_pre_hook(hook, with_kwargs=True)
         for hook in after if module is not model else ():
             module.register_forward_hook(hook)
-    backend.parallel = Around(parallel, _head_counts(state.backend.rules.builders))
+    backend.parallel = Around(parallel, heads_of)
     state.use(backend)
     return model
 
@@ -138,13 +145,8 @@ def _switch_off(model: nn.Module) -> None:
     model._parallel_config = None  # type: ignore[assignment]
 
 
-def _head_counts(builders: Sequence[Any]) -> frozenset[int]:
-    """How many heads calls may have, where each builder says a number."""
-    counts = [_head_count(builder) for builder in builders]
-    return frozenset() if None in counts else frozenset(count for count in counts if count is not None)
-
-
 def _head_count(builder: Any) -> int | None:
+    """How many query heads a builder is for; None where it takes any number."""
     if isinstance(builder, PerHead):
         return len(builder.heads)
     parts = builder.parts if isinstance(builder, Combination) else ()

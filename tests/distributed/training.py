@@ -185,9 +185,8 @@ def same_gate_files(path: str) -> None:
 def per_head_of_others(compile: bool | str) -> None:
     """Three entries for two heads: the rank whose share fits would wait for the other one."""
     builder = fs.PerHead(builders=(fs.VSA(top_k=2), fs.Dense()), heads=(0, 1, 0))
-    model = wrapped(
-        compile, gates=False, model=wan(heads=2), builder=fs.Union(builder, fs.SlidingTile(window=(1, 1, 1)))
-    )
+    rules = {"blocks.0": fs.Union(builder, fs.SlidingTile(window=(1, 1, 1))), "*": fs.VSA(top_k=2)}
+    model = wrapped(compile, gates=False, model=wan(heads=2), builder=rules)
     fs.distributed.ulysses(model, init_device_mesh("cpu", (dist.get_world_size(),)))
     model(**video(0))
 
