@@ -30,7 +30,7 @@ from bench.table import x_by
 from flexsparse import attention
 from flexsparse.attention import attend
 from flexsparse.backends import triton
-from flexsparse.masks import base
+from flexsparse.masks import coarse
 from flexsparse.ops import tile_tokens
 
 RESULTS = Path(__file__).parent / "results" / "saved.json"
@@ -140,7 +140,7 @@ def without_values() -> Iterator[FakeTensorMode]:
     with ExitStack() as stack:
         for owner, name, new in (
             (triton._Interpreted, "apply", op),  # off CUDA the templates run in an interpreter
-            (base, "is_tracing", lambda: False),  # fake tensors look like a compiler at work
+            (coarse, "is_tracing", lambda: False),  # fake tensors look like a compiler at work
             (attention, "is_tracing", lambda: False),
             (tile_tokens, "in_one_kernel", lambda device, dtype: True),  # as on CUDA: graphs then need no tiles
         ):
@@ -153,7 +153,7 @@ def count(case: Case, mode: str) -> Row:
     """The row of a case, ``eager`` or ``compiled``."""
     with without_values():
         if mode == "compiled":
-            traced = (mock.patch.object(module, "is_tracing", lambda: True) for module in (base, attention))
+            traced = (mock.patch.object(module, "is_tracing", lambda: True) for module in (coarse, attention))
             with next(traced), next(traced):  # what is compiled is traced
                 tensors, gate = saved_tensors(case, compiled)
         else:

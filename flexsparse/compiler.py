@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from flexsparse import naming
 from flexsparse.attention import case_of
@@ -36,6 +37,7 @@ from flexsparse.grids import Geometry
 from flexsparse.layout import TileLayout, axes_of
 from flexsparse.masks.base import MaskBuilder
 from flexsparse.masks.static import StaticBuilder
+from flexsparse.one_graph import splits_graphs
 from flexsparse.reporting import DENSE, Call, Report, density_of
 from flexsparse.rules import BuilderRules
 from flexsparse.tally import Tally
@@ -209,6 +211,12 @@ class Backend:
             raise RewriteError(
                 "a builder follows a SparsitySchedule, whose value is read when kernels are launched, and the options ask for "
                 "CUDA graphs, which would keep the first value: give another mode ('max-autotune-no-cudagraphs', or none)"
+            )
+        if splits_graphs() and DistributedDataParallel._get_active_ddp_module() is not None:
+            raise RewriteError(
+                "DDP would have this graph split at its buckets, and attention in a piece does not show which tokens its keys "
+                "are of: set torch._dynamo.config.optimize_ddp = False, or let fs.wrap(model, ...) compile the model, which "
+                "needs no setting"
             )
         met = Report()
 

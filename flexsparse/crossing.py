@@ -31,7 +31,7 @@ def two_sequences(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     is cross-attention, the lengths of all that it was given: it may split one.
     """
     found: dict[int, torch.Size] = {}
-    for name, value in _named(module, args, kwargs):
+    for name, value in named(module, args, kwargs):
         if NO_TOKENS.search(name):
             continue
         for x in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,):
@@ -49,7 +49,7 @@ def two_sequences(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     return frozenset(first[1:2]) if any(_alike(first, shape) for shape in others) else frozenset()
 
 
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """What a module was given, with the names of its parameters."""
     own = _parameters(type(module).forward)
     return [*((own[i] if i < len(own) else "", x) for i, x in enumerate(args)), *kwargs.items()]
@@ -71,7 +71,7 @@ def other_sequences(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
         return ANY
     axis = 0 if getattr(module, "batch_first", True) is False else 1  # torch's own multi-head attention
     found: dict[int, int] = {}
-    for name, value in _named(module, args, kwargs):
+    for name, value in named(module, args, kwargs):
         if not NO_TOKENS.search(name):
             each = value if isinstance(value, tuple | list) else (value,)
             found |= {id(x): x.shape[axis] for x in each if isinstance(x, Tensor) and x.dim() == 3}

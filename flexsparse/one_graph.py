@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.fx.experimental._config
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
+from torch._dynamo.utils import get_optimize_ddp_mode
 from torch.utils._python_dispatch import is_in_any_mode_without_ignore_compile_internals
 
 from flexsparse import naming
@@ -32,6 +33,7 @@ def one_graph(
       of them, and compiles everything a second time when it finds that it cannot. Where they change, graphs become many: from
       then on they are inputs.
     - Torch's own multi-head attention shows its calls in evaluation, too: else it is one op there, dense and in no report.
+    - DDP's graph is not split at its buckets: the pieces would know neither the grid nor which tokens keys are of.
     """
     graphs = 0
 
@@ -44,12 +46,19 @@ def one_graph(
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        numbers = torch._dynamo.config.patch(specialize_float=graphs < FEW or torch._dynamo.config.specialize_float)
+        ddp = "no_optimization" if splits_graphs() else torch._dynamo.config.optimize_ddp
+        numbers = graphs < FEW or torch._dynamo.config.specialize_float
+        settings = torch._dynamo.config.patch(specialize_float=numbers, optimize_ddp=ddp)
         duck = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
-        with no_fast_path, duck, numbers, naming.compiling(args[0]):  # the module whose forward it is
+        with no_fast_path, duck, settings, naming.compiling(args[0]):  # the module whose forward it is
             return compiled(*args, **kwargs)
 
     return call
+
+
+def splits_graphs() -> bool:
+    """Whether torch would split the graphs of a model in DDP at its buckets."""
+    return get_optimize_ddp_mode() == "ddp_optimizer"
 
 
 class _NoFastPath:

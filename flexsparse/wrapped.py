@@ -283,7 +283,8 @@ def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None) is not None:
         raise ValueError(
             f"{type(module).__name__} has diffusers' context parallelism enabled, whose backward recomputes attention where "
-            "flexsparse cannot see it, dense: call flexsparse.distributed.ulysses(model) after wrap, which takes it over"
+            "flexsparse cannot see it, dense: call flexsparse.distributed.ulysses(model) after wrap, which takes it over where "
+            "ring_degree is 1"
         )
     if state.dense:
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
@@ -292,6 +293,8 @@ def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
                 "before training goes on, or sample under torch.no_grad()"
             )
         return (state.whole_dense() if state.compile is True else _original)(module, args, kwargs)
+    if state.backend.parallel is not None:
+        state.backend.parallel.same_inputs(module, args, kwargs)
     geometry = state.geometry_of(module, args, kwargs)
     state.interceptor.check_whole(geometry, args, kwargs)
     if state.backend.gates and torch.is_grad_enabled():

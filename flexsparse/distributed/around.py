@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -27,6 +27,7 @@ from flexsparse.compile_passes.rewrite_sdpa import call_name
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
 from flexsparse.distributed.heads import Exchange, too_few_heads
 from flexsparse.distributed.parallel import SequenceParallel
+from flexsparse.distributed.same_inputs import check_same_inputs
 from flexsparse.distributed.tokens import parts
 from flexsparse.grids import Geometry
 from flexsparse.intercept import key_mask, of_samples
@@ -45,7 +46,7 @@ class Around:
     """
 
     def __init__(self, parallel: SequenceParallel, heads_of: Callable[[str], int | None] = lambda name: None) -> None:
-        self.parallel, self.heads_of = parallel, heads_of
+        self.parallel, self.heads_of, self.compared = parallel, heads_of, False
 
     def is_local(self, q: Any, k: Any, layout: TileLayout) -> bool:
         """Whether a call is attention of as many tokens as this rank holds, among themselves."""
@@ -70,6 +71,12 @@ class Around:
                 "ranks: bring it to that form; declare text that joins the video (text_first=, text_last=, or a function as "
                 "grid=); or run the model on one rank"
             )
+
+    def same_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """At the model's first call, raise a `ValueError` on every rank where ranks were given different inputs."""
+        if not self.compared:
+            check_same_inputs(self.parallel.ulysses, module, args, kwargs)
+            self.compared = True
 
     def enter(self, exchange: Exchange, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> list[Tensor | None]:
         """``[B, H, L, D]`` to ``[B, own heads, S, D]``, and gates ``[B, L, H * D]`` to ``[B, S, own heads * D]``.

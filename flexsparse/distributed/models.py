@@ -123,7 +123,11 @@ def _their_mesh(model: nn.Module) -> DeviceMesh:
             f"mesh is None, and {type(model).__name__} has no context parallelism enabled: give a DeviceMesh"
         )
     if config.ring_degree > 1:
-        raise ValueError(f"ring_degree is {config.ring_degree}: sparse attention takes ulysses_degree only")
+        ranks = config.ring_degree * config.ulysses_degree
+        raise ValueError(
+            f"ring_degree is {config.ring_degree}, but sparse attention sees all keys at once: give "
+            f"ContextParallelConfig(ulysses_degree={ranks}), or leave it out and give ulysses(model, mesh)"
+        )
     return config._ulysses_mesh
 
 

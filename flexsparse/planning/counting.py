@@ -141,6 +141,9 @@ class Recorder:
         self.counts = counts
         self.builder = builder
 
+    def same_inputs(self, *_: Any) -> None:
+        """There is one process."""
+
     def intercepted(self, interceptor: Any, sdpa: Any, *args: Any, **kwargs: Any) -> Tensor:
         """A call of the wrapped model (`Interceptor.attention`); a mask counts as one that leaves all tokens."""
         call = SDPACall.of(args, kwargs)

@@ -13,7 +13,7 @@ import torch
 import flexsparse as fs
 from bench import saved
 from bench.saved import MODES, Case, count, saved_tensors
-from flexsparse.masks import base
+from flexsparse.masks import coarse
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -69,7 +69,7 @@ def test_counting_without_values_counts_what_is_saved_with_them(gated: bool, mon
         "apply",
         lambda q, k, v, *rest: torch.ops.flexsparse.tile_attention(q, k, v, *rest),
     )
-    assert not base.is_tracing()
+    assert not coarse.is_tracing()
     real, gate = saved_tensors(case, saved.eager)
     floats = Counter((tuple(x.shape), x.untyped_storage().nbytes()) for x in real if x.is_floating_point())
     assert floats == Counter((tuple(x["shape"]), x["bytes"]) for x in fake["tensors"] if "float" in x["dtype"])

@@ -172,7 +172,8 @@ def test_flex_attention_does_not_lower_views_of_other_ranks_on_cpu() -> None:
     except Exception as refused:
         assert "to unpack" in str(refused), refused
         return
-    if error(found, F.scaled_dot_product_attention(*shuffled(x))) < 1e-4:
+    right = error(found, F.scaled_dot_product_attention(*shuffled(x))) < 1e-4
+    if right and not torch.__version__.startswith("2.12"):  # which does, between two that do not
         mended("fails on views of other ranks", "`backends.flex.attend` need not make k and v contiguous")
 
 

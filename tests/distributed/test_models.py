@@ -112,6 +112,27 @@ def test_a_builder_of_other_heads(two: Processes, compile: bool | str) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("values", "hidden_states has other values on rank 1 than on rank 0"),
+        ("times", "timestep has other values on rank 1 than on rank 0"),
+        ("shapes", "rank 0: hidden_states (1, 4, 2, 16, 16) float32, "),
+        ("gradients", "gradients off"),
+    ],
+)
+@pytest.mark.parametrize("compile", [False, pytest.param("regional", marks=pytest.mark.slow)])
+def test_ranks_that_are_given_other_inputs(two: Processes, compile: bool | str, kind: str, said: str) -> None:
+    """Attention would mix their videos without a word, or a collective never end."""
+    for message in two.run(training.said, "given_other_inputs", compile, kind, limit=60):
+        assert message.startswith("ValueError: the ranks of ulysses(model, mesh) were given different inputs"), message
+        assert said in message and "seed alike" in message
+
+
+def test_inputs_that_ranks_made_by_themselves(two: Processes) -> None:
+    two.run(training.given_nearly_the_same)
+
+
 @pytest.mark.parametrize("mesh", [(1, 2), (2, 1)])
 def test_modules_for_models_from_scratch(two: Processes, mesh: tuple[int, int]) -> None:
     two.run(training.same_module, mesh)

@@ -63,6 +63,11 @@ def test_gates_that_ranks_would_train_alone(two: Processes, what: str, remedy: s
         assert re.search(remedy.replace("(", r"\(").replace(")", r"\)"), message)
 
 
+def test_a_backend_inside_ddp_says_what_to_set(two: Processes) -> None:
+    for message in two.run(training.said, "backend_inside_ddp"):
+        assert "set torch._dynamo.config.optimize_ddp = False" in message, message
+
+
 def test_gate_files_of_sharded_gates(two: Processes, tmp_path: Path) -> None:
     two.run(training.same_gate_files, str(tmp_path / "gates.safetensors"))
     for message in two.run(training.said, "gates_saved_by_fsdp1", str(tmp_path / "others.safetensors")):

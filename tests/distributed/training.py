@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -71,6 +72,20 @@ def train(model: nn.Module, batch: list[dict[str, Any]]) -> list[float]:
     return losses
 
 
+def ddp(model: nn.Module) -> nn.Module:
+    """DDP with buckets smaller than a block, as those of real models are: Dynamo would split graphs at them."""
+    with mock.patch.object(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 2000):
+        return Small(model, bucket_cap_mb=0.003)
+
+
+class Small(nn.parallel.DistributedDataParallel):
+    """What is compiled inside of its forward may be split at small first buckets, too."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with mock.patch.object(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 2000):
+            return super().forward(*args, **kwargs)
+
+
 def same_training(kind: str, compile: bool | str, checkpointing: bool = False) -> None:
     """Training with a sample a rank ends at the parameters of training in one process with all of them.
 
@@ -98,7 +113,7 @@ def same_training(kind: str, compile: bool | str, checkpointing: bool = False) -
         model = run = wrapped(compile, gates=gates, model=wan(checkpointing))
         if kind == "fsdp ulysses":
             fs.distributed.ulysses(model, mesh)
-        run = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else shard(model)
+        run = ddp(model) if kind == "ddp" else shard(model)
     losses = torch.tensor(train(run, [batch[rank]]))
     dist.all_reduce(losses)
     torch.testing.assert_close(losses / ranks, torch.tensor(wanted), rtol=1e-5, atol=1e-6)
@@ -123,6 +138,12 @@ def gates_after_sharding() -> None:
     """Gates that FSDP does not know of would be trained by each rank alone."""
     model = fully_shard(wan(), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     fs.wrap(model, fs.VSA(top_k=2), tile=(2, 4, 4), gates=True, compile=False)
+
+
+def backend_inside_ddp() -> None:
+    """Torch splits its graph at DDP's buckets."""
+    model = torch.compile(wan(), backend=fs.backend(fs.VSA(top_k=2), tile=(2, 4, 4), grid=(2, 8, 8), inner="aot_eager"))
+    ddp(model)(**video(0))
 
 
 def gates_after_ddp() -> None:
@@ -370,3 +391,29 @@ def _same_gradient(name: str, parameter: Tensor, wanted: Tensor | None, share: f
     assert error < limit, (
         f"the gradient of {name} is off by {error:.3g}, its largest value is {float(wanted.abs().max()):.3g}"
     )
+
+
+def given_other_inputs(compile: bool | str, kind: str) -> None:
+    """What a sampler that gives each rank a sample of its own leads to."""
+    model = wrapped(compile)
+    fs.distributed.ulysses(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    rank, inputs = dist.get_rank(), video(0)
+    if kind == "values":
+        inputs["hidden_states"] = video(rank)["hidden_states"]
+    elif kind == "shapes":
+        inputs["hidden_states"] = video(0, (2 + rank, 16, 16))["hidden_states"]
+    elif kind == "times":
+        inputs["timestep"] = torch.tensor([1 + rank])
+    with torch.set_grad_enabled(kind != "gradients" or rank == 0):
+        model(**inputs)
+
+
+def given_nearly_the_same() -> None:
+    """Each rank may have made its text by itself."""
+    model = wrapped(False)
+    fs.distributed.ulysses(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    inputs = video(0)
+    text = inputs["encoder_hidden_states"]
+    inputs["encoder_hidden_states"] = text + dist.get_rank() * 4e-3 * text.abs() * torch.randn_like(text)
+    model(**inputs)
+    model(**video(1, (3, 16, 16)))

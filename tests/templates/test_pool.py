@@ -9,7 +9,7 @@ from tolerance import assert_as_good
 from flexsparse.compile_passes.templates.coarse_backward import unpool
 from flexsparse.compile_passes.templates.launch import count_launches
 from flexsparse.compile_passes.templates.pool import compilations, pool, pool_reference
-from flexsparse.masks import base
+from flexsparse.masks import coarse
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -68,7 +68,7 @@ def test_strides():
 
 def test_same_as_the_builders():
     x, counts, masked = make_part(2, 2, 5, 16, 32, True)
-    torch.testing.assert_close(pool([(x, counts, masked)])[0], base.pool(x, counts, masked))
+    torch.testing.assert_close(pool([(x, counts, masked)])[0], coarse.pool(x, counts, masked))
 
 
 def test_number_of_parts():

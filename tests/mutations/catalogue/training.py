@@ -60,6 +60,20 @@ TRAINING = (
         ("distributed/test_models.py", "-k", "builder_of_other"),
     ),
     Mutation(
+        "DDP has graphs split at its buckets",
+        "one_graph.py",
+        'ddp = "no_optimization" if splits_graphs()',
+        'ddp = "no_optimization" if False',
+        ("distributed/test_training.py", "-k", "two_ranks and ddp-regional"),
+    ),
+    Mutation(
+        "ranks that hold one video are given several",
+        "distributed/around.py",
+        "            check_same_inputs(",
+        "            (lambda *_: None)(",
+        ("distributed/test_models.py", "-k", "other_inputs and values"),
+    ),
+    Mutation(
         "parts of flat tensors saved as gates",
         "gate_files.py",
         "weight is None or weight.dim() != 2",
