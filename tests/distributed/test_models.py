@@ -6,10 +6,12 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
 import flexsparse as fs
 from distributed import training
 from distributed.processes import Processes
+from flexsparse.distributed import same_inputs
 
 pytest.importorskip("diffusers")
 
@@ -146,3 +148,13 @@ def test_a_model_that_is_not_wrapped() -> None:
 def test_without_a_mesh() -> None:
     with pytest.raises(ValueError, match="give a DeviceMesh"):
         fs.distributed.ulysses(training.wrapped(False))
+
+
+SOME = (torch.empty(0, 4), torch.ones(3), torch.arange(40), torch.full((20,), torch.nan), torch.arange(17).cfloat())
+
+
+@pytest.mark.parametrize("x", SOME)
+def test_whatever_a_model_is_given_has_sums(x: torch.Tensor) -> None:
+    found = same_inputs._sums(x)
+    assert found.shape == (same_inputs.SUMS,) and bool(found.isfinite().all())
+    assert x.numel() < 20 or x.isnan().any() or not torch.equal(found, same_inputs._sums(x.flip(0)))
