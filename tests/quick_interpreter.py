@@ -2,13 +2,14 @@
 
 At every call of a device function it looks through all of `triton.language` for what to replace, though the launch around the
 call has replaced it, which was much of the time of the templates' tests. And it makes a table of all types for each type that
-it asks for. What is computed stays the same.
+it asks for. What is computed stays the same. Triton 3.9's makes whole numbers of a mask of scalars, and refuses them as a mask.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from triton import language as tl
@@ -48,6 +49,23 @@ def _known_np_dtype(dtype: Any) -> Any:
     return _np_dtypes[element.name]
 
 
+def _of_bools(method: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """A load or store whose mask, its argument at a place, is one of bools."""
+
+    @functools.wraps(method)
+    def run(builder: Any, *args: Any) -> Any:
+        mask = args[place]
+        if mask.data.dtype == bool:
+            return method(builder, *args)
+        mask = interpreter.TensorHandle(mask.data.astype(bool), tl.int1)
+        return method(builder, *args[:place], mask, *args[place + 1 :])
+
+    return run
+
+
 def install() -> None:
     """In this process."""
+    builder = interpreter.InterpreterBuilder
+    builder.create_masked_load = _of_bools(builder.create_masked_load, 1)
+    builder.create_masked_store = _of_bools(builder.create_masked_store, 2)
     interpreter._patch_lang, interpreter._get_np_dtype = _replace_once, _known_np_dtype

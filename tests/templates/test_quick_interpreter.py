@@ -50,3 +50,18 @@ def test_types_of_numpy(dtype: tl.dtype) -> None:
     for asked in (dtype, tl.block_type(dtype, [4])):
         for _ in range(2):
             assert quick_interpreter._known_np_dtype(asked) == quick_interpreter._np_dtype(asked)
+
+
+@triton.jit
+def _first(x_ptr, out_ptr, n, M: tl.constexpr):
+    column, tile = tl.arange(0, 8), tl.program_id(0) - n // 9
+    video = (tl.program_id(0) >= n // 9) & (tile < n)
+    tl.store(
+        out_ptr + column, tl.load(x_ptr + column, mask=video & (column < M), other=-1.0), mask=video & (column < 7)
+    )
+
+
+def test_a_mask_of_scalars() -> None:
+    out = torch.zeros(8)
+    _first[(1,)](torch.arange(8.0), out, 5, M=6)
+    assert out.tolist() == [0, 1, 2, 3, 4, 5, -1, 0]
