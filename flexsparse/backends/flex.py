@@ -22,7 +22,7 @@ LN2 = 0.6931471805599453
 
 
 def refusal(device: str, dtype: torch.dtype, gradients: bool, lse: bool, dynamic: bool) -> str | None:
-    """Why FlexAttention cannot do a case, with the remedy; None where it can (torch 2.11 to 2.14)."""
+    """Why FlexAttention cannot do a case, with the remedy; None where it can (torch 2.11 to 2.15)."""
     if dtype == torch.float64:
         return "FlexAttention computes no float64; use 'gather' or 'reference'"
     if device == "meta":
