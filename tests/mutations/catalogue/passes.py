@@ -8,7 +8,7 @@ PASSES = (
         "compile_passes/fusion_guard.py",
         "return False",
         "pass",
-        ("compile_passes/test_fusion_guard.py",),
+        ("compile_passes/test_fusion_guard.py", "-m", "slow or not slow"),
     ),
     Mutation(
         "fused although an intermediate is read elsewhere",
