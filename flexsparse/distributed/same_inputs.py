@@ -21,7 +21,7 @@ LONGEST = 4096
 SUMS = 16
 """Weighted sums that stand for a tensor."""
 TOLERANCE = 0.02
-"""Of the sums, relative: each rank may have computed its text by itself, and rounded otherwise. Other noise differs by 1.4."""
+"""Of the sums, relative: each rank may have computed its text by itself, and rounded otherwise. Other noise: about sqrt(2)."""
 ROUNDING = 1e-5
 """The same of whole numbers: that of the sums themselves, on other hardware."""
 

@@ -12,6 +12,9 @@ import flexsparse as fs
 from distributed import training
 from distributed.processes import Processes
 from flexsparse.distributed import same_inputs
+from flexsparse.distributed.around import Around
+from flexsparse.distributed.parallel import SequenceParallel
+from flexsparse.distributed.tokens import Ranks
 
 pytest.importorskip("diffusers")
 
@@ -129,6 +132,15 @@ def test_ranks_that_are_given_other_inputs(two: Processes, compile: bool | str, 
     for message in two.run(training.said, "given_other_inputs", compile, kind, limit=60):
         assert message.startswith("ValueError: the ranks of ulysses(model, mesh) were given different inputs"), message
         assert said in message and "seed alike" in message
+
+
+def test_heads_are_those_of_the_calls_own_builder() -> None:
+    """Another layer's builder, and a layer that stays dense, say nothing of a call."""
+    around = Around(SequenceParallel.planned(Ranks("", 0, 2), Ranks()), {"blocks.0.attn1": 3}.get)
+    q = torch.empty(1, 2, 4, 16)
+    around.check_heads(q, "blocks.1.attn1")
+    with pytest.raises(RuntimeError, match=r"PerHead heads has 3 entries, but blocks\.0\.attn1 has 2 heads"):
+        around.check_heads(q, "blocks.0.attn1")
 
 
 def test_inputs_that_ranks_made_by_themselves(two: Processes) -> None:
