@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from bench.suite.cases import DENSE
 
 Results = dict[str, Tensor]
 
@@ -80,6 +82,16 @@ class Missing:
 
 
 Found = Iterator["Contender | Missing"]
+
+
+def after_dense(baselines: tuple[str, ...], contenders: Iterable[Any], save: Callable[[], None]) -> Iterator[Any]:
+    """The contenders; ``save`` is called between the last dense baseline and the first other one, where there are both."""
+    last = next((name for name in reversed(baselines) if name in DENSE), None)
+    others = any(name not in DENSE for name in baselines)
+    for found in contenders:
+        yield found
+        if others and found.impl == last:
+            save()
 
 
 def reason_of(error: BaseException) -> str:

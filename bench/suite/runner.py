@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch._functorch.config
 
 from bench.suite import attention, ceiling, checks, fine, memory, model, overlap, timing, tuning
 from bench.suite.cases import OURS, Case
-from bench.suite.contender import Contender, Missing, reason_of
+from bench.suite.contender import Contender, Missing, after_dense, reason_of
 from bench.suite.device import Device
 from bench.suite.gate import verdict
 from bench.suite.rows import Row, label, load, tflops, write
@@ -184,17 +185,17 @@ class Run:
         return case.row(tuning.op_of(choice), OURS, reason=why, error=why, config=choice.config())
 
     def run_bench(self, cases: list[Case], last: bool = True) -> None:
-        """The stage `bench`; cases that were run before something was tuned for them are run again.
+        """The stage `bench`; cases that were run in part, or before something was tuned for them, are run again.
 
-        ``last`` says of cases for which no time is left that they were not run; otherwise their turn is still to come.
+        ``last`` says of cases for which no time is left that they were not run; otherwise their turn is still to come, and what
+        is known of one is written before anything is compiled that may take longer than there is.
         """
         self.save("bench")
         for case in cases:
             choice = self.winners.get(tuning.key_of(case))
             before = [row for row in self.rows["bench"] if row["case"] == case.name]
-            if before and (
-                choice is None or any(row.get("tuned") for row in before) or self.defaults_won(case, choice)
-            ):
+            whole = bool(before) and not any(row.get("partial") for row in before)
+            if whole and (choice is None or any(row.get("tuned") for row in before) or self.defaults_won(case, choice)):
                 continue
             if not self.budget.allows(case.estimate()):
                 if last and not before:
@@ -203,7 +204,7 @@ class Run:
             # what backward may be run twice on must not be given away by compiled baselines
             keep = {"donated_buffer": False} if case.kind == "fine_backward" else {}
             with tuning.forced(choice, tuning.key_of(case)), torch._functorch.config.patch(**keep):
-                self.run_case("bench", case, lambda case=case: self.contenders(case), choice=choice)  # type: ignore[misc]
+                self.run_case("bench", case, partial(self.contenders, case), choice=choice, keep=not last)
 
     def defaults_won(self, case: Case, choice: Any) -> bool:
         """Whether what was tuned is what runs anyway."""
@@ -237,8 +238,12 @@ class Run:
         make: Callable[[], Iterable[Any]],
         budget: Budget | None = None,
         choice: Any = None,
+        keep: bool = False,
     ) -> list[Row]:
-        """Rows of one case, written before anything else begins; a case that is run again replaces its rows, if it is timed."""
+        """Rows of one case, written before anything else begins; a case that is run again replaces its rows, if it is timed.
+
+        ``keep`` also writes what is known once dense attention was checked, and compilers of other people's kernels begin.
+        """
         budget = self.budget if budget is None else budget
         started = budget.clock()
         self.say(f"[{stage}] {case.name} ({self.budget.left():.0f} s left)")
@@ -255,7 +260,7 @@ class Run:
             elif case.kind == "memory":
                 rows = memory.rows(case, self.device)
             else:
-                rows = self.measure(case, make, refused)
+                rows = self.measure(case, make, refused, stage if keep else None)
             self.clean()
         except ContextLost:
             raise
@@ -269,11 +274,11 @@ class Run:
                 if row["impl"] == OURS and tuning.applies(case, row):
                     row["config"] = {**(row["config"] or {}), **choice.config()}
         before = [row for row in self.rows[stage] if row["case"] == case.name]
-        if before and not any(row["ms"] for row in rows if row["impl"] == OURS):
-            self.say(f"  {case.name} with what was tuned was not timed: the rows from before stay")
+        if timed(before) and not timed(rows):
+            self.say(f"  {case.name} was not timed again: the rows from before stay")
             rows, why = before, next((row["reason"] for row in rows if row["reason"]), None)
             for row in rows:
-                row |= {"tuned": True, "retried": why}
+                row |= {"retried": why} | ({} if choice is None else {"tuned": True})
         self.rows[stage] = [row for row in self.rows[stage] if row["case"] != case.name]
         self.add(stage, rows)
         for row in rows:
@@ -301,12 +306,20 @@ class Run:
         if any(word in str(error) for word in LOST):
             raise ContextLost(reason_of(error)) from error
 
-    def measure(self, case: Case, make: Callable[[], Iterable[Any]], refused: dict[str, str]) -> list[Row]:
-        """Check each contender, then time all that passed in one loop."""
+    def measure(
+        self, case: Case, make: Callable[[], Iterable[Any]], refused: dict[str, str], keep: str | None = None
+    ) -> list[Row]:
+        """Check each contender, then time all that passed in one loop; ``keep`` names the stage of rows that are kept early."""
         rows: dict[str, Row] = {}
         passed: dict[str, Contender] = {}
         wrong: dict[tuple[str, Any], str | None] = {}  # None: checked and right
-        for number, found in enumerate(make()):
+
+        def save() -> None:
+            if keep is not None and passed:
+                self.time(case, rows, passed, case.seconds / 2)
+                self.keep(keep, case, list(rows.values()))
+
+        for number, found in enumerate(after_dense(case.baselines, make(), save)):
             if isinstance(found, Missing):
                 rows[f"missing {number}"] = case.row(
                     found.op, found.impl, reason=found.reason, part=found.part, config=found.config
@@ -330,19 +343,30 @@ class Run:
             else:
                 row["error"] = row["error"] or row["reason"]
                 wrong.setdefault((found.impl, found.tile), row["reason"])
+        self.time(case, rows, passed, case.seconds)
+        return list(rows.values())
+
+    def keep(self, stage: str, case: Case, rows: list[Row]) -> None:
+        """Write a case's rows so far; ``partial`` says that the case is still to be run as a whole."""
+        later = set(case.baselines) - {row["impl"] for row in rows}
+        rows = rows + [case.row(case.kind, name, reason="the time was over before its turn") for name in sorted(later)]
+        self.rows[stage] = [row for row in self.rows[stage] if row["case"] != case.name]
+        self.add(stage, [{**row, "partial": True} for row in rows])
+
+    def time(self, case: Case, rows: dict[str, Row], passed: dict[str, Contender], seconds: float) -> None:
+        """Samples of all that passed, into their rows."""
         functions = {name: one.run for name, one in passed.items()}
         # where a process died while all were timed, each is waited for: then the one that it dies of is left out alone
         apart = any(name == case.name and what.startswith(TIMING) for name, what in self.skip)
         found_ms = timing.samples(
             self.device,
             functions,
-            case.seconds,
+            seconds,
             alive=lambda name: self.step(case, f"{TIMING} {name}".strip()),
             apart=apart,
         )
         for name, ms in found_ms.items():
             rows[name] |= {"ms": ms, "tflops": tflops(rows[name]["flops"], ms)}
-        return list(rows.values())
 
     def why_not(
         self, one: Contender, row: Row, refused: dict[str, str], wrong: dict[tuple[str, Any], str | None]
@@ -366,3 +390,8 @@ class Run:
             self.lost(error)
             return reason_of(error)
         return None
+
+
+def timed(rows: list[Row]) -> bool:
+    """Whether there is a time of ours."""
+    return any(row["ms"] for row in rows if row["impl"] == OURS)

@@ -298,6 +298,28 @@ def test_a_test_that_was_still_running_at_the_end_is_no_innocent_one() -> None:
     assert list(checks.dead_families([wrong])) == [], "what is wrong says nothing about its kind"
 
 
+def test_a_test_that_compiles_whole_graphs_may_be_slow() -> None:
+    """Its time says nothing: it is not run, so that no op is refused for it."""
+    lines: list[dict[str, Any]] = [{"collected": ["model", "crashed"]}, {"started": "model", "at": 10.0}]
+    lines += [{"id": "crashed", "outcome": "failed", "why": "worker 'gw3' crashed while running 'crashed'"}]
+    about = {"graphs": True, "guards": ["model_step"]}
+    found = checks.outcome_rows("\n".join(map(json.dumps, lines)), {"model": about, "crashed": about}, ended=200.0)
+    rows = {row["case"]: row for row in found}
+    assert rows["model"]["outcome"] == "not run" and "still running after 190 s" in rows["model"]["reason"]
+    assert rows["crashed"]["outcome"] == "failed" and rows["crashed"]["guards"] == ["model_step"]
+
+
+def test_a_test_that_compiles_whole_graphs_has_no_limit_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_timeout")
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "gpu" / "conftest.py").read_text())
+    sleeps = "import time\n\ndef test_it(): time.sleep(3)\n"
+    for name in ("test_models", "test_candidates"):
+        (tmp_path / f"{name}.py").write_text(sleeps)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.suite.pytest_rows", "--timeout", "1", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert "1 failed, 1 passed" in done.stdout and "test_candidates.py::test_it" in done.stdout, done.stdout
+
+
 SOME = """
 import pytest
 

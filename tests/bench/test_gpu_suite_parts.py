@@ -13,6 +13,7 @@ from test_gpu_suite_tuning import FakeChoice, FakeTable, of_file
 from bench import gpu_suite
 from bench.header import ROOT
 from bench.suite import checks, supervise, tuning, warm
+from bench.suite.runner import Budget, Run
 
 TESTS = """
 import pytest
@@ -71,3 +72,47 @@ def test_first_checks_then_the_first_cases_then_tuning_then_the_rest(
     assert found["wide"]["ms"] is None and "test_it[96] failed" in found["wide"]["reason"], "taken back"
     outcomes = {row["case"].split("::")[-1]: row["outcome"] for row in of_file(out / "check.json")}
     assert outcomes["test_it[64]"] == "passed" and outcomes["test_it[96]"] == "failed" and len(outcomes) == 4
+
+
+class Ended(BaseException):
+    """Stands in for the end of the process."""
+
+
+def test_a_compiler_of_others_that_takes_all_the_time_takes_no_numbers(tmp_path: Path) -> None:
+    """Ours and dense attention are timed and written before it begins; the case is run again as a whole, once."""
+
+    def slow(problem: Any, training: bool) -> Any:
+        raise Ended
+
+    def run(baselines: dict[str, Any]) -> Run:
+        found = Run(device=Recorder(), out=tmp_path, head={}, budget=Budget(until=1e18), baselines=baselines)
+        found.say = lambda text: None
+        return found
+
+    first = case("first", "fine_forward", early=True)
+    with pytest.raises(Ended):
+        run({**BASELINES, "fastvideo_tk": slow}).run_bench([first], last=False)
+    found = {row["impl"]: row for row in of_file(tmp_path / "bench.json")}
+    assert found["flexsparse"]["ms"] and found["dense_cudnn"]["ms"] and found["flexsparse"]["checked"]
+    assert found["fastvideo_tk"]["reason"] == "the time was over before its turn"
+    assert all(row["partial"] for row in found.values())
+
+    rest = run(BASELINES)
+    rest.rows["bench"] = list(found.values())
+    rest.run_bench([first])
+    again = {row["impl"]: row for row in of_file(tmp_path / "bench.json")}
+    assert again.keys() == found.keys() and not any("partial" in row for row in again.values())
+    assert "not installed" in again["fastvideo_tk"]["reason"] and again["flexsparse"]["ms"]
+    rest.device.rounds.clear()
+    rest.run_bench([first])
+    assert rest.device.rounds == []
+
+
+def test_what_was_kept_stays_where_there_is_no_time_for_the_whole(tmp_path: Path) -> None:
+    first = case("first", "fine_forward", early=True)
+    run = Run(device=Recorder(), out=tmp_path, head={}, budget=Budget(until=0.0), baselines=BASELINES)
+    run.say = lambda text: None
+    run.rows["bench"] = [first.row("fine_forward", "flexsparse", ms=[1.0], checked=True, partial=True)]
+    run.run_bench([first])
+    (row,) = of_file(tmp_path / "bench.json")
+    assert row["ms"] == [1.0]

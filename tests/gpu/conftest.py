@@ -19,6 +19,9 @@ import bench  # noqa: E402, F401  # puts an installed flexsparse before the chec
 WIDTHS = (128, 64)
 FILES = ("test_templates", "test_candidates", "test_models", "test_bsa")
 """The time may end before all have run: first what runs by default, then what may be chosen, whole models, BSA's kernels."""
+GRAPHS = "test_models"
+"""Its tests compile whole graphs, dozens of kernels each: how long they take says nothing, and kernels that hang have tests
+of their own."""
 
 
 def pytest_configure(config: Any) -> None:
@@ -30,6 +33,8 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     own = [item for item in items if Path(__file__).parent in item.path.parents]
     for item in own:
         item.user_properties.append(("guards", guarded(item)))
+        if item.path.stem == GRAPHS and config.pluginmanager.hasplugin("timeout"):
+            item.add_marker(pytest.mark.timeout(0))
     items[:] = sorted(items, key=lambda item: rank(item) if item in own else (0, 0))
     if config.getoption("--first", False):  # of `bench.suite.pytest_rows`
         items[:] = [item for item in items if item not in own or not rank(item)[0]]
@@ -46,6 +51,8 @@ def guarded(item: Any) -> dict[str, Any]:
         found["dtype"] = str(values["dtype"]).removeprefix("torch.")
     if item.path.stem == "test_bsa":
         found["method"] = "bsa"
+    if item.path.stem == GRAPHS:
+        found["graphs"] = True
     if hasattr(values.get("choice"), "config"):
         found |= {"choice": values["choice"].config(), "slots": values["slots"]}
     mark = item.get_closest_marker("guards")
