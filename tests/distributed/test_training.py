@@ -47,6 +47,17 @@ def test_checkpointing(two: Processes, compile: bool | str) -> None:
     two.run(training.same_training, "fsdp", compile, True)
 
 
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_a_checkpoint_of_all_ranks(two: Processes, kind: str, tmp_path: Path) -> None:
+    two.run(training.resumes_from_checkpoint, kind, False, str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "compile"), [("fsdp", "regional"), ("ddp", "regional"), ("ddp", True)])
+def test_a_checkpoint_of_a_compiled_model(two: Processes, kind: str, compile: bool | str, tmp_path: Path) -> None:
+    two.run(training.resumes_from_checkpoint, kind, compile, str(tmp_path), limit=300)
+
+
 @pytest.mark.parametrize(
     ("what", "remedy"),
     [
