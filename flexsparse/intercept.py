@@ -38,6 +38,7 @@ class _Local(threading.local):
     Attributes:
         ran: the forward that runs or is redone; None outside of both, and where it has no backward.
         cut: whether the tokens of the forward that runs are cut now, each rank having its part (`distributed.ulysses`).
+        dense: whether what runs is the model as it was, as its video is too short.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,7 @@ class _Local(threading.local):
         self.names: list[str] = []
         self.crossing: list[frozenset[int] | None] = []
         self.others: list[Lengths | None] = []
-        self.cut = False
+        self.cut = self.dense = False
         self.gate: Gates | None = None
 
 
@@ -240,7 +241,9 @@ class Interceptor:
             reason = DENSE
         if reason is not None or number is None:
             backend.tally.others += q.shape[-2] == k.shape[-2] and reason not in (CROSSES, DENSE)
-            backend.calls.record(backend.describe(_numbered(backend, name, False), q, k, grid, reason, ("sdpa", "")))
+            backend.calls.record(
+                backend.describe(backend.calls.numbered(name, False), q, k, grid, reason, ("sdpa", ""))
+            )
             return SDPA(*args, **kwargs)
         if _redone_without_us():
             raise RuntimeError(
@@ -262,7 +265,7 @@ class Interceptor:
         builder = backend.rules.builders[number]
         backend.tally.sparse += 1
         self.sparse_names.add(name)
-        backend.calls.record(backend.describe(_numbered(backend, name, True), q, k, grid, None, chosen, builder))
+        backend.calls.record(backend.describe(backend.calls.numbered(name, True), q, k, grid, None, chosen, builder))
         how = (call.scale, chosen[0], False, name, mask, kv_layout)
         return sparse_call(builder, q, k, v, gate or (None, None), layout, *how)
 
@@ -332,12 +335,6 @@ def _of_a_function(code: types.CodeType, _: str) -> bool:
         if getattr(inspect.unwrap(kind.forward), "__code__", None) is code:  # `custom_fwd` wraps it
             return True
     return False
-
-
-def _numbered(backend: Backend, name: str, sparse: bool) -> str:
-    """A module's sparse and dense calls are separate rows of the report."""
-    known = {call.name: call.sparse for call in backend.calls.calls}
-    return name if known.get(name, sparse) == sparse else f"{name} (2)"
 
 
 class _Mode(TorchFunctionMode):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.fx.experimental._config
+from torch._dynamo.eval_frame import cached_backends, reset_code
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
 from torch._dynamo.utils import get_optimize_ddp_mode
 from torch.utils._python_dispatch import is_in_any_mode_without_ignore_compile_internals
@@ -21,9 +22,7 @@ FEW = 3
 """Graphs of one form in which numbers that modules hold are constants."""
 
 
-def one_graph(
-    function: Callable[..., Any], name: str, backend: Callable[..., Any], options: dict[str, Any]
-) -> Callable[..., Any]:
+class OneGraph:
     """A function compiled as one graph: after a break torch may run a frame uncompiled, and its attention dense.
 
     Torch's settings meanwhile:
@@ -34,26 +33,60 @@ def one_graph(
       then on they are inputs.
     - Torch's own multi-head attention shows its calls in evaluation, too: else it is one op there, dense and in no report.
     - DDP's graph is not split at its buckets: the pieces would know neither the grid nor which tokens keys are of.
+
+    Args:
+        function: what is compiled; its first argument is the module whose forward it is.
+        name: tells it from other forms of the same function.
+        backend: what compiles a graph.
+        options: of torch.compile.
     """
-    graphs = 0
 
-    def counted(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return backend(gm, inputs, **kwargs)
+    def __init__(self, function: Any, name: str, backend: Callable[..., Any], options: dict[str, Any]) -> None:
+        self.backend, self.graphs = backend, 0
+        fresh = _fresh(function, name)
+        self.code = fresh.__code__
+        self.compiled = torch.compile(fresh, backend=self.compile, **{"fullgraph": True, **options})
 
-    compiled = torch.compile(_fresh(function, name), backend=counted, **{"fullgraph": True, **options})
+    def compile(self, gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        """What torch calls with a graph."""
+        self.graphs += 1
+        return self.backend(gm, inputs, **kwargs)
 
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any) -> Any:
         ddp = "no_optimization" if splits_graphs() else torch._dynamo.config.optimize_ddp
-        numbers = graphs < FEW or torch._dynamo.config.specialize_float
-        settings = torch._dynamo.config.patch(specialize_float=numbers, optimize_ddp=ddp)
-        duck = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
-        with no_fast_path, duck, settings, naming.compiling(args[0]):  # the module whose forward it is
-            return compiled(*args, **kwargs)
+        numbers = self.graphs < FEW or torch._dynamo.config.specialize_float
+        dynamo = set_to(torch._dynamo.config, specialize_float=numbers, optimize_ddp=ddp)
+        duck = set_to(torch.fx.experimental._config, use_duck_shape=False)
+        with no_fast_path, duck, dynamo, naming.compiling(args[0]):
+            return self.compiled(*args)
 
-    return call
+
+@contextmanager
+def set_to(config: Any, **values: Any) -> Iterator[None]:
+    """Settings of torch's meanwhile. Its own `config.patch` leaves a context variable behind in the thread at every use."""
+    before = {name: getattr(config, name) for name in values}
+    changed = [name for name, value in values.items() if before[name] != value]
+    try:
+        for name in changed:
+            setattr(config, name, values[name])
+        yield
+    finally:
+        for name in changed:
+            setattr(config, name, before[name])
+
+
+def forget(codes: Sequence[types.CodeType]) -> None:
+    """Let torch forget what it compiled for functions that nobody calls any more.
+
+    By itself it keeps their graphs until the process ends: code and what was compiled for it hold each other, and all backends
+    that it was ever given are in a list.
+    """
+    for code in codes:
+        reset_code(code)
+    for key, kept in list(cached_backends.items()):
+        form = getattr(getattr(kept, "compiler_fn", kept), "__self__", None)
+        if isinstance(form, OneGraph) and any(form.code is code for code in codes):  # code of two models may be equal
+            cached_backends.pop(key, None)
 
 
 def splits_graphs() -> bool:
@@ -84,12 +117,11 @@ class _NoFastPath:
 no_fast_path = _NoFastPath()
 
 
-def _fresh(function: types.FunctionType | Callable[..., Any], name: str) -> Callable[..., Any]:
+def _fresh(function: types.FunctionType, name: str) -> types.FunctionType:
     """A copy with a code object and a name of its own.
 
     Dynamo counts recompilations per code object, and remembers by name which sizes of an earlier one have changed.
     """
-    assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_name=f"{function.__name__}: {name}")
     return types.FunctionType(code, function.__globals__, function.__name__)
 

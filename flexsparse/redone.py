@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from flexsparse.grids import Geometry
 
 Key = tuple[StorageWeakRef, int | torch.SymInt, torch.Size]
+FEW, MOST = 256, 16384
+"""Of what was given: more are looked through less often, and the oldest dropped. Slices of a tensor that stays never go."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Redone:
         """What the model was called with last, to that forward."""
         self.tasks: dict[int, Forward] = {}
         """A backward that runs, to the forward that it redoes now."""
+        self.room = 0
 
     def note(self, ran: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A module was given this during a forward."""
@@ -64,12 +68,16 @@ class Redone:
 
     def forget(self) -> None:
         """Drop what is there no more."""
-        for key in list(self.given):
-            if key[0].expired():
-                self.given.pop(key, None)
-        for key in list(self.models):
-            if key[0].expired():
-                self.models.pop(key, None)
+        if len(self.given) + len(self.models) < self.room:
+            return
+        for given in (self.given, self.models):
+            for key in list(given):
+                if key[0].expired():
+                    given.pop(key, None)
+            for key in list(given)[: max(0, len(given) - MOST)]:
+                given.pop(key, None)
+        left = len(self.given) + len(self.models)
+        self.room = 2 * left if left > FEW else 0
 
     def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A module is called outside of every forward: if backward redoes it, from now on its forward is the current one."""
@@ -83,11 +91,11 @@ class Redone:
         """Backward is about to redo parts of a forward. Also the hook of a tensor, whose gradient is of no interest."""
         task = torch._C._current_graph_task_id()
         if task not in self.tasks:
-            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._end, task))
+            end = _End(self.tasks, task)
+            # a backward that fails is never called back
+            weakref.finalize(end, end.tasks.pop, task, None).atexit = False
+            torch.autograd.Variable._execution_engine.queue_callback(end)
         self.tasks[task] = ran
-
-    def _end(self, task: int) -> None:
-        self.tasks.pop(task, None)
 
     def tell(self, out: Any, ran: Forward) -> None:
         """A module, or the model, returned this in a forward: where its gradient comes, parts of that forward may be redone.
@@ -111,6 +119,17 @@ class Redone:
         # a reentrant checkpoint inside of another one is a backward within a backward
         above = set(self.tasks.copy().values())
         return above.pop() if len(above) == 1 else None
+
+
+@dataclasses.dataclass(eq=False)
+class _End:
+    """What a backward calls at its end, and lets go of, however it ends."""
+
+    tasks: dict[int, Forward]
+    task: int
+
+    def __call__(self) -> None:
+        self.tasks.pop(self.task, None)
 
 
 def _keys(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Key]:

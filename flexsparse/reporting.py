@@ -62,6 +62,11 @@ class Report:
             return name
         return next(n for i in itertools.count(2) if (n := f"{name} ({i})") not in self._calls)
 
+    def numbered(self, name: str, sparse: bool) -> str:
+        """The name of a module's row: its sparse and its dense calls have one each."""
+        known = self._calls.get(name)
+        return name if known is None or known.sparse == sparse else f"{name} (2)"
+
     def update(self, other: Report) -> None:
         """Take over every call of another report; what is dense in one graph and sparse in another has two rows."""
         for call in other.all():

@@ -278,7 +278,7 @@ def unwrap(model: Model) -> Model:
     Raises:
         ValueError: the model is not wrapped, or is part of one that is; other hooks replaced a forward after wrapping.
     """
-    state_of(model)
+    state = state_of(model)
     if model.__dict__.get("_flexsparse_name"):
         raise ValueError(
             f"{type(model).__name__} is {model.__dict__['_flexsparse_name']} of a wrapped model: unwrap the model itself"
@@ -294,5 +294,6 @@ def unwrap(model: Model) -> Model:
         remove_hooks(module)
         if STATE in module.__dict__:
             restore(module)
+    state.forms.drop()
     _WRAPPED.discard(model)
     return model

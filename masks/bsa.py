@@ -20,7 +20,7 @@ from flexsparse.masks.base import MaskBuilder
 from flexsparse.masks.coarse import CoarseInputs, coarse_stage, tile_scores
 from flexsparse.masks.static import StaticBuilder, check_within
 from flexsparse.masks.top_p import check_tiles
-from flexsparse.masks.windows import window_in, window_sizes, windows_of
+from flexsparse.masks.windows import window_counts, window_in, window_sizes
 from flexsparse.ops.choice import Rule, masked_softmax, row_threshold, to_tensor
 from flexsparse.ops.coarse_select import pool_tiles
 from flexsparse.ops.prune_queries import prune_queries as pruning
@@ -165,7 +165,7 @@ class BSA(MaskBuilder):
         capacity = self.capacity(M)
         allowed = torch.tensor([M], device="cpu")
         if self.within is not None:
-            allowed = self.within.mask(layout, kv_layout, torch.device("cpu")).sum(-1)
+            allowed = self.within.kept(layout, kv_layout)
         allowed = allowed.double()
         aim = allowed if self.threshold == "mass" else allowed * target(self.kv_density)
         kept = torch.minimum(aim.clamp_min(self.min_tiles), allowed).clamp_max(capacity)
@@ -173,8 +173,7 @@ class BSA(MaskBuilder):
 
     def query_share(self, layout: TileLayout) -> float:
         """Share of the video's query tokens that are computed; of a schedule, at its target."""
-        slots, _ = windows_of(layout, self.window, torch.device("cpu"))
-        valid = (slots >= 0).sum(-1)
+        valid = window_counts(layout, self.window)
         kept = (valid.double() * target(self.keep_queries)).ceil().sum()
         return float(kept / valid.sum())
 

@@ -76,8 +76,15 @@ class StaticBuilder(MaskBuilder):
         """An upper bound of the tiles that a row keeps: the static length of its list in a graph."""
         return kv_layout.num_tiles
 
+    def kept(self, layout: TileLayout, kv_layout: TileLayout) -> Tensor:
+        """Int32 ``[N]``, on the CPU: how many tiles each query tile keeps; cached, as reports ask at every call."""
+        device = torch.device("cpu")
+        if not self._cached(layout, kv_layout):
+            return checked_mask(self, layout, kv_layout, device).sum(-1, dtype=torch.int32)
+        return _cached_bits(self, layout, kv_layout, device)[1]
+
     def nominal_density(self, layout: TileLayout, kv_layout: TileLayout) -> float:
-        return float(self.mask(layout, kv_layout, torch.device("cpu")).double().mean())
+        return float(self.kept(layout, kv_layout).double().mean() / kv_layout.num_tiles)
 
 
 def tile_axes(layout: TileLayout, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
-import torch
 from torch import Tensor
 
 from flexsparse.given import keywords_only, to_int
@@ -103,5 +102,5 @@ class VSA(MaskBuilder):
             kept = min(max(math.ceil((1 - target(cast(Ratio, self.sparsity))) * M), 1), M)
         if self.within is None:
             return kept / M
-        allowed = self.within.mask(layout, kv_layout, torch.device("cpu")).sum(-1)
+        allowed = self.within.kept(layout, kv_layout)
         return float(allowed.clamp_max(kept).double().mean() / M)

@@ -5,6 +5,7 @@ Shape letters: N query tiles, A windows of a tile, n tokens of a whole window.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -31,3 +32,10 @@ def window_in(layout: TileLayout, window: Axes | None) -> Axes:
 def windows_of(layout: TileLayout, window: Axes | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Windows of every query tile of a layout (`ops.windows.window_table`); None for the whole tile. Not while tracing."""
     return window_table(layout.grid, layout.sides, window_in(layout, window), device)
+
+
+@functools.lru_cache(128)
+@torch.inference_mode(False)
+def window_counts(layout: TileLayout, window: Axes | None) -> Tensor:
+    """How many tokens each window has, ``[N, A]`` on the CPU: what a report asks for at every call. Not while tracing."""
+    return (windows_of(layout, window, torch.device("cpu"))[0] >= 0).sum(-1)

@@ -11,6 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import layouts
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 import flexsparse as fs
 
@@ -194,3 +196,34 @@ def test_a_mask_of_all_heads_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> 
         selection = fs.SlidingTile().select(x, x, layout, tile_counts=given_)
         assert selection.keep()[..., -1].any() == (given_ is None)
     assert sizes == [32 * 32, 2 * 32 * 32]
+
+
+class Largest(TorchFunctionMode):
+    """The most numbers of a tensor that a function is given or makes. (Under a dispatch mode nothing is cached.)"""
+
+    numbers = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(x.numel() for x in tree_leaves((args, out)) if isinstance(x, Tensor))])
+        return out
+
+
+@pytest.mark.parametrize(
+    "builder",
+    [
+        fs.SlidingTile(window=(3, 3, 3)),
+        fs.Radial(),
+        fs.VSA(sparsity=0.5, within=fs.SlidingTile(window=(3, 3, 3))),
+        fs.BSA(kv_density=0.5, within=fs.FrameCausal(chunk=4)),
+    ],
+    ids=lambda builder: type(builder).__name__,
+)
+def test_a_density_reads_no_mask_a_second_time(builder: Any) -> None:
+    """Reports ask at every call of an uncompiled model, and a mask has a number for each pair of tiles."""
+    layout = fs.TileLayout(grid=(8, 16, 16))
+    first = builder.nominal_density(layout, layout)
+    with Largest() as largest:
+        assert builder.nominal_density(layout, layout) == first
+    windows = 8 if isinstance(builder, fs.BSA) else 1  # of a tile
+    assert 0 < largest.numbers <= windows * layout.num_tiles < layout.num_tiles**2

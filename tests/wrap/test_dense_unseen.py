@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import diffusers
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 import flexsparse as fs
 from flexsparse.compile_passes import RewriteError
+from flexsparse.forms import Forms
 
 from .conftest import run, video
 
@@ -163,6 +166,45 @@ def test_gradients_below_min_tokens_are_those_before_wrapping(
             assert parameter.grad is None or not parameter.grad.any()
         else:
             torch.testing.assert_close(parameter.grad, theirs[name].grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", ["regional", "whole"])
+def test_a_video_below_min_tokens_in_other_threads(
+    wan: Callable[[], nn.Module], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads run images, the first to begin ends first; a video is sparse meanwhile, and after it."""
+    model = fs.wrap(wan(), fs.VSA(sparsity=0.5), min_tokens=100, **WAYS[name])
+    inside, leave = threading.Semaphore(0), [threading.Event(), threading.Event()]
+
+    @torch.no_grad()
+    def image(number: int) -> Tensor:
+        local.number = number
+        return run(model, video(**SHORT))
+
+    def slow(self: Forms, *args: Any) -> Callable[..., Any]:
+        compiled = dense_form(self, *args)
+
+        def call(*args: Any) -> Any:
+            inside.release()
+            assert leave[local.number].wait(100)
+            return compiled(*args)
+
+        return call
+
+    with torch.no_grad():
+        sparse, dense = run(model, video()), run(model, video(**SHORT))
+        local, form = threading.local(), "whole_dense" if name == "whole" else "region_dense"
+        dense_form = getattr(Forms, form)
+        monkeypatch.setattr(Forms, form, slow)
+        with ThreadPoolExecutor(2) as pool:
+            images = [pool.submit(image, number) for number in (0, 1)]
+            assert inside.acquire(timeout=100) and inside.acquire(timeout=100)
+            meanwhile = run(model, video())
+            leave[0].set()
+            assert torch.equal(images[0].result(), dense)
+            leave[1].set()
+            assert torch.equal(images[1].result(), dense)
+        assert torch.equal(meanwhile, sparse) and torch.equal(run(model, video()), sparse)
 
 
 def test_a_copy_made_during_dense_steps_is_sparse(wan: Callable[[], nn.Module]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import flexsparse as fs
+import flexsparse.redone
 from flexsparse.redone import Forward, Redone
 
 C, SIZES = 32, [(4, 4, 8), (4, 8, 4)]
@@ -256,6 +257,41 @@ def test_what_is_there_no_more_is_forgotten() -> None:
         for _ in range(2):
             model(video(0), SIZES[0])
     assert len(given) == 1, "only the table, where nothing will be redone"
+
+
+def test_a_backward_that_failed_is_over() -> None:
+    """Its end is never called back; what comes after it is no part of its forward."""
+    model = net(not_reentrant)
+    redone = model._flexsparse.interceptor.redone  # type: ignore[union-attr]
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+            assert len(redone.tasks) == 1
+            raise MemoryError("as if")
+
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            model(Fails.apply(video(0)), SIZES[0]).square().sum().backward()
+        assert not redone.tasks
+
+
+def test_slices_of_what_stays_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As texts of a data set that is in memory: no storage ever goes."""
+    monkeypatch.setattr(flexsparse.redone, "MOST", 50)
+    monkeypatch.setattr(flexsparse.redone, "FEW", 5)
+    redone, texts, found = Redone(), torch.zeros(400, 6), 0
+    for number, text in enumerate(texts):
+        redone.forget()
+        redone.note(Forward((1, 2, number, 0, 0), ()), (text,), {})
+        found = max(found, len(redone.given))
+    assert 50 <= found <= 150
+    newest = [key[1] for key in redone.given][-50:]
+    assert newest == [6 * number for number in range(350, 400)]
 
 
 def test_storages_are_told_apart_by_life_and_not_by_address() -> None:

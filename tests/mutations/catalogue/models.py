@@ -4,6 +4,48 @@ from tests.mutations.catalogue.mutation import Mutation
 
 MODELS = (
     Mutation(
+        "a short video makes those of other threads dense",
+        "wrapped.py",
+        "before, local.dense = local.dense, True",
+        "before, self.dense = self.dense, True",
+        ("wrap/test_dense_unseen.py", "-k", "other_threads"),
+    ),
+    Mutation(
+        "torch keeps the graphs of models that are gone",
+        "forms.py",
+        "weakref.finalize(self, forget, self.codes).atexit = False",
+        "weakref.finalize(self, forget, [])",
+        ("wrap/test_gone.py",),
+    ),
+    Mutation(
+        "torch's list of backends keeps them",
+        "one_graph.py",
+        "            cached_backends.pop(key, None)",
+        "            pass",
+        ("wrap/test_gone.py",),
+    ),
+    Mutation(
+        "every call leaves context variables behind",
+        "one_graph.py",
+        "duck = set_to(torch.fx.experimental._config, use_duck_shape=False)",
+        "duck = torch.fx.experimental._config.patch(use_duck_shape=False)",
+        ("wrap/test_gone.py",),
+    ),
+    Mutation(
+        "a backward that failed is still running",
+        "redone.py",
+        "weakref.finalize(end, end.tasks.pop, task, None).atexit = False",
+        "end.tasks",
+        ("wrap/test_redone.py", "-k", "failed"),
+    ),
+    Mutation(
+        "what was given is kept without bound",
+        "redone.py",
+        "for key in list(given)[: max(0, len(given) - MOST)]:",
+        "for key in ():",
+        ("wrap/test_redone.py", "-k", "slices"),
+    ),
+    Mutation(
         "a later call may be dense unseen",
         "wrapped.py",
         "if not ran.sparse and (ran.others or not backend.calls.sparse_calls or state.compile is True):",
@@ -117,14 +159,14 @@ MODELS = (
     ),
     Mutation(
         "the mark of a gate makes another tensor of one that was given twice",
-        "wrapped.py",
+        "traced.py",
         "if other == place or one is value]",
         "if other == place]",
         ("wrap/test_crossing.py",),
     ),
     Mutation(
         "a gate reads what comes first",
-        "wrapped.py",
+        "traced.py",
         "for value in tokens or given:",
         "for value in given:",
         ("wrap/test_crossing.py",),
@@ -264,7 +306,7 @@ MODELS = (
     ),
     Mutation(
         "one compiled form for different builders",
-        "wrapped.py",
+        "forms.py",
         "key = (kind, tuple(rules.index(name) for name in names) if len(rules.rules) > 1 else ())",
         "key = (kind, ())",
         ("models/test_knobs.py::test_builders_by_name",),
