@@ -42,7 +42,7 @@ class OneGraph:
     """
 
     def __init__(self, function: Any, name: str, backend: Callable[..., Any], options: dict[str, Any]) -> None:
-        self.backend, self.graphs = backend, 0
+        self.backend, self.graphs, self.dynamic = backend, 0, bool(options.get("dynamic"))
         fresh = _fresh(function, name)
         self.code = fresh.__code__
         self.compiled = torch.compile(fresh, backend=self.compile, **{"fullgraph": True, **options})
@@ -126,13 +126,19 @@ def _fresh(function: types.FunctionType, name: str) -> types.FunctionType:
     return types.FunctionType(code, function.__globals__, function.__name__)
 
 
-def clear_errors(compiled: Callable[..., Any], *args: Any) -> Any:
+def clear_errors(compiled: OneGraph, *args: Any) -> Any:
     """Call compiled code; our own error is raised as it is, not inside of torch's, and a graph break says the remedy."""
     try:
         return compiled(*args)
     except BackendCompilerFailed as error:
         if isinstance(error.inner_exception, RewriteError):
             raise error.inner_exception from None
+        if compiled.dynamic:
+            raise RewriteError(
+                "torch cannot compile this model with symbolic sizes, which all grids but the first share a graph of: give "
+                "wrap(..., dynamic=False), which compiles each grid by itself (up to torch._dynamo.config.recompile_limit of "
+                f"them). torch says: {error}"
+            ) from error
         raise
     except FailOnRecompileLimitHit as error:
         raise RewriteError(

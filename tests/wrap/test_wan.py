@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor.exc import InductorError
 
 import flexsparse as fs
+from flexsparse.compile_passes import RewriteError
+from flexsparse.compiler import Backend
 
 from .conftest import assert_same_gradients, gradients, reference, run, video
 
@@ -248,3 +251,26 @@ def test_backend_known_by_name(wan: Make) -> None:
         torch.testing.assert_close(
             run(model, video()), run(reference(wan(), fs.VSA(top_k=2)), video()), atol=1e-5, rtol=0
         )
+
+
+def test_symbolic_sizes_that_torch_cannot_compile(
+    wan: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor fails at some models' second grid; each grid by itself is what helps, and the error says so."""
+    inner = Backend._inner
+
+    def fails(self: Backend, gm: Any, inputs: Any, *others: Any) -> Any:
+        if any(isinstance(x, torch.SymInt) for x in inputs):
+            raise InductorError(ValueError("Invalid ranges [0:-1]"), None)
+        return inner(self, gm, inputs, *others)
+
+    monkeypatch.setattr(Backend, "_inner", fails)
+    model = fs.wrap(wan(), fs.VSA(sparsity=0.5), inner="aot_eager")
+    with torch.no_grad():
+        first = run(model, video())
+        with pytest.raises(RewriteError, match=r"(?s)give wrap\(\.\.\., dynamic=False\).*Invalid ranges"):
+            run(model, video(T=2))
+        model = fs.wrap(fs.unwrap(model), fs.VSA(sparsity=0.5), inner="aot_eager", dynamic=False)
+        assert torch.equal(run(model, video()), first)
+        expected = run(reference(wan(), fs.VSA(sparsity=0.5)), video(T=2))
+        torch.testing.assert_close(run(model, video(T=2)), expected, atol=1e-5, rtol=1e-4)
