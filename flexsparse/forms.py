@@ -53,14 +53,14 @@ class Forms:
         first = self.order.get(geometry, 1) == 0
         return first, options if first or options.get("dynamic") is not None else {**options, "dynamic": True}
 
-    def whole(self, geometry: Geometry) -> Callable[..., Any]:
+    def whole(self, geometry: Geometry) -> OneGraph:
         """The compiled form of the model for a geometry."""
         key, options = self.variant(geometry, self.options)
         if key not in self.compiled:
             self._compile(key, traced_model, str(key), self.backend, options)
         return self.compiled[key]
 
-    def region(self, module: nn.Module, geometry: Geometry, options: dict[str, Any]) -> Callable[..., Any]:
+    def region(self, module: nn.Module, geometry: Geometry, options: dict[str, Any]) -> OneGraph:
         """The compiled form of a class of modules: one for all that take the same builders, so that N blocks compile once."""
         key, options = self.variant(geometry, options)
         label, within = self.label(module), module.__dict__["_flexsparse_name"]
@@ -73,13 +73,13 @@ class Forms:
             self._compile((label, key), traced_region, f"{label} {key}", compile_region, options)
         return self.compiled[label, key]
 
-    def whole_dense(self) -> Callable[..., Any]:
+    def whole_dense(self) -> OneGraph:
         """The compiled form of the model as it was."""
         if "dense" not in self.compiled:
             self._compile("dense", traced_dense, "dense", self._dense_backend(), self.options)
         return self.compiled["dense"]
 
-    def region_dense(self, module: nn.Module, options: dict[str, Any]) -> Callable[..., Any]:
+    def region_dense(self, module: nn.Module, options: dict[str, Any]) -> OneGraph:
         """The compiled form of a class of modules as it was."""
         kind = type(module).__name__
         if ("dense", kind) not in self.compiled:

@@ -47,14 +47,15 @@ def test_checkpointing(two: Processes, compile: bool | str) -> None:
     two.run(training.same_training, "fsdp", compile, True)
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
-def test_a_checkpoint_of_all_ranks(two: Processes, kind: str, tmp_path: Path) -> None:
-    two.run(training.resumes_from_checkpoint, kind, False, str(tmp_path))
+def test_a_checkpoint_of_all_ranks(two: Processes, tmp_path: Path) -> None:
+    two.run(training.resumes_from_checkpoint, "fsdp", False, str(tmp_path))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "compile"), [("fsdp", "regional"), ("ddp", "regional"), ("ddp", True)])
-def test_a_checkpoint_of_a_compiled_model(two: Processes, kind: str, compile: bool | str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "compile"), [("fsdp", "regional"), ("ddp", False), ("ddp", "regional"), ("ddp", True)]
+)
+def test_a_checkpoint_in_other_ways(two: Processes, kind: str, compile: bool | str, tmp_path: Path) -> None:
     two.run(training.resumes_from_checkpoint, kind, compile, str(tmp_path), limit=300)
 
 

@@ -168,7 +168,7 @@ def test_gradients_below_min_tokens_are_those_before_wrapping(
             torch.testing.assert_close(parameter.grad, theirs[name].grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("name", ["regional", "whole"])
+@pytest.mark.parametrize("name", ["regional", pytest.param("whole", marks=pytest.mark.slow)])
 def test_a_video_below_min_tokens_in_other_threads(
     wan: Callable[[], nn.Module], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,9 +34,9 @@ def backends() -> int:
     ("compile", "way"),
     [
         ("regional", "gone"),
-        (True, "unwrapped"),
-        pytest.param("regional", "unwrapped", marks=pytest.mark.slow),
+        ("regional", "unwrapped"),
         pytest.param(True, "gone", marks=pytest.mark.slow),
+        pytest.param(True, "unwrapped", marks=pytest.mark.slow),
     ],
 )
 def test_graphs_go_with_the_model(wan: Callable[[], nn.Module], compile: Any, way: str) -> None:
