@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distributed import training
+from distributed import checkpoints, training
 from distributed.processes import Processes
 
 pytest.importorskip("diffusers")
@@ -48,7 +48,7 @@ def test_checkpointing(two: Processes, compile: bool | str) -> None:
 
 
 def test_a_checkpoint_of_all_ranks(two: Processes, tmp_path: Path) -> None:
-    two.run(training.resumes_from_checkpoint, "fsdp", False, str(tmp_path))
+    two.run(checkpoints.resumes, "fsdp", False, str(tmp_path))
 
 
 @pytest.mark.slow
@@ -56,7 +56,7 @@ def test_a_checkpoint_of_all_ranks(two: Processes, tmp_path: Path) -> None:
     ("kind", "compile"), [("fsdp", "regional"), ("ddp", False), ("ddp", "regional"), ("ddp", True)]
 )
 def test_a_checkpoint_in_other_ways(two: Processes, kind: str, compile: bool | str, tmp_path: Path) -> None:
-    two.run(training.resumes_from_checkpoint, kind, compile, str(tmp_path), limit=300)
+    two.run(checkpoints.resumes, kind, compile, str(tmp_path), limit=300)
 
 
 @pytest.mark.parametrize(
