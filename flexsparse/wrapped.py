@@ -118,8 +118,9 @@ class State:
         """Whether what runs now is the model as it was: for some denoising steps, or as the video is too short."""
         if is_compiling():
             return self.traces_dense
-        if self.dense or self.interceptor.local.dense or not self.backend.min_tokens:
-            return self.dense or self.interceptor.local.dense
+        dense: bool = self.dense or self.interceptor.local.dense
+        if dense or not self.backend.min_tokens:
+            return dense
         grid = self.interceptor.known_grid()
         return grid is not None and self.too_short(grid)
 

@@ -1,6 +1,7 @@
 """Bugs to plant, one at a time, and the tests that have to notice. Each replaces text that occurs exactly once."""
 
 from tests.mutations.catalogue.attention import ATTENTION
+from tests.mutations.catalogue.long_runs import LONG_RUNS
 from tests.mutations.catalogue.models import MODELS
 from tests.mutations.catalogue.mutation import Mutation
 from tests.mutations.catalogue.ops import OPS
@@ -10,4 +11,4 @@ from tests.mutations.catalogue.training import TRAINING
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-MUTATIONS: tuple[Mutation, ...] = (*ATTENTION, *OPS, *PASSES, *TEMPLATES, *MODELS, *TRAINING)
+MUTATIONS: tuple[Mutation, ...] = (*ATTENTION, *OPS, *PASSES, *TEMPLATES, *MODELS, *LONG_RUNS, *TRAINING)
