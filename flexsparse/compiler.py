@@ -42,6 +42,20 @@ from flexsparse.reporting import DENSE, Call, Report, density_of
 from flexsparse.rules import BuilderRules
 from flexsparse.tally import Tally
 
+OPTIONS = (
+    "text_first",
+    "text_last",
+    "query_tile",
+    "min_tokens",
+    "attention",
+    "inner",
+    "fuse_selection",
+    "lower_flex",
+    "keep_tiles",
+    "fold_tiling",
+)
+"""What `backend` and `wrap` take besides their named arguments."""
+
 
 class Backend:
     """A torch.compile backend that makes self-attention over video tokens sparse, then runs Inductor.
@@ -350,6 +364,11 @@ def backend(
         TypeError: an unknown option, or a builder that is none.
         ValueError: an argument out of range.
     """
+    if unknown := sorted(options.keys() - OPTIONS):
+        raise TypeError(
+            f"options has {', '.join(unknown)}: give builder, tile, grid, expect, {', '.join(OPTIONS)}; gates are an argument "
+            "of wrap, and dynamic, mode and fullgraph of torch.compile itself"
+        )
     return Backend(builder, tile=tile, grid=grid, expect=expect, **options)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FSDPModule
 
-from flexsparse.compiler import Backend
+from flexsparse.compiler import OPTIONS, Backend
 from flexsparse.forwards import STATE, hidden_by, override, remove_hooks, restore
 from flexsparse.gate_files import warn_of_dropped_gates
 from flexsparse.gates import ADDED, Gate, add_gates, gate_names, is_flat
@@ -24,21 +24,7 @@ from flexsparse.rules import BuilderRules, dense_patterns
 from flexsparse.wrapped import State, compile_module, compile_region, model_forward, module_forward
 
 Model = TypeVar("Model", bound=nn.Module)
-OWN_OPTIONS = (
-    "text_first",
-    "text_last",
-    "query_tile",
-    "min_tokens",
-    "attention",
-    "inner",
-    "fuse_selection",
-    "lower_flex",
-    "keep_tiles",
-    "fold_tiling",
-    "expect",
-)
-
-
+OWN_OPTIONS = (*OPTIONS, "expect")
 COMPILE_OPTIONS = inspect.signature(torch.compile).parameters.keys() - {"model", "backend", "disable"}
 """Of torch.compile; wrap gives the others itself."""
 _WRAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()

@@ -159,7 +159,9 @@ def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
                 f"fs.DenseSteps lets {type(module).__name__} run dense, but this forward has gradients: call its remove() "
                 "before training goes on, or sample under torch.no_grad()"
             )
-        return (state.forms.whole_dense() if state.compile is True else original)(module, args, kwargs)
+        if state.compile is True:
+            return clear_errors(state.forms.whole_dense(), module, args, kwargs)
+        return original(module, args, kwargs)
     if state.backend.parallel is not None:
         state.backend.parallel.same_inputs(module, args, kwargs)
     geometry = state.geometry_of(module, args, kwargs)
@@ -170,7 +172,7 @@ def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         state.backend.calls.record(_whole_row(state, geometry))
         if state.compile is True:
             with state.as_dense():
-                return state.forms.whole_dense()(module, args, kwargs)
+                return clear_errors(state.forms.whole_dense(), module, args, kwargs)
     before = state.backend.tally.snapshot()
     if state.compile is True:
         out = clear_errors(state.forms.whole(geometry), module, args, kwargs)
@@ -242,7 +244,7 @@ def compile_region(module: nn.Module, options: dict[str, Any]) -> None:
         state.interceptor.given(args, kwargs)
         if state.runs_dense():
             with state.interceptor.suspended(), state.as_dense():
-                return state.forms.region_dense(self, options)(self, args, kwargs)
+                return clear_errors(state.forms.region_dense(self, options), self, args, kwargs)
         geometry = state.interceptor.current_grid()
         name, tally, known = self.__dict__["_flexsparse_name"], state.backend.tally, state.interceptor.sparse_names
         tally.others += name in known

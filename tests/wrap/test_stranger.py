@@ -189,15 +189,17 @@ def test_too_large_a_top_k_is_one_line_before_compiling(stranger: Stranger) -> N
         stranger(clip())
 
 
-def test_a_graph_break_is_an_error_and_the_region_a_remedy(stranger: Stranger) -> None:
-    original = type(stranger.blocks[0]).forward
-
-    class Breaking(type(stranger.blocks[0])):  # type: ignore[misc]
+def breaking(block: nn.Module) -> type[nn.Module]:
+    class Breaking(type(block)):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
             torch._dynamo.graph_break()
-            return original(self, x)
+            return super().forward(x)
 
-    stranger.blocks[1].__class__ = Breaking
+    return Breaking
+
+
+def test_a_graph_break_is_an_error_and_the_region_a_remedy(stranger: Stranger) -> None:
+    stranger.blocks[1].__class__ = breaking(stranger.blocks[1])
     fs.wrap(stranger, fs.VSA(top_k=4), **inner(True))
     with pytest.raises(
         RewriteError, match=r"(?s)breaks the graph.*compile='regional'.*compile=False.*torch says:.*graph_break"
@@ -207,6 +209,19 @@ def test_a_graph_break_is_an_error_and_the_region_a_remedy(stranger: Stranger) -
     fs.wrap(stranger, fs.VSA(top_k=4), **inner(False))
     stranger(clip())
     assert fs.report(stranger).sparse_calls == 2
+
+
+@pytest.mark.parametrize("way", [True, "regional"])
+@pytest.mark.parametrize("dense", ["min_tokens", "DenseSteps"])
+def test_a_graph_break_of_what_runs_dense_says_the_same(stranger: Stranger, dense: str, way: Any) -> None:
+    stranger.blocks[1].__class__ = breaking(stranger.blocks[1])
+    stranger._repeated_blocks = ["Breaking"]
+    least = {"min_tokens": 10**6} if dense == "min_tokens" else {}
+    fs.wrap(stranger, fs.VSA(top_k=4), **least, **inner(way))
+    if dense == "DenseSteps":
+        fs.DenseSteps(stranger, 0.5, 2)
+    with torch.no_grad(), pytest.raises(RewriteError, match=r"(?s)breaks the graph.*compile=False.*torch says:"):
+        stranger(clip())
 
 
 def test_wrapping_twice_and_unwrapping_nothing_are_errors(stranger: Stranger) -> None:
@@ -289,6 +304,14 @@ def test_bad_arguments(stranger: Stranger, arguments: dict[str, Any], message: s
         fs.wrap(stranger, **{"builder": fs.VSA(top_k=2), **arguments})
     assert list(stranger.state_dict()) == names
     assert not any("flexsparse" in key for module in stranger.modules() for key in vars(module))
+
+
+@pytest.mark.parametrize("option", ["min_token", "gates", "wrapped", "dynamic", "foo"])
+def test_an_option_that_a_backend_does_not_have(option: str) -> None:
+    with pytest.raises(
+        TypeError, match=rf"options has {option}: give builder, tile, grid, .*min_tokens.*torch.compile"
+    ):
+        fs.backend(fs.VSA(top_k=2), grid=(4, 8, 8), **{option: True})
 
 
 @pytest.mark.parametrize(
