@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import Node
 
@@ -89,15 +90,12 @@ def match_pooled(node: Node, expect: tuple[Any, ...], transposed: bool = False) 
     reduced = dims[0] % 5
     kept = [size for dim, size in enumerate(shape) if dim != reduced]
 
-    def is_pooled_order() -> bool:
-        whole = indices(kept)
-        laid = chain.layout(whole.view([int(concrete(size)) for size in shape_of(root)]))
+    def as_expected(whole: Tensor) -> Tensor:
         repeat = int(concrete(expect[1])) // max(1, whole.shape[1])
         wanted = whole.repeat_interleave(repeat, 1) if repeat > 1 else whole
-        wanted = wanted.transpose(-1, -2) if transposed else wanted
-        return laid.numel() == wanted.numel() and torch.equal(laid.reshape(wanted.shape), wanted)
+        return wanted.transpose(-1, -2) if transposed else wanted
 
-    if not same_everywhere(is_pooled_order):
+    if not chain.lays(kept, as_expected):
         return None
     if not _is_stored(tokens):  # a mean of something computed is one loop; its tokens would have to be stored first
         return Pooled(root, None, None, chain.factor, kept[1], list(chain.nodes))

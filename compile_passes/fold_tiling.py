@@ -15,12 +15,12 @@ from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule, Node
 
-from flexsparse.compile_passes import epilogue, gathers
+from flexsparse.compile_passes import epilogue, gathers, views
 from flexsparse.compile_passes.epilogue import combine, find_epilogue
 from flexsparse.compile_passes.gathers import gathered, identities, plain, readers, restride, same_table
 from flexsparse.compile_passes.graphs import finish, graph_modules, value_of
 from flexsparse.compile_passes.lower_flex import CALL_NAME
-from flexsparse.compile_passes.views import is_op
+from flexsparse.compile_passes.views import drop_whole_slices, is_op
 from flexsparse.ops import tile_attention, tile_tokens  # noqa: F401  # defines the ops
 
 ops = torch.ops.flexsparse
@@ -79,7 +79,7 @@ class FoldTiling(CustomGraphPass):
 
     def uuid(self) -> str:
         """Hash of this pass's source and parameters, for caches of compiled graphs."""
-        source = "".join(map(inspect.getsource, (sys.modules[__name__], gathers, epilogue)))
+        source = "".join(map(inspect.getsource, (sys.modules[__name__], gathers, epilogue, views)))
         return hashlib.sha256(f"{source}{inspect.getsource(self.supports)}".encode()).hexdigest()
 
     def __call__(self, graph: Graph) -> None:
@@ -92,6 +92,7 @@ class FoldTiling(CustomGraphPass):
 
     def _fold_all(self, gm: GraphModule) -> None:
         changed = False
+        drop_whole_slices(gm.graph)
         for node in [n for n in gm.graph.nodes if n.target is FORWARD]:
             name = str(node.meta.get(CALL_NAME, node.name))
             try:

@@ -1,7 +1,8 @@
-"""Views of a graph: what a chain of them does to a tensor, found by running it on indices.
+"""Views of a graph: what a chain of them does to a tensor, found by running it.
 
-Graphs are of aten nodes as traced before autograd. Views are not matched by spelling: `Chain.layout` runs them on a tensor
-of positions, and what comes out tells what they do, for the sizes of the trace and for others (`same_everywhere`).
+Graphs are of aten nodes as traced before autograd. Views are not matched by spelling: `Chain.lays` runs them on a tensor
+without memory, whose strides then tell where each element comes from, or, where a view copies, on a tensor of positions; for
+the sizes of the trace and for others (`same_everywhere`).
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import contextvars
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from flexsparse.compile_passes.graphs import value_of
 
@@ -45,7 +46,7 @@ def shape_of(node: Node) -> tuple[Any, ...]:
 
 
 _stretch: contextvars.ContextVar[int] = contextvars.ContextVar("stretch", default=1)
-MOST_INDICES = 1 << 26
+MOST_INDICES = 1 << 27
 
 
 def concrete(argument: Any) -> Any:
@@ -87,7 +88,7 @@ def indices(sizes: Any) -> Tensor:
     numbers = torch.Size([int(concrete(size)) for size in sizes])
     if numbers.numel() > MOST_INDICES:
         raise TooLarge(f"a tensor of sizes {tuple(numbers)} is too large to follow its views")
-    return torch.arange(numbers.numel(), device="cpu").view(numbers)
+    return torch.arange(numbers.numel(), dtype=torch.int32, device="cpu").view(numbers)
 
 
 class TooLarge(ValueError):
@@ -118,13 +119,46 @@ class Chain:
         """What the chain's views make of a tensor of the root's shape."""
         x = start
         for node in self.nodes:
+            if node.target in COPIES:
+                x = x.contiguous()  # which a view after it may need
             if node.target not in VIEWS:
                 continue
             rest = [concrete(argument) for argument in node.args[1:]]
             if node.target is aten.expand_as.default:
-                rest = [torch.empty([int(concrete(size)) for size in shape_of(node)], device="cpu")]
+                rest = [torch.empty([int(concrete(size)) for size in shape_of(node)], device="meta")]
             x = node.target(x, *rest, **{key: concrete(value) for key, value in node.kwargs.items()})
         return x
+
+    def lays(self, sizes: Sequence[Any], wanted: Callable[[Tensor], Tensor] = lambda start: start) -> bool:
+        """Whether the chain's views order the root's elements as ``wanted`` orders those of a tensor of ``sizes``.
+
+        Raises:
+            TooLarge: a view copies, and it would take too much memory to look.
+        """
+
+        def check() -> bool:
+            by_strides = self._lays(torch.empty([int(concrete(size)) for size in sizes], device="meta"), wanted)
+            found = self._lays(indices(sizes), wanted) if by_strides is None else by_strides
+            return bool(found)
+
+        return same_everywhere(check)
+
+    def _lays(self, start: Tensor, wanted: Callable[[Tensor], Tensor]) -> bool | None:
+        """`lays` at the sizes of one tensor; None where only its elements could tell."""
+        laid = self.layout(start.view([int(concrete(size)) for size in shape_of(self.root)]))
+        aim = wanted(start)
+        if laid.numel() != aim.numel():
+            return False
+        if not start.is_meta:
+            return torch.equal(laid.reshape(aim.shape), aim)
+        if any(x.untyped_storage()._cdata != start.untyped_storage()._cdata for x in (laid, aim)):
+            return None  # a copy: its strides say nothing of where the elements were
+        try:
+            laid = laid.view(aim.shape)
+        except RuntimeError:  # elements in the order of `aim` could be seen so
+            return False
+        places = zip(aim.shape, laid.stride(), aim.stride())
+        return laid.storage_offset() == aim.storage_offset() and all(n == 1 or a == b for n, a, b in places)
 
 
 def positive_number(argument: Any) -> float | None:
@@ -137,6 +171,17 @@ def positive_number(argument: Any) -> float | None:
 def is_whole(node: Any) -> bool:
     """Whether a node is a slice that takes everything, as ``x[:, None]`` makes of a symbolic size."""
     return is_op(node, aten.slice.Tensor) and tuple(node.args[2:]) in ((), (0,), (0, sys.maxsize), (0, sys.maxsize, 1))
+
+
+def drop_whole_slices(graph: Graph) -> None:
+    """Let nobody read a slice that takes everything.
+
+    Inductor makes ``x[:, :, i]`` of an ``index_select``, of which only a symbolic size leaves slices.
+    """
+    for node in list(graph.nodes):
+        if is_whole(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def climb(node: Node, factors: bool = True) -> Chain:
@@ -166,11 +211,7 @@ def in_order(chain: Chain) -> bool:
     if not any(node.target in VIEWS for node in chain.nodes):
         return True
 
-    def check() -> bool:
-        start = indices(shape_of(chain.root))
-        return torch.equal(chain.layout(start).flatten(), start.flatten())
-
-    return same_everywhere(check)
+    return chain.lays(shape_of(chain.root))
 
 
 def broadcasts_to(x: Tensor, wanted: Tensor) -> bool:

@@ -53,6 +53,14 @@ POOLS: dict[str, Step] = {
     "einops": lambda x, _: einops.reduce(x.flatten(2, 3), "b h (n s) d -> b h n d", "mean", s=S),
     "mean that keeps its dimension": lambda x, _: x.mean(3, keepdim=True).squeeze(3),
     "slots before tiles": lambda x, _: x.transpose(2, 3).mean(2),
+    "mean by token and back, copied": lambda x, _: (
+        x.mean(3)
+        .transpose(1, 2)
+        .contiguous()
+        .view(x.shape[0], -1, x.shape[1] * D)
+        .unflatten(2, (-1, D))
+        .transpose(1, 2)
+    ),
     "sum over counts": lambda x, counts: x.sum(3) / counts.clamp_min(1)[:, None],
     "sum over float counts": lambda x, counts: (
         x.sum(3, dtype=torch.float32) / counts.clamp(min=1).float().view(1, 1, -1, 1)
@@ -69,6 +77,7 @@ POOLS: dict[str, Step] = {
 SCORES: dict[str, Step] = {
     "@ transpose, scaled": lambda q, k: (q @ k.transpose(-1, -2)) * SCALE,
     "@ mT, scaled from the left": lambda q, k: SCALE * (q @ k.mT),
+    "@ mT, copied": lambda q, k: (q @ k.mT.contiguous()) * SCALE,
     "torch.matmul, permuted": lambda q, k: torch.matmul(q, k.permute(0, 1, 3, 2)).mul(SCALE),
     "queries scaled before": lambda q, k: (q * SCALE) @ k.transpose(2, 3),
     "keys scaled before": lambda q, k: q @ (k * SCALE).transpose(2, 3),

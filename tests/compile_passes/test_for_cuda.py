@@ -63,6 +63,7 @@ def graphs_of(
     builder: Any = None,
     dtype: torch.dtype = torch.bfloat16,
     train: bool = False,
+    batch: int = 1,
     **options: Any,
 ) -> list[Compiled]:
     """The graphs of a wrapped model, called on some grids."""
@@ -72,7 +73,7 @@ def graphs_of(
         on_cuda(model, dtype)
         for grid in grids:
             with torch.set_grad_enabled(train):
-                out = model(torch.empty(1, 3, *grid, dtype=dtype, device="cuda"))
+                out = model(torch.empty(batch, 3, *grid, dtype=dtype, device="cuda"))
             if train:
                 out.float().sum().backward()
     assert all(call.lowered for call in fs.report(model).calls if call.sparse)
@@ -135,6 +136,18 @@ def test_backward_is_our_two_ops_and_copies_nothing(grid: tuple[int, int, int]) 
     grad = maker(backward, fine, fine.args[0])
     assert grad.name == "aten::mm", "the output's gradient is read where the projection's backward leaves it"
     assert not copies(forward) and not copies(backward)
+    check_devices(graphs)
+
+
+def test_a_batch_of_any_resolution_is_read_in_raster_order() -> None:
+    """Classifier-free guidance is a batch of two: a symbolic batch leaves slices that take everything around gathers."""
+    graphs = graphs_of(WHOLE, PARTIAL, train=True, batch=2)
+    *_, forward, backward = graphs
+    assert len(graphs) == 4 and (forward.backward, backward.backward) == (False, True)
+    names = [launch.name for graph in (forward, backward) for launch in graph.launches if not launch.kernel]
+    assert len(forward.ops(ATTEND)) == len(backward.ops(f"{ATTEND}_backward")) == 1
+    assert not [name for name in names if "tile_tokens" in name]
+    assert not [name for name in (*forward.kernels, *backward.kernels) if "index_put" in name]
     check_devices(graphs)
 
 

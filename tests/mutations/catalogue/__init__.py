@@ -6,9 +6,10 @@ from tests.mutations.catalogue.models import MODELS
 from tests.mutations.catalogue.mutation import Mutation
 from tests.mutations.catalogue.ops import OPS
 from tests.mutations.catalogue.passes import PASSES
+from tests.mutations.catalogue.real_sizes import REAL_SIZES
 from tests.mutations.catalogue.templates import TEMPLATES
 from tests.mutations.catalogue.training import TRAINING
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-MUTATIONS: tuple[Mutation, ...] = (*ATTENTION, *OPS, *PASSES, *TEMPLATES, *MODELS, *LONG_RUNS, *TRAINING)
+MUTATIONS: tuple[Mutation, ...] = (*ATTENTION, *OPS, *PASSES, *TEMPLATES, *MODELS, *LONG_RUNS, *REAL_SIZES, *TRAINING)

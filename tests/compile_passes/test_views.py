@@ -1,0 +1,116 @@
+"""What a chain of views does: by strides, where nothing copies, else by the places of elements, with the same answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import flexsparse as fs
+from flexsparse.compile_passes import FuseSelection
+from flexsparse.compile_passes.views import MOST_INDICES, Chain, indices
+from flexsparse.masks.coarse import CoarseInputs
+
+from .capture import nodes_of, ops
+
+aten = torch.ops.aten
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> tuple[list[int], Callable[[Tensor], Tensor]]:
+    """Sizes, and a few views of a tensor of these sizes, some of which copy."""
+    sizes = draw(st.lists(st.integers(1, 4), min_size=2, max_size=4))
+    shape, steps = list(sizes), []
+    for _ in range(draw(st.integers(0, 4))):
+        kind = draw(st.sampled_from(("permute", "reshape", "repeat", "unsqueeze", "squeeze")))
+        dim = draw(st.integers(0, len(shape) - 1))
+        if kind == "permute":
+            order = draw(st.permutations(range(len(shape))))
+            steps.append(lambda x, order=order: x.permute(order))
+            shape = [shape[i] for i in order]
+        elif kind == "reshape" and len(shape) > 1 and dim > 0:
+            shape = [*shape[: dim - 1], shape[dim - 1] * shape[dim], *shape[dim + 1 :]]
+            steps.append(lambda x, new=tuple(shape): x.reshape(new))
+        elif kind == "repeat":
+            shape = [*shape[:dim], 2 * shape[dim], *shape[dim + 1 :]]
+            steps.append(lambda x, dim=dim: x.repeat_interleave(2, dim))
+        elif kind == "unsqueeze":
+            shape = [*shape[:dim], 1, *shape[dim:]]
+            steps.append(lambda x, dim=dim: x.unsqueeze(dim))
+        elif kind == "squeeze" and shape[dim] == 1 and len(shape) > 1:
+            del shape[dim]
+            steps.append(lambda x, dim=dim: x.squeeze(dim))
+
+    def views(x: Tensor) -> Tensor:
+        for step in steps:
+            x = step(x)
+        return x
+
+    return sizes, views
+
+
+def chain_of(sizes: list[int], views: Callable[[Tensor], Tensor]) -> Chain:
+    """As a pass finds it in a graph."""
+    x = torch.empty(sizes)
+    gm = make_fx(views)(x)
+    first, *nodes, _ = gm.graph.nodes
+    first.meta["val"] = x
+    return Chain(first, nodes)
+
+
+@given(chains(), st.permutations(range(4)), st.sampled_from((1, 2)))
+def test_strides_tell_what_positions_do(
+    chain: tuple[list[int], Callable[[Tensor], Tensor]], order: list[int], repeat: int
+) -> None:
+    sizes, views = chain
+
+    def wanted(x: Tensor) -> Tensor:
+        x = x.permute([i for i in order if i < x.dim()])
+        return x.repeat_interleave(2, 0) if repeat == 2 else x
+
+    for aim in (wanted, lambda x: x, views):
+        found = chain_of(sizes, views)
+        start = indices(sizes)
+        laid = views(start)
+        alike = laid.numel() == aim(start).numel() and torch.equal(laid.flatten(), aim(start).flatten())
+        assert found.lays(sizes, aim) is alike
+        by_strides = found._lays(torch.empty(sizes, device="meta"), aim)
+        assert by_strides in (alike, None)
+
+
+def test_views_that_copy_nothing_are_known_by_strides() -> None:
+    chain = chain_of([2, 3, 4], lambda x: x.permute(0, 2, 1).unsqueeze(1).permute(0, 1, 3, 2))
+    assert chain._lays(torch.empty(2, 3, 4, device="meta"), lambda x: x) is True
+    assert chain._lays(torch.empty(2, 3, 4, device="meta"), lambda x: x.mT) is False
+
+
+def selected(builder: Any, B: int, grid: tuple[int, int, int], H: int, D: int) -> GraphModule:
+    """What is traced of a selection, of fake tiles."""
+    layout = fs.TileLayout(grid=grid)
+
+    def select(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        found = builder.plan(CoarseInputs(q, k, layout, layout, scale=0.1), None)[0]
+        return found.bits, found.counts
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q, k = (torch.empty(B, H, layout.num_tiles, layout.slots, D, dtype=torch.bfloat16) for _ in "qk")
+        return make_fx(select, pre_dispatch=True, _allow_non_fake_inputs=True)(q, k)
+
+
+@pytest.mark.parametrize("builder", (fs.VSA(sparsity=0.95), fs.TopP(mass=0.9)), ids=("VSA", "TopP"))
+def test_the_coarse_stage_of_a_large_batch_is_one_op(builder: Any) -> None:
+    """Scores of 40x48x80 tokens, 16 samples and 40 heads are 15 GB: as an op's they are never made."""
+    assert MOST_INDICES < 16 * 40 * 2400 * 128
+    gm = selected(builder, 16, (40, 48, 80), 40, 128)
+    fuse = FuseSelection()
+    fuse(gm)
+    assert fuse.matches == 1 and nodes_of(gm, ops.coarse_select)
+    assert not [node for node in gm.graph.nodes if node.target in (aten.matmul.default, aten.bmm.default)]
