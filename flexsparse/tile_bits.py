@@ -45,6 +45,15 @@ def unpack_bits(bits: Tensor, M: int) -> Tensor:
     return ((bits[..., None] >> shifts) & 1).flatten(-2)[..., :M].bool()
 
 
+def count_bits(bits: Tensor) -> Tensor:
+    """How many bits are set: int32 ``[..., W]`` to int32 ``[...]``, without a bool for each tile."""
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    bits = bits + (bits >> 8)
+    return ((bits + (bits >> 16)) & 0x3F).sum(-1, dtype=torch.int32)
+
+
 def ascending_lists(keep: Tensor, capacity: int) -> Tensor:
     """Bool ``[..., M]`` to int32 ``[..., capacity]``: indices of the kept entries, ascending; 0 past their count."""
     M = keep.shape[-1]

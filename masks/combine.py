@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -17,7 +18,8 @@ from flexsparse.masks.checked import planned
 from flexsparse.masks.coarse import CoarseInputs, expand_heads
 from flexsparse.masks.static import StaticBuilder
 from flexsparse.selection import KeptQueries, TileSelection
-from flexsparse.tables import smaller
+from flexsparse.tables import larger, smaller
+from flexsparse.tile_bits import count_bits
 
 Kind = Literal["union", "intersection"]
 
@@ -37,6 +39,12 @@ def _join(masks: list[Tensor], kind: Kind) -> Tensor:
     return out
 
 
+def _bound(each: list[int], kind: Kind, kv_layout: TileLayout) -> int:
+    """The most tiles that a row keeps, from that of each part."""
+    bound = functools.reduce(operator.add if kind == "union" else smaller, each)
+    return smaller(bound, kv_layout.num_tiles)
+
+
 @dataclass(frozen=True)
 class StaticCombination(StaticBuilder):
     """`Union` or `Intersection` of static builders: static itself, so that it can restrict a dynamic one."""
@@ -53,10 +61,7 @@ class StaticCombination(StaticBuilder):
 
     def most(self, layout: TileLayout, kv_layout: TileLayout) -> int:
         each = [part.most(layout, kv_layout) for part in self.parts if isinstance(part, StaticBuilder)]
-        bound = each[0]
-        for other in each[1:]:
-            bound = bound + other if self.kind == "union" else smaller(bound, other)
-        return smaller(bound, kv_layout.num_tiles)
+        return _bound(each, self.kind, kv_layout)
 
     def tile_mask(self, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:
         return _join([p.mask(layout, kv_layout, device) for p in self.parts if isinstance(p, StaticBuilder)], self.kind)
@@ -87,15 +92,15 @@ class Combination(MaskBuilder):
             selection, out = planned(part, coarse, wants)
             selections.append(selection)
             coarse_out = coarse_out if out is None else out
-        keep = _join([selection.keep() for selection in selections], self.kind)
+        bits = _join(
+            [selection.bits for selection in selections], self.kind
+        )  # words: a bool for each tile takes 32 times as much
         fields: dict[str, Any] = {
             "queries": _only_queries(self.kind.capitalize(), selections),
             "capped": _total([selection.capped for selection in selections]),
-            "tile_counts": coarse.tile_counts,
         }
-        if self.kind == "intersection":
-            fields["capacity"] = functools.reduce(smaller, [selection.capacity for selection in selections])
-        return TileSelection.from_mask(keep, coarse.layout, coarse.kv_layout, **fields), coarse_out
+        capacity = _bound([selection.capacity for selection in selections], self.kind, coarse.kv_layout)
+        return coarse.selection(bits, count_bits(bits), capacity, **fields), coarse_out
 
     def nominal_density(self, layout: TileLayout, kv_layout: TileLayout) -> float:
         """A bound: the overlap of the parts depends on the data."""
@@ -187,9 +192,9 @@ class PerHead(MaskBuilder):
             raise ValueError(f"PerHead heads has {len(self.heads)} entries, but q has {H} heads: give one for each")
         k = expand_heads(coarse.k, H)
         values = None if v is None else expand_heads(v, H)
-        keep: list[Tensor | None] = [None] * H
+        rows: list[tuple[Tensor, Tensor] | None] = [None] * H  # bitmask and counts
         outs: list[Tensor | None] = [None] * H
-        capped = []
+        capped, capacities = [], []
         for index, builder in enumerate(self.builders):
             heads = [h for h in range(H) if self.heads[h] == index]
             if not heads:
@@ -207,13 +212,12 @@ class PerHead(MaskBuilder):
             if selection.queries is not None:
                 raise ValueError("PerHead has a builder that prunes queries (BSA): use it for all heads instead")
             capped.append(selection.capped)
-            mask = selection.keep()
+            capacities.append(selection.capacity)
             for place, h in enumerate(heads):
-                keep[h] = mask[:, place]
+                rows[h] = selection.bits[:, place], selection.counts[:, place]
                 outs[h] = None if out is None else out[:, place]
-        fields: dict[str, Any] = {"capped": _total(capped), "tile_counts": coarse.tile_counts}
-        joined = torch.stack([mask for mask in keep if mask is not None], 1)
-        selection = TileSelection.from_mask(joined, coarse.layout, coarse.kv_layout, **fields)
+        bits, counts = (torch.stack(of_heads, 1) for of_heads in zip(*(row for row in rows if row is not None)))
+        selection = coarse.selection(bits, counts, functools.reduce(larger, capacities), capped=_total(capped))
         present = [out for out in outs if out is not None]
         return selection, torch.stack(present, 1) if len(present) == H else None
 

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import flexsparse as fs
-from flexsparse.compile_passes import FuseSelection
-from flexsparse.compile_passes.views import MOST_INDICES, Chain, indices
-from flexsparse.masks.coarse import CoarseInputs
-
-from .capture import nodes_of, ops
+from flexsparse.compile_passes.views import Chain, indices
 
 aten = torch.ops.aten
 
@@ -90,27 +81,3 @@ def test_views_that_copy_nothing_are_known_by_strides() -> None:
     chain = chain_of([2, 3, 4], lambda x: x.permute(0, 2, 1).unsqueeze(1).permute(0, 1, 3, 2))
     assert chain._lays(torch.empty(2, 3, 4, device="meta"), lambda x: x) is True
     assert chain._lays(torch.empty(2, 3, 4, device="meta"), lambda x: x.mT) is False
-
-
-def selected(builder: Any, B: int, grid: tuple[int, int, int], H: int, D: int) -> GraphModule:
-    """What is traced of a selection, of fake tiles."""
-    layout = fs.TileLayout(grid=grid)
-
-    def select(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        found = builder.plan(CoarseInputs(q, k, layout, layout, scale=0.1), None)[0]
-        return found.bits, found.counts
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        q, k = (torch.empty(B, H, layout.num_tiles, layout.slots, D, dtype=torch.bfloat16) for _ in "qk")
-        return make_fx(select, pre_dispatch=True, _allow_non_fake_inputs=True)(q, k)
-
-
-@pytest.mark.parametrize("builder", (fs.VSA(sparsity=0.95), fs.TopP(mass=0.9)), ids=("VSA", "TopP"))
-def test_the_coarse_stage_of_a_large_batch_is_one_op(builder: Any) -> None:
-    """Scores of 40x48x80 tokens, 16 samples and 40 heads are 15 GB: as an op's they are never made."""
-    assert MOST_INDICES < 16 * 40 * 2400 * 128
-    gm = selected(builder, 16, (40, 48, 80), 40, 128)
-    fuse = FuseSelection()
-    fuse(gm)
-    assert fuse.matches == 1 and nodes_of(gm, ops.coarse_select)
-    assert not [node for node in gm.graph.nodes if node.target in (aten.matmul.default, aten.bmm.default)]

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from strategies import Case, cases
 
 import flexsparse as fs
 from flexsparse.masks import MaskBuilder, StaticBuilder
+from flexsparse.tile_bits import count_bits, pack_bits
 
 VSA, TOP_P, WINDOW = fs.VSA(sparsity=0.7), fs.TopP(mass=0.4), fs.SlidingTile(window=(1, 2, 2))
 BSA = fs.BSA(kv_density=0.3)
@@ -22,7 +24,17 @@ def test_unions_and_intersections_are_those_of_the_parts(case: Case) -> None:
     for parts in ((VSA, WINDOW), (WINDOW, VSA, TOP_P), (WINDOW, fs.Dense()), (BSA, WINDOW), (VSA,)):
         masks = torch.stack([keep(part) for part in parts])
         assert torch.equal(keep(fs.Union(*parts)), masks.any(0))
+        for builder in (fs.Union(*parts), fs.Intersection(*parts)):
+            selection = builder.select(q, k, case.layout, kv_layout=case.kv_layout)
+            assert torch.equal(selection.counts, selection.keep().sum(-1, dtype=torch.int32))
+            assert int(selection.counts.max()) <= selection.capacity <= case.kv_layout.num_tiles
         assert torch.equal(keep(fs.Intersection(*parts)), masks.all(0))
+
+
+@given(st.integers(1, 100), st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_bits_are_counted_as_bools_are(tiles: int, seed: int, share: float) -> None:
+    keep = torch.rand(3, tiles, generator=torch.Generator().manual_seed(seed)) < share
+    assert torch.equal(count_bits(pack_bits(keep)), keep.sum(-1, dtype=torch.int32))
 
 
 @given(cases())
@@ -70,6 +82,8 @@ def test_each_head_selects_with_its_own_builder(case: Case) -> None:
         part, of_part = fs.sparse_attention(q, k, v, case.layout, parts[index], return_aux=True)
         assert torch.equal(aux.selection.keep()[:, h], of_part.selection.keep()[:, h])
         torch.testing.assert_close(out[:, h], part[:, h], rtol=1e-4, atol=1e-5)
+        assert torch.equal(aux.selection.counts[:, h], of_part.selection.counts[:, h])
+        assert aux.selection.capacity >= of_part.selection.capacity
 
 
 def test_heads_of_several_coarse_builders_share_one_coarse_output() -> None:

@@ -31,4 +31,25 @@ REAL_SIZES = (
         "",
         ("compile_passes/test_fold_tiling.py", "-k", "whole"),
     ),
+    Mutation(
+        "lists of a union as long as there are tiles",
+        "masks/combine.py",
+        "    return smaller(bound, kv_layout.num_tiles)\n",
+        "    return kv_layout.num_tiles\n",
+        ("compile_passes/test_real_sizes.py",),
+    ),
+    Mutation(
+        "a union's lists too short",
+        "masks/combine.py",
+        "operator.add if kind",
+        "larger if kind",
+        ("masks/test_combine.py",),
+    ),
+    Mutation(
+        "the last bit of a word is not counted",
+        "tile_bits.py",
+        "(bits + (bits >> 16)) & 0x3F",
+        "(bits + (bits >> 16)) & 0x1F",
+        ("masks/test_combine.py",),
+    ),
 )
