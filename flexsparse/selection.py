@@ -165,8 +165,12 @@ class TileSelection:
 
         A KV tile with no valid token is kept by no row.
         """
+        return self._dense(self.bits)
+
+    def _dense(self, bits: Tensor) -> Tensor:
+        """`to_dense` of some heads' bits."""
         q, kv = self.layout, self.kv_layout
-        keep = torch.nn.functional.pad(self.keep(), (kv.tiles_first, kv.tiles_last), value=True)
+        keep = torch.nn.functional.pad(unpack_bits(bits, kv.num_tiles), (kv.tiles_first, kv.tiles_last), value=True)
         keep = torch.nn.functional.pad(keep, (0, 0, q.tiles_first, q.tiles_last), value=True)
         if self.tile_counts is None:
             return keep
@@ -203,7 +207,7 @@ class TileSelection:
         valid, computed = self.query_tile_counts()
         kv = self.kv_tile_counts().double().expand(len(valid), -1)
         all_pairs = (valid.sum(-1) * kv.sum(-1)).sum() * self.bits.shape[1]
-        return (self.kept_tokens(self.to_dense()) * computed[:, None]).sum(), all_pairs
+        return (self.kept_tokens() * computed[:, None]).sum(), all_pairs
 
     def query_tile_counts(self) -> tuple[Tensor, Tensor]:
         """(valid, computed) query tokens of every query tile, extra tiles included, float64 ``[B, tiles]``.
@@ -219,11 +223,13 @@ class TileSelection:
         computed[:, video] = torch.minimum(valid[:, video], self.queries.counts.double())
         return valid, computed
 
-    def kept_tokens(self, rows: Tensor) -> Tensor:
-        """Valid KV tokens of the tiles that rows keep: bool ``[B, H, rows, tiles]`` to float64 ``[B, H, rows]``."""
-        counts = self.kv_tile_counts().double().expand(rows.shape[0], -1)
-        per_head = [(rows[:, head].double() @ counts[..., None])[..., 0] for head in range(rows.shape[1])]
-        return torch.stack(per_head, 1)  # one head at a time: a bool mask in float64 is eight times as large
+    def kept_tokens(self) -> Tensor:
+        """Valid KV tokens that each query tile attends to, extra tiles included, float64 ``[B, H, query tiles]``."""
+        counts = self.kv_tile_counts().double().expand(self.bits.shape[0], -1)[:, None, :, None]
+        # one head at a time: a bool for each pair of tiles of each head is gigabytes at real sizes, a float64 eight times that
+        heads = range(self.bits.shape[1])
+        each = [(self._dense(self.bits[:, h : h + 1]).double() @ counts)[..., 0] for h in heads]
+        return torch.cat(each, 1)
 
     @property
     def density(self) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flexsparse.given import keywords_only, to_int
 from flexsparse.layout import TileLayout
-from flexsparse.masks.static import StaticBuilder, tile_axes
+from flexsparse.masks.static import StaticBuilder
 
 
 @keywords_only()
@@ -43,15 +43,29 @@ class Radial(StaticBuilder):
                 f"keys {kv_layout.tiles[1:]}: use the same height, width and tile for both"
             )
 
+    def most(self, layout: TileLayout, kv_layout: TileLayout) -> int:
+        """The widest row by the rule; of a place whose bands no edge of the frame cuts."""
+        if layout.symbolic or kv_layout.symbolic:
+            return kv_layout.num_tiles
+        s, frames = layout.tiles[1] * layout.tiles[2], kv_layout.tiles[0]
+        widths = []
+        for apart in range(max(layout.tiles[0], frames)):
+            r = 1 << max(apart, 1).bit_length() - 1
+            widths.append(min(s, 2 * (s // r) - 1) if r <= s else int(apart % -(-r // s) == 0))
+        rows = range(layout.tiles[0])
+        return max(sum(s if k < self.first_frames else widths[abs(q - k)] for k in range(frames)) for q in rows)
+
     def tile_mask(self, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:
-        _, height, width = layout.tiles
-        s = height * width
-        (qt, qh, qw), (kt, kh, kw) = tile_axes(layout, device), tile_axes(kv_layout, device)
-        apart = (qt[:, None] - kt[None]).abs()
-        distance = ((qh * width + qw)[:, None] - (kh * width + kw)[None]).abs()
+        s = layout.tiles[1] * layout.tiles[2]
+        q_frame, k_frame = (torch.arange(one.tiles[0], device=device) for one in (layout, kv_layout))
+        place = torch.arange(s, device=device)
+        # [q frame, q place, k frame, k place]: arithmetic on pairs of frames and of places, on pairs of tiles comparisons alone
+        apart = (q_frame[:, None, None, None] - k_frame[:, None]).abs()
+        distance = (place[:, None, None] - place).abs()
         # floor(log2) by comparison: exact, where a float log2 may land below an integer
         octave = sum(((apart >= 2**i).long() for i in range(1, 16)), torch.zeros_like(apart))
         r = 2**octave
-        band = (distance + 1) * r <= s
+        band = distance < s // r
         sparse = (apart % ((r + s - 1) // s) == 0) & (distance == 0)
-        return band | sparse | (kt < self.first_frames)[None]
+        sink = k_frame[:, None] < self.first_frames
+        return (band | sparse | sink).reshape(layout.num_tiles, kv_layout.num_tiles)

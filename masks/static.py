@@ -29,7 +29,11 @@ def _cached_mask(builder: StaticBuilder, layout: TileLayout, kv_layout: TileLayo
 def _cached_bits(
     builder: StaticBuilder, layout: TileLayout, kv_layout: TileLayout, device: torch.device
 ) -> tuple[Tensor, Tensor, int]:
-    mask = checked_mask(builder, layout, kv_layout, torch.device("cpu"))
+    if device.type != "cpu":  # a report asks on the CPU as well: made once, as a large mask takes seconds
+        bits, counts, most = _cached_bits(builder, layout, kv_layout, torch.device("cpu"))
+        bits, counts = lasting((bits, counts), device)
+        return bits, counts, most
+    mask = checked_mask(builder, layout, kv_layout, device)
     counts = mask.sum(-1, dtype=torch.int32)
     bits, counts = lasting((pack_bits(mask), counts), device)
     return bits, counts, max(1, int(counts.max()))

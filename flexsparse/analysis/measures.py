@@ -40,11 +40,11 @@ def row_density(selection: TileSelection) -> Tensor:
 
     Text counts among the KV tokens. BSA computes only some of a tile's queries, and its density is as much lower.
     """
-    kept = selection.kept_tokens(_video_rows(selection))
+    q = selection.layout
+    kept = selection.kept_tokens().narrow(2, q.tiles_first, q.num_tiles)
     share = kept / selection.kv_tile_counts().double().sum(-1).reshape(-1, 1, 1)
     if selection.queries is None:
         return share
-    q = selection.layout
     valid = q.index(share.device)[2].narrow(0, q.tiles_first, q.num_tiles)
     return share * (selection.queries.counts / valid.double())
 
@@ -56,7 +56,7 @@ def head_density(selection: TileSelection) -> Tensor:
     """
     valid, computed = selection.query_tile_counts()
     pairs = valid.sum(-1) * selection.kv_tile_counts().double().sum(-1)
-    return (selection.kept_tokens(selection.to_dense()) * computed[:, None]).sum(-1) / pairs[:, None]
+    return (selection.kept_tokens() * computed[:, None]).sum(-1) / pairs[:, None]
 
 
 def _computed_tokens(selection: TileSelection, rows: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,8 @@ from flexsparse.tile_bits import unpack_bits
 
 CHUNK_SCORES = 1 << 18
 """Scores of one chunk: they stay in the cache from the product to the choice."""
+GPU_CHUNK_SCORES = 1 << 26
+"""On a GPU, which comes here where the templates do not (more than `ops.MOST_TILES`): as many as fill it at each launch."""
 
 
 def pool_tiles(x: Tensor, counts: Tensor) -> Tensor:
@@ -184,8 +186,9 @@ def _score_chunks(
     """(place, scores ``[heads, rows, M]``, bool mask of allowed tiles or None): some heads, or some rows of one head."""
     B, H, N, _ = q_c.shape
     M = k_c.shape[2]
-    rows = min(N, max(1, CHUNK_SCORES // M))
-    heads = min(H, max(1, CHUNK_SCORES // (N * M))) if rows == N else 1
+    most = CHUNK_SCORES if q_c.device.type == "cpu" else GPU_CHUNK_SCORES
+    rows = min(N, max(1, most // M))
+    heads = min(H, max(1, most // (N * M))) if rows == N else 1
     bias = kv_counts.clamp_min(1).to(q_c.dtype).log().expand(B, M) if count_bias else None
     for b in range(B):
         for h in range(0, H, heads):
@@ -350,10 +353,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[:5], q_counts, kv_counts, allowed, q_back, kv_back)
-    # of tokens in raster order, the op makes the gradient of tiles, which is spread here: a compiler fuses that with its reader
-    slots = [1 if table is not None else x.shape[3] for x, table in ((q, q_tokens), (k, kv_tokens))]
-    ctx.rest = (*slots, scale, count_bias, q.dtype, k.dtype, q.dtype if v is None else v.dtype)
-    ctx.slots = [None if table is None else table.shape[1] for table in (q_tokens, kv_tokens)]
+    # the op makes the gradient of tiles, which is spread over their tokens here: a compiler fuses that with its reader
+    ctx.rest = (1, 1, scale, count_bias, q.dtype, k.dtype, q.dtype if v is None else v.dtype)
+    ctx.slots = [x.shape[3] if table is None else table.shape[1] for x, table in ((q, q_tokens), (k, kv_tokens))]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -364,15 +366,19 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     dq, dk, dv = torch.ops.flexsparse.coarse_select_backward(
         d_coarse, coarse, lse, q_c, k_c, v_c, q_counts, kv_counts, allowed, *ctx.rest
     )
-    if q_back is not None:
-        dq = _of_tokens(dq[:, :, :, 0], q_back, ctx.slots[0])
-    if kv_back is not None:
-        dk, dv = (_of_tokens(x[:, :, :, 0], kv_back, ctx.slots[1]) for x in (dk, dv))
+    dq = _of_tokens(dq, q_back, ctx.slots[0])
+    dk, dv = (_of_tokens(x, kv_back, ctx.slots[1]) for x in (dk, dv))
     return (dq, dk, dv, *(None,) * 14)
 
 
-def _of_tokens(d: Tensor, back: Tensor, slots: int) -> Tensor:
-    """``d [B, H, n, D]`` of tiles to their tokens, ``[B, H, S, D]``; zero for tokens of no tile."""
+def _of_tokens(d: Tensor, back: Tensor | None, slots: int) -> Tensor:
+    """``d [B, H, n, 1, D]`` of tiles to their slots, ``[B, H, n, slots, D]``; by a table to their tokens, ``[B, H, S, D]``.
+
+    Zero for tokens of no tile.
+    """
+    if back is None:
+        return d.expand(-1, -1, -1, slots, -1)
+    d = d[:, :, :, 0]
     tile = torch.div(back, slots, rounding_mode="floor")
     none = (tile < 0) | (tile >= d.shape[2])
     return d.index_select(2, tile.clamp_min(0).clamp_max(d.shape[2] - 1)).masked_fill(none[:, None], 0)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import flexsparse as fs
 from flexsparse.compile_passes import KeepTiles, marks
 from flexsparse.compile_passes.graphs import graph_modules
+from flexsparse.compiler import Backend
 
 GRID, C, HEADS = (4, 8, 4), 32, 2
 S = 128
@@ -95,7 +96,7 @@ def plain(x: Tensor) -> Tensor:
 def results(model: nn.Module, builder: Any, keep_tiles: bool, **options: Any) -> list[Tensor]:
     """Output and gradients, compiled."""
     grid, tile = options.pop("grid", GRID), options.pop("tile", (2, 4, 2))
-    backend = fs.backend(builder, tile=tile, grid=grid, inner="aot_eager", keep_tiles=keep_tiles, **options)
+    backend = Backend(builder, tile=tile, grid=grid, inner="aot_eager", keep_tiles=keep_tiles, **options)
     model = copy.deepcopy(model)
     torch._dynamo.reset()
     x = torch.randn(2, 3, *grid, generator=torch.Generator().manual_seed(1), requires_grad=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -74,3 +75,13 @@ def test_a_combination_is_made_of_words_and_its_lists_are_as_long_as_its_parts_a
     with FakeTensorMode(allow_non_fake_inputs=True):
         q, k = (torch.empty(1, HEADS, TILES, layout.slots, 128, dtype=torch.bfloat16) for _ in "qk")
         assert builder.plan(CoarseInputs(q, k, layout, layout, scale=0.1), None)[0].capacity == capacity
+
+
+def test_a_density_takes_a_head_at_a_time() -> None:
+    layout = fs.TileLayout(grid=GRID)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        bits = torch.empty(1, HEADS, TILES, words_of(TILES), dtype=torch.int32)
+        selection = fs.TileSelection(bits=bits, counts=bits[..., 0], layout=layout, kv_layout=layout, capacity=120)
+        gm = make_fx(lambda bits: replace(selection, bits=bits).valid_pairs(), _allow_non_fake_inputs=True)(bits)
+    sizes = [x.numel() for node in gm.graph.nodes if isinstance(x := node.meta.get("val"), Tensor)]
+    assert max(sizes) <= words_of(TILES) * max(32 * TILES, HEADS * TILES)

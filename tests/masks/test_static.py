@@ -178,6 +178,15 @@ def test_no_row_keeps_more_than_its_list_is_long(
     assert selection.bits.is_contiguous() and selection.counts.is_contiguous()
 
 
+@pytest.mark.parametrize("first", (0, 2))
+@pytest.mark.parametrize("grid", ((9, 8, 8), (40, 12, 8), (64, 4, 4)))
+def test_radial_lists_are_as_long_as_its_widest_row(grid: tuple[int, int, int], first: int) -> None:
+    layout, builder = fs.TileLayout(grid=grid, tile=(1, 2, 2)), fs.Radial(first_frames=first)
+    widest = int(builder.kept(layout, layout).max())
+    assert widest <= builder.most(layout, layout) < layout.num_tiles
+    assert builder.most(layout, layout) - widest <= layout.tiles[0]  # a place in the middle of an even frame
+
+
 def test_a_mask_of_all_heads_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """At 153,600 tokens and 40 heads, a bool for each pair of tiles of each head would be 230 MB a call."""
     layout = fs.TileLayout(grid=(8, 16, 16))

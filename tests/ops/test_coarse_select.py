@@ -166,6 +166,15 @@ def test_backward_is_that_of_autograd_through_the_definition(case: Case) -> None
         assert bool(one.grad.isfinite().all())
 
 
+def test_a_gradient_has_memory_for_a_row_of_each_tile() -> None:
+    """All tokens of a tile have the same one, and at real sizes three of them are gigabytes."""
+    case = Case()
+    qkv, counts, mask = case.inputs()
+    leaves = [x.requires_grad_() for x in qkv]
+    grads = torch.autograd.grad(run(case, leaves, counts, mask)[0].sum(), leaves)
+    assert [grad.stride(3) for grad in grads] == [0, 0, 0]
+
+
 def test_gradients_are_those_of_finite_differences() -> None:
     case = Case(N=2, M=3, D=2, s=2, t=2, H=2, G=1, partial=True, count_bias=True, allowed="heads")
     qkv, counts, mask = case.inputs()
@@ -256,6 +265,15 @@ def test_chunks_of_any_size_compute_the_same(step: int, name: str) -> None:
             found.append([*(x.detach() for x in results), *torch.autograd.grad(results[0], leaves, grad)])
     for mine, other in zip(*found):
         torch.testing.assert_close(mine, other, atol=1e-12, rtol=1e-12)
+
+
+def test_a_gpu_that_no_template_serves_is_given_chunks_that_fill_it() -> None:
+    """The CPU's chunks, which fit its cache, were millions of launches there."""
+    M, H = module.ops.MOST_TILES + 1, 40
+    q_c = torch.empty(1, H, M, 128, device="meta")
+    counts = torch.empty(M, dtype=torch.int32, device="meta")
+    places = [at for at, _, _ in module._score_chunks(q_c, q_c, counts, None, 0.1, False)]
+    assert len(places) <= 5 * H and all(at[2].stop - at[2].start <= module.GPU_CHUNK_SCORES // M for at in places)
 
 
 def test_counts_given_for_each_row_survive_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

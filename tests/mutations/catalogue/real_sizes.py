@@ -52,4 +52,32 @@ REAL_SIZES = (
         "(bits + (bits >> 16)) & 0x1F",
         ("masks/test_combine.py",),
     ),
+    Mutation(
+        "a GPU is given the CPU's chunks of scores",
+        "ops/coarse_select.py",
+        'if q_c.device.type == "cpu" else GPU_CHUNK_SCORES',
+        "",
+        ("ops/test_coarse_select.py", "-k", "gpu"),
+    ),
+    Mutation(
+        "the coarse stage's gradient written for each token",
+        "ops/coarse_select.py",
+        "        return d.expand(-1, -1, -1, slots, -1)\n",
+        "        return d.repeat(1, 1, 1, slots, 1)\n",
+        ("ops/test_coarse_select.py", "-k", "memory"),
+    ),
+    Mutation(
+        "a density of all heads at once",
+        "selection.py",
+        "self.bits[:, h : h + 1]",
+        "self.bits",
+        ("compile_passes/test_real_sizes.py",),
+    ),
+    Mutation(
+        "Radial's lists too short",
+        "masks/radial.py",
+        "min(s, 2 * (s // r) - 1)",
+        "min(s, s // r)",
+        ("masks/test_static.py",),
+    ),
 )
