@@ -92,8 +92,10 @@ class FoldTiling(CustomGraphPass):
 
     def _fold_all(self, gm: GraphModule) -> None:
         changed = False
-        drop_whole_slices(gm.graph)
-        for node in [n for n in gm.graph.nodes if n.target is FORWARD]:
+        calls = [n for n in gm.graph.nodes if n.target is FORWARD]
+        if calls:
+            drop_whole_slices(gm.graph)
+        for node in calls:
             name = str(node.meta.get(CALL_NAME, node.name))
             try:
                 call = find_call(node, self.supports)
