@@ -91,7 +91,7 @@ def match_pooled(node: Node, expect: tuple[Any, ...], transposed: bool = False) 
     kept = [size for dim, size in enumerate(shape) if dim != reduced]
 
     def as_expected(whole: Tensor) -> Tensor:
-        repeat = int(concrete(expect[1])) // max(1, whole.shape[1])
+        repeat = int(concrete(expect[1])) // max(1, int(concrete(kept[1])))
         wanted = whole.repeat_interleave(repeat, 1) if repeat > 1 else whole
         return wanted.transpose(-1, -2) if transposed else wanted
 

@@ -35,6 +35,13 @@ CASTS = {
 }
 
 
+NAME_NO_SIZE = {
+    *(aten.unsqueeze.default, aten.permute.default, aten.transpose.int, aten.movedim.int, aten.swapaxes.default),
+    *(aten.t.default, aten.mT.default, aten.adjoint.default, aten.repeat_interleave.self_int, aten.alias.default),
+}
+"""Views that treat a size like any other."""
+
+
 def is_op(node: Any, *targets: Any) -> bool:
     """Whether a node calls one of the ops."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
@@ -138,14 +145,22 @@ class Chain:
 
         def check() -> bool:
             by_strides = self._lays(torch.empty([int(concrete(size)) for size in sizes], device="meta"), wanted)
-            found = self._lays(indices(sizes), wanted) if by_strides is None else by_strides
+            found = self._lays(indices(self._few(sizes)), wanted) if by_strides is None else by_strides
             return bool(found)
 
         return same_everywhere(check)
 
+    def _few(self, sizes: Sequence[Any]) -> Sequence[Any]:
+        """Sizes that tell as much of the chain as these: smaller ones, where no view names a size."""
+        views = [node.target for node in self.nodes if node.target in VIEWS]
+        if len(sizes) != len(shape_of(self.root)) or not NAME_NO_SIZE.issuperset(views):
+            return sizes
+        return [min(int(concrete(size)), 2 + i) for i, size in enumerate(sizes)]
+
     def _lays(self, start: Tensor, wanted: Callable[[Tensor], Tensor]) -> bool | None:
         """`lays` at the sizes of one tensor; None where only its elements could tell."""
-        laid = self.layout(start.view([int(concrete(size)) for size in shape_of(self.root)]))
+        root = shape_of(self.root)
+        laid = self.layout(start if start.dim() == len(root) else start.view([int(concrete(size)) for size in root]))
         aim = wanted(start)
         if laid.numel() != aim.numel():
             return False

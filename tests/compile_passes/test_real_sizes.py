@@ -25,7 +25,7 @@ GRID, HEADS = (40, 48, 80), 40
 TILES = 2400
 
 
-def selected(builder: Any, B: int = 1) -> GraphModule:
+def selected(builder: Any, B: int = 1, kv_heads: int = HEADS) -> GraphModule:
     """What is traced of a selection, of fake tiles of 128 channels."""
     layout = fs.TileLayout(grid=GRID)
 
@@ -34,15 +34,16 @@ def selected(builder: Any, B: int = 1) -> GraphModule:
         return found.bits, found.counts
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        q, k = (torch.empty(B, HEADS, TILES, layout.slots, 128, dtype=torch.bfloat16) for _ in "qk")
+        q, k = (torch.empty(B, H, TILES, layout.slots, 128, dtype=torch.bfloat16) for H in (HEADS, kv_heads))
         return make_fx(select, pre_dispatch=True, _allow_non_fake_inputs=True)(q, k)
 
 
+@pytest.mark.parametrize("kv_heads", (HEADS, 8))
 @pytest.mark.parametrize("builder", (fs.VSA(sparsity=0.95), fs.TopP(mass=0.9)), ids=("VSA", "TopP"))
-def test_the_coarse_stage_of_a_large_batch_is_one_op(builder: Any) -> None:
+def test_the_coarse_stage_of_a_large_batch_is_one_op(builder: Any, kv_heads: int) -> None:
     """Scores of 40x48x80 tokens, 16 samples and 40 heads are 15 GB: as an op's they are never made."""
     assert MOST_INDICES < 16 * HEADS * TILES * 128
-    gm = selected(builder, 16)
+    gm = selected(builder, 16, kv_heads)
     fuse = FuseSelection()
     fuse(gm)
     assert fuse.matches == 1 and nodes_of(gm, ops.coarse_select)
