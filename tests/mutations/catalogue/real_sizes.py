@@ -8,7 +8,7 @@ REAL_SIZES = (
         "compile_passes/views.py",
         "self._lays(indices(self._few(sizes)), wanted) if by_strides is None else by_strides",
         "self._lays(indices(sizes), wanted)",
-        ("compile_passes/test_views.py",),
+        ("compile_passes/test_real_sizes.py",),
     ),
     Mutation(
         "strides believed after a copy",
