@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from flexsparse.compile_passes import coarse_chain, graphs, tile_choice, views
@@ -65,7 +66,7 @@ class FuseSelection:
                 try:
                     fuse(module.graph, anchor)
                 except (NotFused, TooLarge) as reason:
-                    if name is not None and not _packs_only(anchor):
+                    if name is not None and not _packs_only(anchor) and not _is_static(anchor):
                         self.refused[name] = str(reason)
                     continue
                 self.matches += 1
@@ -80,6 +81,21 @@ class FuseSelection:
 def _packs_only(anchor: Node) -> bool:
     """Whether a node packs the mask of allowed tiles for another choice."""
     return all(is_op(user, *CHOICES[:1], ops.coarse_select.default) or _feeds_choice(user) for user in anchor.users)
+
+
+def _is_static(anchor: Node) -> bool:
+    """Whether a node packs tiles that no scores have chosen: a static builder's, which an `Union` joins with chosen ones."""
+    seen, left = set(), [anchor.args[0]]
+    while left:
+        node = left.pop()
+        if not isinstance(node, Node) or node in seen:
+            continue
+        seen.add(node)
+        value = value_of(node)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return False
+        left += node.all_input_nodes
+    return True
 
 
 def _feeds_choice(node: Node) -> bool:

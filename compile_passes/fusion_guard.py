@@ -1,4 +1,4 @@
-"""Keeps Inductor's CPU code generator from a fusion that it miscompiles.
+"""Keeps Inductor from fusions that it miscompiles (on a CPU), or cannot compile (on a GPU, with symbolic sizes).
 
 In torch up to 2.13, fusing the outer loops of a reduction and its consumer replaces the buffer between them by one row's
 worth of local memory, also where vectorisation works on 16 rows at a time: 15 of them are overwritten, and the result is
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._inductor.choices import InductorChoices
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.virtualized import V
@@ -109,11 +110,21 @@ def compile_guarded(
         others = before if isinstance(before, list | tuple) else [] if before is None else [before]
         config["joint_custom_pre_pass"] = InOrder([joint, *others])
 
+    if _symbolic(example_inputs):
+        # it cannot split sizes of text and video together: `CantSplit` in gradients of norms of q and k, at real sizes alone
+        config.setdefault("triton.mix_order_reduction", False)
+
     def inner_compile(*args: Any, **kwargs: Any) -> Any:
         with V.set_choices_handler(choices), _symbolic_strides():
             return compile_fx_inner(*args, **kwargs)
 
     return compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=config)
+
+
+def _symbolic(inputs: Sequence[Any]) -> bool:
+    """Whether a graph's inputs have symbolic sizes, or are such."""
+    sizes = (x.shape if isinstance(x, Tensor) else (x,) for x in inputs)
+    return any(isinstance(size, torch.SymInt) for each in sizes for size in each)
 
 
 @contextmanager

@@ -92,9 +92,8 @@ class Combination(MaskBuilder):
             selection, out = planned(part, coarse, wants)
             selections.append(selection)
             coarse_out = coarse_out if out is None else out
-        bits = _join(
-            [selection.bits for selection in selections], self.kind
-        )  # words: a bool for each tile takes 32 times as much
+        # words: a bool for each tile is eight times as large, and what packing makes of it 32 times
+        bits = _join([selection.bits for selection in selections], self.kind)
         fields: dict[str, Any] = {
             "queries": _only_queries(self.kind.capitalize(), selections),
             "capped": _total([selection.capped for selection in selections]),

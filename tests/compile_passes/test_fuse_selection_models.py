@@ -60,6 +60,7 @@ BUILDERS: dict[str, Any] = {
     "VSA within, with counts": fs.VSA(sparsity=0.5, count_bias=True, within=fs.FrameCausal(chunk=2)),
     "TopP": fs.TopP(mass=0.7),
     "TopP within": fs.TopP(mass=0.7, max_tiles=3, within=fs.FrameCausal(chunk=2)),
+    "Union with static tiles": fs.Union(fs.VSA(top_k=3), fs.SlidingTile(window=(1, 2, 2))),
     "BSA normal": fs.BSA(kv_density=0.4),
     "BSA probability": fs.BSA(kv_density=0.4, threshold="probability"),
     "BSA mass": fs.BSA(mass=0.7, threshold="mass"),

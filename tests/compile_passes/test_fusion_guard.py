@@ -71,6 +71,27 @@ def test_strides_of_what_forward_saves_stay_symbolic(monkeypatch: pytest.MonkeyP
     assert rows and all(isinstance(stride, torch.SymInt) for stride in rows), told
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("by_user", (None, True))
+def test_reductions_are_not_mixed_where_sizes_are_symbolic(
+    by_user: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At some millions of numbers, on a GPU, torch stops at the gradients of a norm of text and video together."""
+    key, seen = "triton.mix_order_reduction", []
+
+    def compiles(gm: torch.fx.GraphModule, *_: Any, config_patches: dict[str, Any], **__: Any) -> Any:
+        seen.append(config_patches.get(key))
+        return gm.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compiles)
+    given = {} if by_user is None else {key: by_user}
+    double = torch.compile(lambda x: x * 2, backend=lambda gm, inputs: compile_guarded(gm, inputs, given))
+    for size in (5, 7):
+        double(torch.zeros(size))
+    assert hasattr(torch._inductor.config.triton, "mix_order_reduction"), "what is set is a setting"
+    assert seen == ([None, False] if by_user is None else [True, True])
+
+
 def test_every_op_is_defined_in_a_hashed_file() -> None:
     ops = [op for name, op in OPDEFS.items() if name.startswith("flexsparse::")]
     assert len(ops) > 10

@@ -80,4 +80,18 @@ REAL_SIZES = (
         "min(s, s // r)",
         ("masks/test_static.py",),
     ),
+    Mutation(
+        "reductions of two orders mixed where sizes are symbolic",
+        "compile_passes/fusion_guard.py",
+        "    if _symbolic(example_inputs):",
+        "    if False:",
+        ("compile_passes/test_fusion_guard.py", "-k", "mixed"),
+    ),
+    Mutation(
+        "a static part of a union is said not to be fused",
+        "compile_passes/fuse_selection.py",
+        " and not _is_static(anchor):",
+        ":",
+        ("compile_passes/test_fuse_selection_models.py", "-k", "Union"),
+    ),
 )
