@@ -51,6 +51,7 @@ class SlidingTile(StaticBuilder):
             have, own = kv_layout.tiles[axis], layout.tiles[axis]
             centre = ((2 * rows[axis] + 1) * have) // (2 * own)
             start = (centre - width // 2).clamp_min(0)
+            # no `as_tensor`, which makes a constant of a symbolic size: a graph for each resolution
             start = torch.minimum(start, torch.full((), have - width, dtype=torch.int64, device=device).clamp_min(0))
             column = columns[axis][None]
             keep = keep & (column >= start[:, None]) & (column < start[:, None] + width)

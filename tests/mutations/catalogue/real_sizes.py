@@ -94,4 +94,11 @@ REAL_SIZES = (
         ":",
         ("compile_passes/test_fuse_selection_models.py", "-k", "Union"),
     ),
+    Mutation(
+        "a graph of sliding tiles for each resolution",
+        "masks/sliding_tile.py",
+        "torch.full((), have - width, dtype=torch.int64, device=device)",
+        "torch.as_tensor(have - width, device=device)",
+        ("wrap/test_two_graphs.py", "-k", "SlidingTile"),
+    ),
 )
