@@ -84,7 +84,7 @@ def _packs_only(anchor: Node) -> bool:
 
 
 def _is_static(anchor: Node) -> bool:
-    """Whether a node packs tiles that no scores have chosen: a static builder's, which an `Union` joins with chosen ones."""
+    """Whether a node packs tiles that no scores have chosen: a static builder's, which a `Union` joins with chosen ones."""
     seen, left = set(), [anchor.args[0]]
     while left:
         node = left.pop()

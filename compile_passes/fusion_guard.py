@@ -111,7 +111,8 @@ def compile_guarded(
         config["joint_custom_pre_pass"] = InOrder([joint, *others])
 
     if _symbolic(example_inputs):
-        # it cannot split sizes of text and video together: `CantSplit` in gradients of norms of q and k, at real sizes alone
+        # mixing reductions of two orders, Inductor cannot split sizes of text and video together: `CantSplit` in gradients of
+        # norms of q and k, from some millions of numbers on
         config.setdefault("triton.mix_order_reduction", False)
 
     def inner_compile(*args: Any, **kwargs: Any) -> Any:

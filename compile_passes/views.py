@@ -33,8 +33,6 @@ CASTS = {
     *(aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default),
     torch.ops.prims.convert_element_type.default,  # what Inductor decomposes them into, before the joint graph is seen
 }
-
-
 NAME_NO_SIZE = {
     *(aten.unsqueeze.default, aten.permute.default, aten.transpose.int, aten.movedim.int, aten.swapaxes.default),
     *(aten.t.default, aten.mT.default, aten.adjoint.default, aten.repeat_interleave.self_int, aten.alias.default),
@@ -152,8 +150,9 @@ class Chain:
 
     def _few(self, sizes: Sequence[Any]) -> Sequence[Any]:
         """Sizes that tell as much of the chain as these: smaller ones, where no view names a size."""
-        views = [node.target for node in self.nodes if node.target in VIEWS]
-        if len(sizes) != len(shape_of(self.root)) or not NAME_NO_SIZE.issuperset(views):
+        views = [node for node in self.nodes if node.target in VIEWS]
+        named = any(node.target not in NAME_NO_SIZE or "output_size" in node.kwargs for node in views)
+        if named or len(sizes) != len(shape_of(self.root)):
             return sizes
         return [min(int(concrete(size)), 2 + i) for i, size in enumerate(sizes)]
 

@@ -48,18 +48,18 @@ def chains(draw: st.DrawFn) -> tuple[list[int], Callable[[Tensor], Tensor]]:
     return sizes, views
 
 
-def chain_of(sizes: list[int], views: Callable[[Tensor], Tensor]) -> Chain:
-    """As a pass finds it in a graph."""
+def chain_of(sizes: list[int], views: Callable[[Tensor], Tensor], pre_dispatch: bool = True) -> Chain:
+    """As a pass finds it in a graph: views that copy are one node before they are dispatched, and several after."""
     x = torch.empty(sizes)
-    gm = make_fx(views)(x)
+    gm = make_fx(views, pre_dispatch=pre_dispatch)(x)
     first, *nodes, _ = gm.graph.nodes
     first.meta["val"] = x
     return Chain(first, nodes)
 
 
-@given(chains(), st.permutations(range(4)), st.sampled_from((1, 2)))
+@given(chains(), st.permutations(range(4)), st.sampled_from((1, 2)), st.booleans())
 def test_strides_tell_what_positions_do(
-    chain: tuple[list[int], Callable[[Tensor], Tensor]], order: list[int], repeat: int
+    chain: tuple[list[int], Callable[[Tensor], Tensor]], order: list[int], repeat: int, pre_dispatch: bool
 ) -> None:
     sizes, views = chain
 
@@ -68,7 +68,7 @@ def test_strides_tell_what_positions_do(
         return x.repeat_interleave(2, 0) if repeat == 2 else x
 
     for aim in (wanted, lambda x: x, views):
-        found = chain_of(sizes, views)
+        found = chain_of(sizes, views, pre_dispatch)
         start = indices(sizes)
         laid = views(start)
         alike = laid.numel() == aim(start).numel() and torch.equal(laid.flatten(), aim(start).flatten())
@@ -81,3 +81,10 @@ def test_views_that_copy_nothing_are_known_by_strides() -> None:
     chain = chain_of([2, 3, 4], lambda x: x.permute(0, 2, 1).unsqueeze(1).permute(0, 1, 3, 2))
     assert chain._lays(torch.empty(2, 3, 4, device="meta"), lambda x: x) is True
     assert chain._lays(torch.empty(2, 3, 4, device="meta"), lambda x: x.mT) is False
+
+
+def test_a_size_that_is_named_is_kept() -> None:
+    repeated = chain_of([2, 9], lambda x: x.repeat_interleave(2, 1, output_size=18))
+    assert repeated.nodes[0].kwargs["output_size"] == 18
+    assert repeated.lays([2, 9], lambda x: x.repeat_interleave(2, 1))
+    assert not repeated.lays([2, 9], lambda x: x.repeat(1, 2))
