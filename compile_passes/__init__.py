@@ -13,6 +13,7 @@ On the joint graph of forward and backward:
 
 - `lower_flex`: FlexAttention under a tile list => tile attention.
 - `fold_tiling`: tile attention reads and writes raster order, and nothing is brought to tile order (`gathers`: what it finds).
+- `lay_output`: tile attention writes its output where the projection reads it.
 - `share_operands`: what ops of ours read is written once.
 
 Besides:
@@ -27,6 +28,7 @@ Besides:
 from flexsparse.compile_passes.fold_tiling import FoldTiling
 from flexsparse.compile_passes.fuse_selection import FuseSelection
 from flexsparse.compile_passes.keep_tiles import KeepTiles
+from flexsparse.compile_passes.lay_output import LayOutput
 from flexsparse.compile_passes.lower_flex import LowerFlex
 from flexsparse.compile_passes.pool_tokens import PoolTokens
 from flexsparse.compile_passes.rewrite_sdpa import RewriteSDPA
@@ -38,6 +40,7 @@ __all__ = [
     "FoldTiling",
     "FuseSelection",
     "KeepTiles",
+    "LayOutput",
     "LowerFlex",
     "PoolTokens",
     "RewriteError",

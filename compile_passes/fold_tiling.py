@@ -220,13 +220,13 @@ def fold(graph: Graph, call: Call) -> bool:
     rows, first_rows = node.args[8:10]
     q, k, v = call.inputs
     node.args = (q, k, v, *node.args[3:19], *call.tables)
-    _renew(node)
+    renew(node)
     for out in results_of(node, 0):
         _hand_on(graph, out, call.outputs)
     for each in call.backward:
         before = each.node.args
         each.node.args = (each.grad, before[1], q, k, v, *before[5:22], *call.tables)
-        _renew(each.node)
+        renew(each.node)
         for index, found in enumerate(each.results):
             for x in results_of(each.node, index):
                 _hand_on(graph, x, found)
@@ -245,8 +245,8 @@ def _hand_on(graph: Graph, new: Node, old: list[Node]) -> None:
         restride(graph, new, example)
 
 
-def _renew(node: Any) -> None:
-    """New example values of an op and its results."""
+def renew(node: Any) -> None:
+    """New example values of an op, of its results and of their identities."""
     values = torch.fx.map_arg(node.args, value_of)
     with value_of(node.args[2]).fake_mode:
         found = node.target(*values)

@@ -123,15 +123,40 @@ def restride(graph: Graph, node: Node, before: Tensor) -> None:
         for user in users:
             user.replace_input_with(node, copy)
         return
+    _accept(graph, node, renewed)
+
+
+def spare_copies(graph: Graph, node: Node) -> bool:
+    """As `restride`, but only if it drops a copy and makes none; whether it did."""
+    try:
+        renewed = _below(graph, node)
+    except (RuntimeError, ValueError):
+        return False
+    if not any(True for _ in _needless(node, renewed)):
+        return False
+    _accept(graph, node, renewed)
+    return True
+
+
+def _accept(graph: Graph, node: Node, renewed: dict[Node, Any]) -> None:
+    """Take over the values below a node, and drop copies to where something lies already."""
+    copies = list(_needless(node, renewed))
     for each, value in renewed.items():
         each.meta["val"] = value
         each.meta.pop("tensor_meta", None)
+    for copy in copies:
+        copy.replace_all_uses_with(copy.args[0])
+        graph.erase_node(copy)
+
+
+def _needless(node: Node, renewed: dict[Node, Any]) -> Iterator[Any]:
+    """Copies of a node, or of what changes below it, to where it will lie anyway."""
     for each in (node, *renewed):
-        for user in [user for user in each.users if is_op(user, aten.clone.default)]:
-            lies_so = _alike(value_of(each), value_of(user))  # a copy to where it lies already
+        value = renewed.get(each, value_of(each))
+        for user in each.users:
+            lies_so = is_op(user, aten.clone.default) and _alike(value, renewed.get(user, value_of(user)))
             if lies_so and all(reader.op == "call_function" for reader in user.users):
-                user.replace_all_uses_with(each)
-                graph.erase_node(user)
+                yield user
 
 
 def _copy_lying_as(graph: Graph, node: Node, before: Tensor) -> Node:
@@ -159,8 +184,9 @@ def _below(graph: Graph, node: Node) -> dict[Node, Any]:
     Raises:
         RuntimeError: one cannot, or is a result of the graph.
     """
-    renewed: dict[Node, Any] = {}
-    changed = {node}
+    # identities that have their new value already
+    renewed: dict[Node, Any] = {x: value_of(x) for x in identities(node) if _alike(value_of(x), value_of(node))}
+    changed = {node, *renewed}
     for user in graph.nodes:
         if not any(x in changed for x in user.all_input_nodes):
             continue

@@ -23,6 +23,7 @@ from flexsparse.compile_passes import (
     FoldTiling,
     FuseSelection,
     KeepTiles,
+    LayOutput,
     LowerFlex,
     PoolTokens,
     RewriteError,
@@ -279,7 +280,7 @@ class Backend:
             PoolTokens(parts)(gm)
         lower = LowerFlex() if self.lower_flex else None
         fold = FoldTiling() if self.fold_tiling else None
-        joint = InOrder([each for each in (lower, fold, ShareOperands()) if each is not None])
+        joint = InOrder([each for each in (lower, fold, LayOutput(), ShareOperands()) if each is not None])
         compiled = self._inner(gm, example_inputs, config, joint)
         if lower is not None:
             self._note_lowering(lower, met)

@@ -31,6 +31,7 @@ from flexsparse.compile_passes.templates.rows import (
     dense_rows,
     lengths,
     load_rows,
+    new_rows,
     store_rows,
     strides,
     tokens_again,
@@ -200,6 +201,7 @@ def forward(
     frame_tiles: int = 1,
     q_tokens: Tensor | None = None,
     kv_tokens: Tensor | None = None,
+    token_major: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention over tiles, with the gated coarse output added to it.
 
@@ -226,9 +228,11 @@ def forward(
         q_tokens: int32 ``[R]``, the token in each query row, -1 for none: q, gate and the output are ``[B, H, S, D]`` in the
             order of tokens then, each of which is in one row; the log-sum-exp stays that of rows. None: they are rows.
         kv_tokens: int32 ``[U * slots]``, as that for k and v.
+        token_major: the output's memory is that of a contiguous ``[B, R or S, H, D]``.
 
     Returns:
-        Output in q's memory format (`torch.empty_like`), and the fine stage's log-sum-exp (natural), float32 ``[B, H, R]``.
+        Output, in q's memory format (`torch.empty_like`) unless it is ``token_major``, and the fine stage's log-sum-exp
+        (natural), float32 ``[B, H, R]``.
 
     Raises:
         ValueError: a kernel is forced (`tuned.using`) that does not do the case.
@@ -261,11 +265,12 @@ def forward(
             capacity=capacity,
             scale=scale,
             partial=partial,
+            token_major=token_major,
         )
     N, U = counts.shape[2], keys // slots
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     gate = None if gate is None else dense_rows(gate)
-    out = torch.empty_like(q)
+    out = new_rows(q, token_major)
     lse = torch.empty((B, H, R), dtype=torch.float32, device=q.device)
     size = _blocks(choice.blocks, q.shape[3], kv_tokens is not None)
     launch(

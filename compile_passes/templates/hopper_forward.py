@@ -20,7 +20,7 @@ from flexsparse.compile_passes.templates.attention_common import Blocks, flags
 from flexsparse.compile_passes.templates.attention_shapes import TYPES, AttentionCompilation, Shape, compilation
 from flexsparse.compile_passes.templates.launch import LOG2E, Compilation, launch
 from flexsparse.compile_passes.templates.lists import ascending
-from flexsparse.compile_passes.templates.rows import dense_rows
+from flexsparse.compile_passes.templates.rows import dense_rows, new_rows
 
 ARCHS = ("sm_90a",)
 """What the kernel compiles for."""
@@ -114,6 +114,7 @@ def forward(
     capacity: int,
     scale: float,
     partial: bool,
+    token_major: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As `forward.forward`, on a Hopper GPU.
 
@@ -128,7 +129,7 @@ def forward(
     if refusal is not None:
         raise ValueError(f"the Hopper forward {refusal}: use the plain Triton kernel")
     N, U = counts.shape[2], k.shape[2] // slots
-    out, lse = torch.empty_like(dense_rows(q)), q.new_empty((B, H, R), dtype=torch.float32)
+    out, lse = new_rows(q, token_major), q.new_empty((B, H, R), dtype=torch.float32)
     if not q.numel():
         return out, lse
     keys, values = (_boxes(_copyable(x), size.keys, slots) for x in (k, v))

@@ -19,7 +19,7 @@ from flexsparse.compile_passes.templates.hopper_forward import _boxes, _copyable
 from flexsparse.compile_passes.templates.launch import LOG2E, Compilation, launch
 from flexsparse.compile_passes.templates.lists import ascending
 from flexsparse.compile_passes.templates.pair_lists import pair_lists
-from flexsparse.compile_passes.templates.rows import dense_rows
+from flexsparse.compile_passes.templates.rows import new_rows
 
 ARCHS = ("sm_90a",)
 """What the kernel compiles for."""
@@ -72,6 +72,7 @@ def forward(
     scale: float,
     partial: bool,
     frame_tiles: int = 1,
+    token_major: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As `forward.forward`, on a Hopper GPU.
 
@@ -86,7 +87,7 @@ def forward(
     if refusal is not None:
         raise ValueError(f"the Hopper forward by pairs {refusal}: use the plain Triton kernel")
     N, U = counts.shape[2], k.shape[2] // slots
-    out, lse = torch.empty_like(dense_rows(q)), q.new_empty((B, H, R), dtype=torch.float32)
+    out, lse = new_rows(q, token_major), q.new_empty((B, H, R), dtype=torch.float32)
     if not q.numel():
         return out, lse
     halves = query_rows == 2 * ROWS

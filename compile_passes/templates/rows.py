@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from flexsparse.ops import by_tokens
 
 ROW_ARRAYS = ("q", "k", "v", "gate", "out", "grad_out", "dq", "dk", "dv", "dgate")
 """Arrays of rows ``[B, heads, rows, D]``, of any strides but in a row. NAME comes with NAME_b and NAME_h, its strides over
@@ -116,6 +119,11 @@ def store_rows(
 def dense_rows(x: Tensor) -> Tensor:
     """``x [..., D]``, copied only where the values of a row do not lie side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def new_rows(x: Tensor, token_major: bool = False) -> Tensor:
+    """Memory for a result in the shape of ``x [B, H, rows, D]``: as x lies, or as a contiguous ``[B, rows, H, D]``."""
+    return by_tokens(x) if token_major else torch.empty_like(dense_rows(x))
 
 
 def strides(**arrays: Tensor | None) -> dict[str, int]:

@@ -62,8 +62,8 @@ def attend(
     gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, coarse, gate))
     rows = q if raster else pack_queries(q, q_tiles, selection)
     operands = (*selection.operands(), scale, wants_lse or gradients)
-    if raster:
-        operands = (*operands, *(one.index(q.device)[0] for one in (selection.layout, selection.kv_layout)))
+    tables = (one.index(q.device)[0] for one in (selection.layout, selection.kv_layout)) if raster else (None, None)
+    operands = (*operands, *tables, q_tiles is None)  # a projection reads it next, but for packed rows
     if q.is_cuda:
         out, lse = torch.ops.flexsparse.tile_attention(rows, k, v, coarse, gate, *operands)
     else:
@@ -84,7 +84,7 @@ class _Interpreted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        numbers, tables = ctx.operands[:13], ctx.operands[14:]  # between them whether the log-sum-exp is wanted
+        numbers, tables = ctx.operands[:13], ctx.operands[14:16]  # between them whether the log-sum-exp is wanted
         dq, dk, dv, d_coarse, d_gate = run_backward(*grads, *ctx.saved_tensors, *numbers, *tables)
         gated = ctx.saved_tensors[-1] is not None
         return dq, dk, dv, d_coarse if gated else None, d_gate if gated else None, *(None,) * len(ctx.operands)

@@ -28,6 +28,11 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def by_tokens(x: Tensor) -> Tensor:
+    """New memory for ``x [B, H, S, D]`` that lies as a contiguous ``[B, S, H, D]``."""
+    return x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
+
+
 def templates_select(x: Tensor, tiles: int) -> bool:
     """Whether the selection templates do a case; else plain torch computes it."""
     return on_gpu(x) and x.dtype != torch.float64 and tiles <= MOST_TILES and has_triton()

@@ -56,6 +56,7 @@ def tile_attention(
     wants_lse: bool,
     q_tokens: Tensor | None = None,
     kv_tokens: Tensor | None = None,
+    token_major: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the tokens of the kept tiles and the extra tokens, plus ``gate * coarse``.
 
@@ -84,10 +85,13 @@ def tile_attention(
         q_tokens: int32 ``[R]``, the token in each row, -1 for none. With it q, the gate and the output are in raster order,
             ``[B, H, S, D]``, each token in one row, so that nobody brings them to tile order; without, as said above.
         kv_tokens: int32 ``[U * slots]``, the same for k and v. Kernels read them by these tables.
+        token_major: whether the heads of a token lie side by side in the output's memory, as the projection after attention
+            reads them, whatever q's memory format.
 
     Returns:
         Output as q, and log-sum-exp (natural) of the fine stage ``[B, H, R]`` in at least float32, or ``[B, H, 0]``.
-        The output, like each gradient of the backward, is contiguous, but on CUDA has the memory format of its input.
+        The output, unless it is ``token_major``, is contiguous, as each gradient of the backward; on CUDA they have the memory
+        formats of their inputs.
     """
     sizes = (query_rows, first_rows, kv_first, kv_video, slots)
     high = torch.promote_types(q.dtype, torch.float32)
@@ -100,7 +104,8 @@ def tile_attention(
         video = out.narrow(2, first_rows, counts.shape[2] * query_rows).unflatten(2, (-1, query_rows))
         video.addcmul_(_video_rows(gate, first_rows, last_rows, query_rows).to(high), coarse[:, :, :, None].to(high))
         out = out.to(q.dtype)
-    return _in_raster(q_tokens, tokens, out)[0], lse
+    out = _in_raster(q_tokens, tokens, out)[0]
+    return ops.by_tokens(out).copy_(out) if token_major else out, lse
 
 
 def _in_rows(tokens: Tensor | None, *xs: Any) -> list[Any]:
@@ -135,11 +140,21 @@ def run_forward(
     """`tile_attention` by the Triton templates: on CUDA, and in Triton's interpreter."""
     from flexsparse.compile_passes.templates.forward import forward
 
-    numbers, (q_tokens, kv_tokens) = sizes[:11], (*sizes[11:], None, None)[:2]
+    numbers, (q_tokens, kv_tokens, token_major) = sizes[:11], _optional(*sizes[11:])
     operands = (q, k, v, bits, counts, kv_counts.expand(q.shape[0], -1), coarse, gate)
     return forward(
-        *operands, **_keywords(*numbers[:-1]), frame_tiles=numbers[7], q_tokens=q_tokens, kv_tokens=kv_tokens
+        *operands,
+        **_keywords(*numbers[:-1]),
+        frame_tiles=numbers[7],
+        q_tokens=q_tokens,
+        kv_tokens=kv_tokens,
+        token_major=token_major,
     )
+
+
+def _optional(q_tokens: Any = None, kv_tokens: Any = None, token_major: bool = False) -> tuple[Any, Any, bool]:
+    """The op's last arguments, which may be left out."""
+    return q_tokens, kv_tokens, token_major
 
 
 def _keywords(
@@ -177,10 +192,10 @@ def result_like(x: Tensor) -> Tensor:
 
 @tile_attention.register_fake
 def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    wants_lse, q_tokens = (*args, None)[17:19]
+    wants_lse, (q_tokens, _, token_major) = args[17], _optional(*args[18:])
     dtype = torch.promote_types(q.dtype, torch.float32)
     rows = (q.shape[2] if q_tokens is None else q_tokens.shape[0]) if wants_lse or ops.on_gpu(q) else 0
-    return result_like(q), q.new_empty((*q.shape[:2], rows), dtype=dtype)
+    return ops.by_tokens(q) if token_major else result_like(q), q.new_empty((*q.shape[:2], rows), dtype=dtype)
 
 
 @torch.library.custom_op("flexsparse::tile_attention_backward", mutates_args=(), device_types="cpu")
@@ -274,7 +289,7 @@ def _(grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *a
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, coarse, gate, bits, counts, kv_counts, *ctx.rest, _, q_tokens, kv_tokens = inputs
+    q, k, v, coarse, gate, bits, counts, kv_counts, *ctx.rest, _wants_lse, q_tokens, kv_tokens, _token_major = inputs
     out, lse = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, out, lse, coarse, gate, bits, counts, kv_counts, q_tokens, kv_tokens)
@@ -287,7 +302,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[A
     dq, dk, dv, d_coarse, d_gate = torch.ops.flexsparse.tile_attention_backward(
         grad, grad_lse, *saved, *ctx.rest, q_tokens, kv_tokens
     )
-    return (dq, dk, dv, None if coarse is None else d_coarse, None if gate is None else d_gate, *(None,) * 16)
+    return (dq, dk, dv, None if coarse is None else d_coarse, None if gate is None else d_gate, *(None,) * 17)
 
 
 tile_attention.register_autograd(_backward, setup_context=_setup)

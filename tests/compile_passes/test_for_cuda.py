@@ -31,15 +31,20 @@ def rotated(x: Tensor) -> Tensor:
 class Block(nn.Module):
     """Attention as video models have it: Inductor makes queries and keys, the values come from their linear map."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: Any = nn.RMSNorm) -> None:
         super().__init__()
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(C, C) for _ in range(4))
-        self.norm, self.norm_q, self.norm_k = nn.LayerNorm(C), nn.RMSNorm(D), nn.RMSNorm(D)
+        self.norm, self.norm_q, self.norm_k = nn.LayerNorm(C), norm(D), norm(D)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (to(h).unflatten(-1, (HEADS, D)) for to in (self.to_q, self.to_k, self.to_v))
-        q, k, v = (each.transpose(1, 2) for each in (rotated(self.norm_q(q)), rotated(self.norm_k(k)), v))
+        if isinstance(
+            self.norm_q, nn.LayerNorm
+        ):  # whose result is contiguous: it lies head by head, as CogVideoX's does
+            q, k, v = self.norm_q(q.transpose(1, 2)), self.norm_k(k.transpose(1, 2)), v.transpose(1, 2)
+        else:
+            q, k, v = (each.transpose(1, 2) for each in (rotated(self.norm_q(q)), rotated(self.norm_k(k)), v))
         out = F.scaled_dot_product_attention(q, k, v)
         return x + self.to_out(out.transpose(1, 2).flatten(2))
 
@@ -47,9 +52,9 @@ class Block(nn.Module):
 class Video(nn.Module):
     """A model that says its grid by its input ``[B, 3, T, H, W]``."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: Any = nn.RMSNorm) -> None:
         super().__init__()
-        self.patch, self.blocks, self.head = nn.Conv3d(3, C, 1), nn.ModuleList([Block()]), nn.Linear(C, 3)
+        self.patch, self.blocks, self.head = nn.Conv3d(3, C, 1), nn.ModuleList([Block(norm)]), nn.Linear(C, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.patch(x).flatten(2).transpose(1, 2).contiguous()  # else linear maps add their bias in a kernel
@@ -64,11 +69,12 @@ def graphs_of(
     dtype: torch.dtype = torch.bfloat16,
     train: bool = False,
     batch: int = 1,
+    norm: Any = nn.RMSNorm,
     **options: Any,
 ) -> list[Compiled]:
     """The graphs of a wrapped model, called on some grids."""
     given = {"gates": builder is None, **options}
-    model = fs.wrap(Video(), fs.VSA(top_k=3) if builder is None else builder, **given)
+    model = fs.wrap(Video(norm), fs.VSA(top_k=3) if builder is None else builder, **given)
     with h100(), recording() as graphs:
         on_cuda(model, dtype)
         for grid in grids:
@@ -138,6 +144,22 @@ def test_backward_is_our_two_ops_and_copies_nothing(grid: tuple[int, int, int]) 
     assert grad.name == "aten::mm", "the output's gradient is read where the projection's backward leaves it"
     assert not copies(forward) and not copies(backward)
     check_devices(graphs)
+
+
+@pytest.mark.parametrize(
+    ("batch", "grids"),
+    [(1, (PARTIAL,)), pytest.param(2, (PARTIAL, WHOLE), marks=pytest.mark.slow)],
+    ids=("", "two resolutions"),
+)
+def test_an_output_is_written_where_the_projection_reads_it_wherever_queries_lie(batch: int, grids: Any) -> None:
+    graphs = graphs_of(*grids, train=True, batch=batch, norm=nn.LayerNorm)
+    assert [graph.backward for graph in graphs] == [False, True] * len(grids)
+    for forward in graphs[::2]:
+        (attend,) = forward.ops(ATTEND)
+        q, out = attend.args[0], attend.result[0]
+        assert q.stride(2) == D < out.stride(2) and out.transpose(1, 2).is_contiguous()
+        assert readers(forward, attend, out)[:1] == ["aten::addmm"]
+        assert not copies(forward)
 
 
 def test_a_batch_of_any_resolution_is_read_in_raster_order() -> None:

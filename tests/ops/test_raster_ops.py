@@ -67,6 +67,20 @@ def test_tile_attention(dtype: torch.dtype, gated: bool) -> None:
     compare(by_table, in_tiles, inputs)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_output_whose_heads_lie_side_by_side_has_the_same_bits(gated: bool) -> None:
+    inputs, operands = attention(torch.float32, gated)
+    inputs += [None, None] if not gated else []  # type: ignore[list-item]
+    found = []
+    for token_major in (False, True):
+        out, lse = ops.tile_attention(*inputs, *operands, TOKENS, KV_TOKENS, token_major)
+        assert out.is_contiguous() != token_major and out.transpose(1, 2).is_contiguous() == token_major
+        leaves = [x for x in inputs if x is not None]
+        found.append([out, lse, *torch.autograd.grad([out, lse], leaves, [out.detach().cos(), lse.detach().cos()])])
+    for plain, other in zip(*found, strict=True):
+        assert torch.equal(plain, other)
+
+
 def test_tile_attention_with_one_table() -> None:
     inputs, operands = attention(torch.float32, False)
 

@@ -127,6 +127,7 @@ def test_tile_attention_keeps_its_promises(dtype: torch.dtype, gated: bool) -> N
     check(ops.tile_attention.default, *tensors, *rest, True)
     plain = [None if x is None else x.detach() for x in tensors]
     check(ops.tile_attention.default, *plain, *rest, False)
+    check(ops.tile_attention.default, *tensors, *rest, True, None, None, True)
 
 
 @pytest.mark.parametrize("gated", (False, True))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexsparse.compile_passes.templates import backward as backward_module
 from flexsparse.compile_passes.templates import forward as forward_module
-from flexsparse.compile_passes.templates import hopper_forward, walks
+from flexsparse.compile_passes.templates import hopper_forward, hopper_pairs, walks
 from flexsparse.compile_passes.templates.rows import strides
 
 from .attention_cases import MEMORY, Case, Problem, build, in_memory, moved
@@ -122,6 +122,16 @@ def test_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
+@pytest.mark.parametrize("how", [None, *MEMORY])
+def test_an_output_whose_heads_lie_side_by_side(how: str | None) -> None:
+    problem = build(GROUPED)
+    expected = forward_module.forward(*problem.tensors, **problem.keywords)
+    problem = problem if how is None else moved(problem, how)
+    found = forward_module.forward(*problem.tensors, **problem.keywords, token_major=True)
+    assert found[0].transpose(1, 2).is_contiguous() and not found[0].is_contiguous()
+    assert all(torch.equal(mine, other) for mine, other in zip(found, expected, strict=True))
+
+
 def test_alignment_and_absent_arrays() -> None:
     x = torch.empty(2, 3, 4, 40)
     assert strides(q=x, gate=None) == {
@@ -171,6 +181,17 @@ class TestHopper:
         there = moved(problem, how)
         check(dict(zip(("out", "lse"), self.run(there, size))), there, expected)
         assert not self.copied(there, bases)
+
+    @pytest.mark.parametrize("kernel", [hopper_forward, hopper_pairs], ids=["one", "pairs"])
+    def test_an_output_whose_heads_lie_side_by_side(self, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernel, "launch", simulate)
+        problem = build(replace(SMALL, B=2, H=2, N=2, gated=True))
+        size = ONE if kernel is hopper_forward else hopper_pairs.sizes(SMALL.D, SMALL.query_rows, SMALL.slots)[0]
+        plain, found = (
+            kernel.forward(*problem.tensors, size=size, **problem.keywords, token_major=each) for each in (False, True)
+        )
+        assert found[0].transpose(1, 2).is_contiguous() and not found[0].is_contiguous()
+        assert all(torch.equal(mine, other) for mine, other in zip(found, plain, strict=True))
 
     def test_what_the_copy_engine_does_not_take_is_copied(self, bases: dict[str, Any]) -> None:
         problem = build(replace(SMALL, B=2, gated=True))
