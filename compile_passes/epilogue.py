@@ -13,13 +13,12 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from flexsparse.compile_passes.gathers import plain, readers, restride, same_table, taken
+from flexsparse.compile_passes.gathers import ZEROS, added_to, is_zeros, plain, readers, restride, same_table, taken
 from flexsparse.compile_passes.graphs import value_of
 from flexsparse.compile_passes.views import CASTS, COPIES, aten, is_op, shape_of
 from flexsparse.ops import tile_attention  # noqa: F401  # defines the op
 
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
-_ZEROS = (aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default)
 BACKWARD = torch.ops.flexsparse.tile_attention_backward.default
 
 
@@ -159,7 +158,7 @@ def _coarse_gradient(grad: Node, found: Epilogue) -> Node | None:
     node: Any = _product(grad, found.gate)
     if found.slots is not None:
         node = _reader(node)
-        if not _is_zeros(_added_to(node, found.slots)):
+        if not is_zeros(added_to(node, found.slots)):
             return None
     node = _reader(node)
     if not is_op(node, *_RESHAPES) or len(shape_of(node)) != 5 or not _are(shape_of(node)[3:], (found.rows, sizes[3])):
@@ -179,20 +178,9 @@ def _coarse_gradient(grad: Node, found: Epilogue) -> Node | None:
     return node
 
 
-def _added_to(node: Any, table: Node) -> Any:
-    """Of a node that adds rows ``[:, :, table]`` to something: to what. Inductor's decompositions put where others add."""
-    if is_op(node, aten.index_add.default):
-        return node.args[0] if node.args[1] in (2, -2) and same_table(node.args[2], table) else None
-    if is_op(node, aten.index_put.default, aten._unsafe_index_put.default):
-        places = list(node.args[1])
-        adds = len(node.args) == 4 and node.args[3] is True and len(places) == 3 and places[:2] == [None, None]
-        return node.args[0] if adds and same_table(places[2], table) else None
-    return None
-
-
 def _reader(node: Any) -> Any:
     """The only reader of a node's values, casts and copies passed over; None where there are more."""
-    users = [] if node is None else [user for user in node.users if not is_op(user, *_ZEROS)]
+    users = [] if node is None else [user for user in node.users if not is_op(user, *ZEROS)]
     if len(users) != 1:
         return None
     return _reader(users[0]) if is_op(users[0], *CASTS, *COPIES) else users[0]
@@ -207,10 +195,6 @@ def _product(a: Node, b: Node) -> Node | None:
     """The one product of two nodes."""
     both = [x for x in readers(a) if is_op(x, aten.mul.Tensor) and {*map(plain, x.args)} == {plain(a), plain(b)}]
     return both[0] if len(both) == 1 else None
-
-
-def _is_zeros(node: Any) -> bool:
-    return is_op(node, *_ZEROS) or (is_op(node, aten.full.default) and node.args[1] == 0)
 
 
 def _coarse_of(node: Any, rows: int, slots: Node | None, first: int) -> Node | None:
@@ -235,11 +219,11 @@ def _sizes(node: Node) -> tuple[Any, Any]:
 
 def _repeated(node: Any, rows: int) -> Node | None:
     """The tensor ``[B, H, N, D]`` whose rows stand ``rows`` times each in a node ``[B, H, N * rows, D]``."""
-    found = []  # shapes on the way up
+    found: list[Any] = []  # shapes on the way up
     while isinstance(node, Node):
         if is_op(node, *CASTS, *COPIES):
             node = node.args[0]
-        elif is_op(node, *_RESHAPES, aten.expand.default, aten.unsqueeze.default):
+        elif len(found) < 3 and is_op(node, *_RESHAPES, aten.expand.default, aten.unsqueeze.default):
             found.append((node.target in _RESHAPES, node.target is aten.expand.default, shape_of(node)))
             node = node.args[0]
         else:

@@ -17,11 +17,12 @@ from torch.fx import Graph, GraphModule, Node
 
 from flexsparse.compile_passes import epilogue, gathers, views
 from flexsparse.compile_passes.epilogue import combine, find_epilogue
-from flexsparse.compile_passes.gathers import gathered, identities, plain, readers, restride, same_table
+from flexsparse.compile_passes.gathers import gather_instead, gathered, identities, plain, readers, restride, same_table
 from flexsparse.compile_passes.graphs import finish, graph_modules, value_of
 from flexsparse.compile_passes.lower_flex import CALL_NAME
-from flexsparse.compile_passes.views import drop_whole_slices, is_op
-from flexsparse.ops import tile_attention, tile_tokens  # noqa: F401  # defines the ops
+from flexsparse.compile_passes.views import aten, drop_whole_slices, is_op
+from flexsparse.ops import pack_rows, tile_attention, tile_tokens  # noqa: F401  # defines the ops
+from flexsparse.packing import heads_inside
 
 ops = torch.ops.flexsparse
 FORWARD, BACKWARD, TILE = (
@@ -29,6 +30,7 @@ FORWARD, BACKWARD, TILE = (
     ops.tile_attention_backward.default,
     ops.tile_tokens.default,
 )
+PACK, UNPACK_GRADIENT = ops.pack_rows.default, ops.pack_rows_backward.default
 
 
 class NotFolded(Exception):
@@ -57,9 +59,13 @@ class FoldTiling(CustomGraphPass):
     The log-sum-exp stays that of rows. Where the gated coarse output of each token is added to ``o`` at once, the op does that
     too (`epilogue`): that spares a pass that reads ``o`` and one that writes the sum.
 
-    A call is left as it was where anything else reads its tiles, its output in tile order or its gradients (BSA's packed
-    queries, a coarse stage that is not fused), where plain torch tiles, and where a kernel is chosen that takes no tables. A
-    memory format that changes is followed down the graph.
+    BSA's queries are packed from tiles (`pack_rows`), and its output unpacked to raster order: they are packed from raster
+    order instead, and only keys and values are found by a table. The gradient of a gated coarse output that no op takes in (a
+    fine gate, float32) is gathered, and not added at the slots of its tokens.
+
+    A call is left as it was where anything else reads its tiles, its output in tile order or its gradients (a coarse stage
+    that is not fused), where plain torch tiles, and where a kernel is chosen that takes no tables. A memory format that changes
+    is followed down the graph.
 
     Args:
         supports: told ``(q, query rows, slots, whether there is a backward)``, says whether the kernels find rows by a table.
@@ -95,6 +101,7 @@ class FoldTiling(CustomGraphPass):
         calls = [n for n in gm.graph.nodes if n.target is FORWARD]
         if calls:
             drop_whole_slices(gm.graph)
+        tables = _tables(gm.graph)
         for node in calls:
             name = str(node.meta.get(CALL_NAME, node.name))
             try:
@@ -106,9 +113,21 @@ class FoldTiling(CustomGraphPass):
             changed = True
             self.matches = (self.matches[0] + 1, self.matches[1] + len(call.backward))
             self.folded.add(name)
+        # of a gated coarse output that no op took in
+        changed = sum(gather_instead(gm.graph, slots, tokens) for slots, tokens in tables) > 0 or changed
         if changed:
             gm.graph.eliminate_dead_code()
             finish(gm)
+
+
+def _tables(graph: Graph) -> list[tuple[Node, Node]]:
+    """The slots of tokens and the tokens of slots of every layout that a graph knows."""
+    found: list[tuple[Node, Node]] = []
+    for node in graph.nodes:
+        for pair in zip(node.args[2], node.args[1]) if node.target is TILE else ():
+            if not any(same_table(pair[0], slots) for slots, _ in found):
+                found.append(pair)
+    return found
 
 
 def kernels_find_rows(q: Tensor, rows: int, slots: int, gradients: bool) -> bool:
@@ -124,13 +143,15 @@ class Gradients:
 
     Attributes:
         node: `tile_attention_backward`.
-        grad: the output's gradient in raster order.
+        grad: the output's gradient in raster order; of packed queries as they are.
         results: for dq, dk and dv the nodes that are them in raster order.
+        unpacked: nodes that bring the gradient of packed queries to tokens.
     """
 
     node: Any
     grad: Node
     results: list[list[Node]]
+    unpacked: list[Any]
 
 
 @dataclass
@@ -144,6 +165,7 @@ class Call:
         slots: the slots of q's tokens.
         outputs: nodes that are the output in raster order.
         backward: its backwards.
+        pack: what packs its queries, or None.
     """
 
     node: Any
@@ -152,6 +174,7 @@ class Call:
     slots: Node
     outputs: list[Node]
     backward: list[Gradients]
+    pack: Any
 
 
 def find_call(node: Any, supports: Callable[..., bool]) -> Call:
@@ -160,14 +183,18 @@ def find_call(node: Any, supports: Callable[..., bool]) -> Call:
     Raises:
         NotFolded: there is none, or something else reads what is in tile order.
     """
-    tiled = [plain(x) for x in node.args[:3]]
+    given = [plain(x) for x in node.args[:3]]
+    pack = given[0] if is_op(given[0], PACK) and given[0].args[5] is not None else None
+    tiled = given if pack is None else [plain(pack.args[0]), *given[1:]]
     if not all(is_op(x, operator.getitem) and is_op(x.args[0], TILE) for x in tiled):
         raise NotFolded("its tokens come in tile order")
-    example = value_of(tiled[0])
+    example = value_of(given[0])
     rows, slots = node.args[8], node.args[13]
     if node.args[3] is not None or node.args[4] is not None:
         raise NotFolded("it takes in the coarse output in tile order")
-    backward = [user for x in tiled for user in readers(x) if user is not node]
+    backward = [user for x in given for user in readers(x) if user is not node]
+    if pack is not None:  # whose size stays
+        backward = [user for user in backward if not (is_op(user, aten.sym_size.int) and plain(user.args[0]) is pack)]
     if not supports(example, rows, slots, bool(backward)):
         raise NotFolded("the kernel that is chosen for it reads tokens in tile order")
     inputs, tables, backs = [], [], []
@@ -181,9 +208,11 @@ def find_call(node: Any, supports: Callable[..., bool]) -> Call:
         raise NotFolded("its keys and values have different tables")
     if any(user.target is not BACKWARD for user in backward):
         raise NotFolded("something else reads its tokens in tile order")
-    gradients = [_gradients(user, tiled, tables, backs) for user in dict.fromkeys(backward)]
+    if pack is not None and any(user is not pack for user in readers(tiled[0])):
+        raise NotFolded("something else reads its queries in tile order")
+    gradients = [_gradients(user, given, tables, backs, pack is not None) for user in dict.fromkeys(backward)]
     outputs = []
-    for out in results_of(node, 0):
+    for out in results_of(node, 0) if pack is None else ():
         for user in readers(out):
             if user.target is BACKWARD and plain(user.args[5]) is out:
                 continue
@@ -191,18 +220,25 @@ def find_call(node: Any, supports: Callable[..., bool]) -> Call:
             if found is None or plain(found) is not out:
                 raise NotFolded(f"something else reads its output in tile order ({user.name})")
             outputs.append(user)
-    return Call(node, inputs, (tables[0], tables[1]), backs[0], outputs, gradients)
+    return Call(node, inputs, (tables[0], tables[1]), backs[0], outputs, gradients, pack)
 
 
-def _gradients(node: Any, tiled: list[Any], tables: list[Any], backs: list[Any]) -> Gradients:
-    if [plain(x) for x in node.args[2:5]] != tiled or node.args[7] is not None:
+def _gradients(node: Any, given: list[Any], tables: list[Any], backs: list[Any], packed: bool) -> Gradients:
+    if [plain(x) for x in node.args[2:5]] != given or node.args[7] is not None:
         raise NotFolded("something else reads its tokens in tile order")
-    grad = gathered(node.args[0], tables[0], padded=True)
+    grad = node.args[0] if packed else gathered(node.args[0], tables[0], padded=True)
     if grad is None:
         raise NotFolded("the gradient of its output comes in tile order")
     results: list[list[Node]] = [[], [], []]
+    unpacked: list[Any] = []
     for index, found in enumerate(results):
-        for x in results_of(node, index):
+        made = results_of(node, index)
+        if packed and index == 0:
+            unpacked = [user for x in made for user in readers(x)]
+            if len(unpacked) > 1 or any(not is_op(user, UNPACK_GRADIENT) or not user.args[5] for user in unpacked):
+                raise NotFolded("something else reads the gradient of its queries")
+            made = unpacked
+        for x in made:
             for user in readers(x):
                 places = [i for i, each in enumerate(user.args[0]) if plain(each) is x] if is_op(user, TILE) else []
                 if not places or not all(
@@ -211,25 +247,37 @@ def _gradients(node: Any, tiled: list[Any], tables: list[Any], backs: list[Any])
                 ):
                     raise NotFolded(f"something else reads its gradients in tile order ({user.name})")
                 found += [item for i in places for item in results_of(user, i)]
-    return Gradients(node, grad, results)
+    return Gradients(node, grad, results, unpacked)
 
 
 def fold(graph: Graph, call: Call) -> bool:
     """Let a call read and write raster order; whether it took in the gated coarse output."""
     node = call.node
     rows, first_rows = node.args[8:10]
-    q, k, v = call.inputs
-    node.args = (q, k, v, *node.args[3:19], *call.tables)
+    (q, k, v), pack = call.inputs, call.pack
+    tables: tuple[Node | None, Node] = call.tables
+    if pack is not None:
+        inside = heads_inside(value_of(q))
+        pack.args = (q, *pack.args[1:5], None, *pack.args[6:8], inside)
+        q, tables = node.args[0], (None, tables[1])
+    node.args = (q, k, v, *node.args[3:19], *tables)
     renew(node)
-    for out in results_of(node, 0):
-        _hand_on(graph, out, call.outputs)
+    if pack is None:
+        for out in results_of(node, 0):
+            _hand_on(graph, out, call.outputs)
     for each in call.backward:
         before = each.node.args
-        each.node.args = (each.grad, before[1], q, k, v, *before[5:22], *call.tables)
+        each.node.args = (each.grad, before[1], before[2] if pack is not None else q, k, v, *before[5:22], *tables)
         renew(each.node)
+        for user in each.unpacked:
+            user.args = (*user.args[:5], False, inside)
+            renew(user)
+            _hand_on(graph, user, each.results[0])
         for index, found in enumerate(each.results):
-            for x in results_of(each.node, index):
+            for x in () if pack is not None and index == 0 else results_of(each.node, index):
                 _hand_on(graph, x, found)
+    if pack is not None:
+        return False
     outs = results_of(node, 0)
     if len(outs) != 1 or not isinstance(rows, int) or not isinstance(first_rows, int):
         return False
@@ -250,13 +298,14 @@ def renew(node: Any) -> None:
     values = torch.fx.map_arg(node.args, value_of)
     with value_of(node.args[2]).fake_mode:
         found = node.target(*values)
-    node.meta["val"] = found
-    node.meta.pop("tensor_meta", None)
-    for user in node.users:
-        if is_op(user, operator.getitem):
-            for each in (user, *identities(user)):  # one of those may be what is saved for backward
-                each.meta["val"] = found[user.args[1]]
-                each.meta.pop("tensor_meta", None)
+    one = isinstance(found, Tensor)
+    results = [(node, found)] + [
+        (user, found[user.args[1]]) for user in node.users if not one and is_op(user, operator.getitem)
+    ]
+    for result, value in results:
+        for each in (result, *(identities(result) if isinstance(value, Tensor) else ())):
+            each.meta["val"] = value  # one of those may be what is saved for backward
+            each.meta.pop("tensor_meta", None)
 
 
 def results_of(node: Node, index: int) -> list[Any]:

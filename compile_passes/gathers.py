@@ -14,6 +14,7 @@ from flexsparse.compile_passes.graphs import value_of
 from flexsparse.compile_passes.views import aten, concrete, is_op, is_whole, same
 
 IDENTITIES = (aten.detach.default, aten.alias.default)
+ZEROS = (aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default)
 
 
 def same_table(a: Any, b: Any) -> bool:
@@ -107,13 +108,71 @@ def _taken(node: Any, table: Node, clamped: bool) -> Node | None:
     return source if same_table(index, table) else None
 
 
+def added_to(node: Any, table: Node) -> Any:
+    """Of a node that adds rows ``[:, :, table]`` to something: to what. Inductor's decompositions put where others add."""
+    if is_op(node, aten.index_add.default):
+        return node.args[0] if node.args[1] in (2, -2) and same_table(node.args[2], table) else None
+    if is_op(node, aten.index_put.default, aten._unsafe_index_put.default):
+        places = list(node.args[1])
+        adds = len(node.args) == 4 and node.args[3] is True and len(places) == 3 and places[:2] == [None, None]
+        return node.args[0] if adds and same_table(places[2], table) else None
+    return None
+
+
+def is_zeros(node: Any) -> bool:
+    return is_op(node, *ZEROS) or (is_op(node, aten.full.default) and node.args[1] == 0)
+
+
+def gather_instead(graph: Graph, slots: Node, tokens: Node) -> int:
+    """Where rows are added to zeros at the slots of a table, take the row of each slot's token; how many were changed.
+
+    A token has one slot: nothing is added up, but CUDA adds atomically, in float32, to zeros that it writes before.
+
+    Args:
+        graph: a joint graph.
+        slots: int32 ``[S]``, the slot of each token.
+        tokens: int32 ``[P]``, the token in each slot, -1 for none.
+    """
+    changed = 0
+    for node in list(graph.nodes):
+        if not is_zeros(added_to(node, slots)) or value_of(node).dim() != 4:
+            continue
+        if not statically_known_true(value_of(node).shape[2] == value_of(tokens).shape[0]):
+            continue
+        rows = node.args[3] if is_op(node, aten.index_add.default) else node.args[2]
+        example = value_of(rows)
+        with graph.inserting_before(node):
+            none = _like(node, aten.unsqueeze.default, _like(node, aten.lt.Scalar, tokens, 0), 1)
+            index = _like(node, aten.clamp_min.default, tokens, 0)
+            zero = _like(node, aten.full.default, [], 0.0, dtype=example.dtype, device=example.device)
+            each = _like(node, aten.index.Tensor, rows, [None, None, index])
+            found = _like(node, aten.where.self, none, zero, each)
+        before = value_of(node)
+        node.replace_all_uses_with(found)
+        graph.erase_node(node)
+        restride(graph, found, before)
+        changed += 1
+    return changed
+
+
+def _like(node: Node, target: Any, *args: Any, **options: Any) -> Node:
+    """A node at the graph's insertion point, with example value, tagged as another one is."""
+    new = node.graph.call_function(target, args, options)
+    with value_of(node).fake_mode:
+        value = target(*torch.fx.map_arg(args, value_of), **options)
+    # Inductor names kernels by the ops that nodes came from
+    new.meta = {key: x for key, x in node.meta.items() if key not in ("tensor_meta", "original_aten", "from_node")}
+    new.meta["val"] = value
+    return new
+
+
 def restride(graph: Graph, node: Node, before: Tensor) -> None:
     """Renew the example values below a node that stands in the place of one with the value ``before``.
 
     Copies to where something lies already are dropped. Where something cannot be of the new memory format (a view of rows
     that lie otherwise, a result of the graph), the node's readers get a copy in the old one.
     """
-    if _alike(value_of(node), before):
+    if alike(value_of(node), before):
         return
     try:
         renewed = _below(graph, node)
@@ -154,7 +213,7 @@ def _needless(node: Node, renewed: dict[Node, Any]) -> Iterator[Any]:
     for each in (node, *renewed):
         value = renewed.get(each, value_of(each))
         for user in each.users:
-            lies_so = is_op(user, aten.clone.default) and _alike(value, renewed.get(user, value_of(user)))
+            lies_so = is_op(user, aten.clone.default) and alike(value, renewed.get(user, value_of(user)))
             if lies_so and all(reader.op == "call_function" for reader in user.users):
                 yield user
 
@@ -185,7 +244,7 @@ def _below(graph: Graph, node: Node) -> dict[Node, Any]:
         RuntimeError: one cannot, or is a result of the graph.
     """
     # identities that have their new value already
-    renewed: dict[Node, Any] = {x: value_of(x) for x in identities(node) if _alike(value_of(x), value_of(node))}
+    renewed: dict[Node, Any] = {x: value_of(x) for x in identities(node) if alike(value_of(x), value_of(node))}
     changed = {node, *renewed}
     for user in graph.nodes:
         if not any(x in changed for x in user.all_input_nodes):
@@ -195,16 +254,16 @@ def _below(graph: Graph, node: Node) -> dict[Node, Any]:
         arguments, options = torch.fx.map_arg((user.args, user.kwargs), lambda n: renewed.get(n, value_of(n)))
         with value_of(node).fake_mode:
             value = user.target(*arguments, **options)
-        if not _alike(value, value_of(user)):
+        if not alike(value, value_of(user)):
             renewed[user] = value
             changed.add(user)
     return renewed
 
 
-def _alike(a: Any, b: Any) -> bool:
+def alike(a: Any, b: Any) -> bool:
     """Whether two values lie in memory alike."""
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_alike, a, b))
+        return len(a) == len(b) and all(map(alike, a, b))
     if not isinstance(a, Tensor):
         return True
     strides = zip(a.shape, a.stride(), b.stride())

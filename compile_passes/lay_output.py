@@ -7,13 +7,14 @@ import inspect
 import sys
 from typing import Any
 
+from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 from flexsparse import ops
 from flexsparse.compile_passes import gathers
 from flexsparse.compile_passes.fold_tiling import FORWARD, renew, results_of
-from flexsparse.compile_passes.gathers import spare_copies
+from flexsparse.compile_passes.gathers import alike, spare_copies
 from flexsparse.compile_passes.graphs import finish, graph_modules, value_of
 
 
@@ -57,10 +58,15 @@ class LayOutput(CustomGraphPass):
                 finish(gm)
 
 
+def _lies_so(out: Tensor) -> bool:
+    with out.fake_mode:  # type: ignore[attr-defined]
+        return alike(out, ops.by_tokens(out))
+
+
 def _lay(graph: Graph, node: Any) -> bool:
     """Let a call write the heads of a token side by side, if that spares a copy; whether it does."""
     outs, before = results_of(node, 0), node.args
-    if len(outs) != 1:
+    if len(outs) != 1 or _lies_so(value_of(outs[0])):
         return False
     node.args = (*before, *(None,) * (21 - len(before)), True)
     renew(node)

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flexsparse.compile_passes.graphs import as_fake, finish, graph_modules, value_of
 from flexsparse.compile_passes.views import aten, is_op, shape_of
-from flexsparse.ops import coarse_select, tile_tokens  # noqa: F401  # defines the op
+from flexsparse.ops import coarse_select, prune_queries, tile_tokens  # noqa: F401  # defines the ops
 
-OP = torch.ops.flexsparse.coarse_select.default
+SELECT, PRUNE = torch.ops.flexsparse.coarse_select.default, torch.ops.flexsparse.prune_queries.default
 
 
 class Parts(Protocol):
@@ -35,11 +35,11 @@ class Parts(Protocol):
 
 
 class PoolTokens:
-    """Let `coarse_select` read q, k and v in raster order, by tables.
+    """Let `coarse_select` read q, k and v in raster order, by tables, and BSA's `prune_queries` its queries.
 
     Before, on Dynamo's graph after `FuseSelection`::
 
-        q_t, k_t, v_t = tiles(q, k, v, mask, grid, ...)
+        q_t, k_t, v_t = tiles(q, k, v, grid, ...)
         coarse, ..    = coarse_select(video(q_t), video(k_t), video(v_t), ..., None, None, None, None)
 
     After::
@@ -48,8 +48,8 @@ class PoolTokens:
         coarse, ..    = coarse_select(q, k, v, ..., *tables)
 
     The tiles are left to the fine stage: once it reads by tables too (`FoldTiling`), nobody makes them. Gradients come in
-    raster order, so that those of both stages are added there. Where plain torch brings tokens to tile order, and where queries
-    are pooled by something else (BSA's), a graph stays as it was.
+    raster order, so that those of both stages are added there. Where plain torch brings tokens to tile order a graph stays as
+    it was.
 
     Args:
         parts: of the calls.
@@ -71,42 +71,77 @@ class PoolTokens:
         self.matches = 0
         for module in graph_modules(gm):
             before = self.matches
-            for node in [n for n in module.graph.nodes if n.op == "call_function" and n.target is OP]:
-                self.matches += self._pool(module, node)
+            for node in [n for n in module.graph.nodes if n.op == "call_function" and n.target in (SELECT, PRUNE)]:
+                self.matches += self._pool(module, node) if node.target is SELECT else self._prune(module, node)
             if self.matches != before:
                 finish(module)
         return gm
 
     def _pool(self, gm: GraphModule, node: Any) -> bool:
-        shown = [x for x in node.args[:3] if x is not None]
-        sources = [self._tiled(x) for x in shown]
-        tiles = sources[0]
-        if tiles is None or any(each is not tiles for each in sources):
+        given = list(node.args[:3])
+        pooled = self._tiled(given[0]) is None and _same(shape_of(given[0])[3], 1)  # by what chose the queries
+        shown = {i: x for i, x in enumerate(given) if x is not None and not (pooled and i == 0)}
+        tiles = self._readable(shown)
+        if tiles is None:
             return False
-        q, k, v, _, grid, tables, order = tiles.args
-        if order != "raster" or not tile_tokens.in_one_kernel(value_of(q).device, value_of(q).dtype):
-            return False
-        first, keys = self.parts.video_starts([value_of(size) for size in grid])
-        if not all(_shows(x, i, start) for i, (x, start) in enumerate(zip(shown, (first, keys, keys)))):
-            return False
+        q, k, _, grid, tables, _ = tiles.args
         graph, fake = gm.graph, value_of(q).fake_mode
         arguments = (q, k, grid, tables)
         with graph.inserting_before(node), fake:
             made = graph.call_function(self.parts.video_tables, arguments)
             found = self.parts.video_tables(*torch.fx.map_arg(arguments, lambda n: as_fake(fake, value_of(n))))
             made.meta = dict(node.meta, example_value=found)
-            items = []
+            items: list[Any] = []
             for index, value in enumerate(found):
                 item = graph.call_function(operator.getitem, (made, index))
                 item.meta = dict(node.meta, example_value=value)
                 items.append(item)
-        node.args = (q, k, None if node.args[2] is None else v, *node.args[3:13], *items)
+        for i, x in shown.items():
+            given[i] = _as_before(graph, node, tiles.args[i], x)
+        if pooled:
+            items[0] = items[2] = None
+        node.args = (*given, *node.args[3:13], *items)
         return True
+
+    def _prune(self, gm: GraphModule, node: Any) -> bool:
+        tiles, slots = self._readable({0: node.args[0]}), shape_of(node.args[0])[3]
+        if tiles is None or not isinstance(slots, int):
+            return False
+        node.args = (_as_before(gm.graph, node, tiles.args[0], node.args[0]), *node.args[1:12], slots)
+        return True
+
+    def _readable(self, shown: dict[int, Any]) -> Any:
+        """The call of ``tiles`` all of whose results with these numbers nodes show, where tables can stand in for it."""
+        found = [self._tiled(x) for x in shown.values()]
+        tiles = found[0]
+        if tiles is None or any(each is not tiles for each in found):
+            return None
+        q, _, _, grid, _, order = tiles.args
+        if order != "raster" or not tile_tokens.in_one_kernel(value_of(q).device, value_of(q).dtype):
+            return None
+        first, keys = self.parts.video_starts([value_of(size) for size in grid])
+        starts = (first, keys, keys)
+        return tiles if all(_shows(_attached(x), i, starts[i]) for i, x in shown.items()) else None
 
     def _tiled(self, node: Any) -> Any:
         """The call of ``tiles`` of which a node shows a result, as tiles."""
-        made = _result(node)
+        made = _result(_attached(node))
         return made.args[0] if made is not None and made.args[0].target is self.parts.tiles else None
+
+
+def _attached(node: Any) -> Any:
+    """What a node is, or is detached from."""
+    return node.args[0] if is_op(node, aten.detach.default) else node
+
+
+def _as_before(graph: Graph, reader: Node, x: Any, before: Any) -> Any:
+    """What a reader is given in the place of a node: detached if that was."""
+    if not is_op(before, aten.detach.default):
+        return x
+    with graph.inserting_before(reader), value_of(x).fake_mode:
+        detached = graph.call_function(aten.detach.default, (x,))
+        detached.meta = dict(reader.meta, example_value=value_of(x).detach())
+    return detached
 
 
 def _result(node: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from flexsparse.compile_passes import gathers
 from flexsparse.compile_passes.gathers import IDENTITIES, plain, readers, restride
 from flexsparse.compile_passes.graphs import graph_modules, value_of
-from flexsparse.compile_passes.views import aten, is_op, shape_of
+from flexsparse.compile_passes.views import CASTS, aten, is_op, shape_of
 
 REALIZE = "inductor_realize_to_strides"
 """Key of ``node.meta``: Inductor writes the node to memory where it is made, in its traced strides."""
@@ -23,6 +24,7 @@ REALIZE = "inductor_realize_to_strides"
 _MEMORY = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int)
 _SAME = (*_MEMORY, *IDENTITIES, aten.t.default, aten.clone.default)
 """What computes nothing."""
+_SPREAD = (*CASTS, aten.expand.default, aten.unsqueeze.default, aten.index_select.default, aten.index.Tensor)
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
 
@@ -67,8 +69,8 @@ class ShareOperands(CustomGraphPass):
                 for operand in node.all_input_nodes:
                     self._mark(operand)
                 for result in node.users:
-                    for user in list(readers(result, _SAME)):
-                        if is_op(user, aten.add.Tensor) and any(is_op(x, *_PRODUCTS) for x in readers(user, _SAME)):
+                    for user in list(_combined(result)):
+                        if any(is_op(x, *_PRODUCTS) for x in readers(user, _SAME)):
                             _put_first(gm.graph, user, result)
                             self._mark(user)
 
@@ -85,6 +87,15 @@ class ShareOperands(CustomGraphPass):
                 self.matches += 1
 
 
+def _combined(result: Node) -> Iterator[Any]:
+    """The sums and products that a result of an op goes into, gates and rows of tiles passed on the way."""
+    for user in result.users:
+        if is_op(user, aten.add.Tensor, aten.mul.Tensor):
+            yield user
+        if is_op(user, *_SAME, *_SPREAD, aten.mul.Tensor):
+            yield from _combined(user)
+
+
 def _takes_all(node: Any) -> bool:
     sizes = zip(shape_of(node), shape_of(node.args[0])) if is_op(node, aten.slice.Tensor) else None
     return sizes is not None and all(statically_known_true(a == b) for a, b in sizes)
@@ -92,7 +103,12 @@ def _takes_all(node: Any) -> bool:
 
 def _put_first(graph: Graph, node: Node, term: Node) -> None:
     """Let a sum lie in memory as one of its terms does."""
-    if len(node.args) != 2 or node.kwargs or not all(isinstance(x, Node) for x in node.args):
+    if (
+        not is_op(node, aten.add.Tensor)
+        or len(node.args) != 2
+        or node.kwargs
+        or not all(isinstance(x, Node) for x in node.args)
+    ):
         return
     other: Any = node.args[1]
     while is_op(other, *_SAME):

@@ -128,18 +128,19 @@ def reads_raster(
 ) -> bool:
     """Whether an uncompiled call leaves tokens in raster order: everything that runs finds them by tables.
 
-    In a graph `compile_passes` decide it. Builders that read tiles themselves, and BSA's packed queries, want tile order.
+    In a graph `compile_passes` decide it. Builders that read tiles themselves want tile order.
     """
     if backend != "triton" or is_tracing() or layout.order != "raster" or kv_layout.order != "raster":
         return False
     if isinstance(builder, TileSelection):
-        if builder.queries is not None:
-            return False
+        rows = builder.query_rows
     elif not isinstance(builder, MaskBuilder) or builder.reads_tiles:
         return False
+    else:
+        rows = builder.query_rows(layout)
     from flexsparse.compile_passes.templates import tuned
 
-    return tuned.finds_rows(q, layout.slots, kv_layout.slots, gradients)
+    return tuned.finds_rows(q, rows, kv_layout.slots, gradients)
 
 
 def video_tables(

@@ -32,7 +32,7 @@ def pack_queries(q: Tensor, q_tiles: Tensor | None, selection: TileSelection) ->
     tiled = ops.on_gpu(q) and q_tiles is not None and layout.order == "raster"
     x = q_tiles if tiled and q_tiles is not None else q
     fields = (queries.kept, queries.counts, queries.position, tokens, slots if tiled else None)
-    rows: Tensor = torch.ops.flexsparse.pack_rows(x, *fields, *_extra_rows(selection), _heads_inside(x))
+    rows: Tensor = torch.ops.flexsparse.pack_rows(x, *fields, *_extra_rows(selection), heads_inside(x))
     return rows
 
 
@@ -45,7 +45,7 @@ def unpack_rows(rows: Tensor, selection: TileSelection, fill: float = 0.0, like:
     if selection.queries is None:
         return selection.layout.to_raster(rows)
     sizes = (*_extra_rows(selection), selection.query_rows)
-    inside = like is not None and _heads_inside(like)
+    inside = like is not None and heads_inside(like)
     tokens, position = selection.layout.index(rows.device)[0], selection.queries.position
     out: Tensor = torch.ops.flexsparse.unpack_rows(rows, position, tokens, *sizes, fill, inside)
     return out
@@ -62,6 +62,6 @@ def _extra_rows(selection: TileSelection) -> tuple[int, int]:
     return layout.tiles_first * layout.slots, layout.tiles_last * layout.slots
 
 
-def _heads_inside(x: Tensor) -> bool:
+def heads_inside(x: Tensor) -> bool:
     """Whether heads lie inside of tokens in memory; on CPU, where nobody copies to another format, it does not count."""
     return ops.on_gpu(x) and bool(statically_known_true(x.stride(1) < x.stride(2)))

@@ -31,11 +31,14 @@ class MaskBuilder:
     """Whether the builder has a coarse output, which a gate can use."""
     reads_tiles: ClassVar[bool] = True
     """Whether `plan` reads tokens of tiles itself; False where it leaves them to `coarse_stage`, which reads any order."""
+    heads_alike: ClassVar[bool] = False
+    """Whether `plan` treats each head by itself and all alike: `PerHead` plans all heads then, and takes some of them."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "plan" in vars(cls) and "reads_tiles" not in vars(cls):  # another plan may read them
-            cls.reads_tiles = True
+        for name, careful in (("reads_tiles", True), ("heads_alike", False)):
+            if "plan" in vars(cls) and name not in vars(cls):  # another plan may do otherwise
+                setattr(cls, name, careful)
 
     def plan(self, coarse: CoarseInputs, v: Tensor | None = None) -> tuple[TileSelection, Tensor | None]:
         """Select, and compute the coarse output where ``v`` is given.
@@ -106,6 +109,10 @@ class MaskBuilder:
 
     def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:
         """Raise a `ValueError` where the parameters do not fit the layouts."""
+
+    def query_rows(self, layout: TileLayout) -> int:
+        """Query tokens of one tile as computed: all slots, unless queries are pruned."""
+        return layout.slots
 
     def nominal_density(self, layout: TileLayout, kv_layout: TileLayout) -> float:
         """The density that the parameters ask for, in tiles; what a selection has is `TileSelection.density`."""

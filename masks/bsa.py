@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from flexsparse.masks.coarse import CoarseInputs, coarse_stage, tile_scores
 from flexsparse.masks.static import StaticBuilder, check_within
 from flexsparse.masks.top_p import check_tiles
 from flexsparse.masks.windows import window_counts, window_in, window_sizes
-from flexsparse.ops.choice import Rule, masked_softmax, row_threshold, to_tensor
+from flexsparse.ops.choice import Rule, masked_softmax, row_threshold
 from flexsparse.ops.coarse_select import pool_tiles
 from flexsparse.ops.prune_queries import prune_queries as pruning
 from flexsparse.ops.windows import Axes
@@ -84,6 +84,8 @@ class BSA(MaskBuilder):
     fill: Fill = "representative"
     representative: Representative = "center"
     within: StaticBuilder | None = None
+    reads_tiles: ClassVar[bool] = False
+    heads_alike: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("keep_queries", "kv_density", "mass"):
@@ -136,13 +138,16 @@ class BSA(MaskBuilder):
         kept = sum(math.ceil(share * size) for size in sizes)  # no cut tile keeps more than a full one
         return max(MIN_SLOTS, 1 << (kept - 1).bit_length())
 
+    def query_rows(self, layout: TileLayout) -> int:
+        return self.packed(layout) if self.prunes else layout.slots
+
     def plan(self, coarse: CoarseInputs, v: Tensor | None = None) -> tuple[TileSelection, Tensor | None]:
         queries, q_c = prune_queries(self, coarse.q.detach(), coarse.layout) if self.prunes else (None, None)
         q_c = q_c if self.score_queries == "kept" else None
         coarse = dataclasses.replace(coarse, q=coarse.q.detach(), k=coarse.k.detach())
         capacity = self.capacity(coarse.kv_layout.num_tiles)
         found = coarse_stage(coarse, None, self.rule(coarse, q_c), capacity, within=self.within, q_c=q_c)
-        capped = (found.wanted > capacity).sum()
+        capped = coarse.cut(found.wanted, capacity)
         return coarse.selection(found.bits, found.counts, capacity, capped=capped, queries=queries), None
 
     def rule(self, coarse: CoarseInputs, q_c: Tensor | None) -> Rule:
@@ -154,7 +159,7 @@ class BSA(MaskBuilder):
         scores = tile_scores(coarse.pooled_q() if q_c is None else q_c, coarse.pooled_k(), coarse.scale)
         allowed = coarse.alive()
         values = masked_softmax(scores, allowed) if self.threshold == "probability" else scores
-        density = to_tensor(current(self.kv_density))
+        density = current(self.kv_density)  # a number stays one: a graph would read a tensor of it on the CPU
         above = (values > row_threshold(values, allowed, density, (-2, -1))) | (density >= 1)
         above = above if allowed is None else above & allowed
         return Rule(name="top_k", now=above.sum(-1, keepdim=True), min_tiles=self.min_tiles)
@@ -183,7 +188,7 @@ def prune_queries(builder: BSA, q: Tensor, layout: TileLayout) -> tuple[KeptQuer
 
     Args:
         builder: its ``keep_queries``, ``window``, ``fill`` and ``representative``.
-        q: ``[B, H, N, slots, D]`` queries in tile order.
+        q: ``[B, H, N, slots, D]`` queries in tile order, or ``[B, H, S, D]`` in raster order.
         layout: query layout.
 
     Returns:
@@ -194,6 +199,7 @@ def prune_queries(builder: BSA, q: Tensor, layout: TileLayout) -> tuple[KeptQuer
     grid, window = list(layout.grid), list(window_in(layout, builder.window))
     sizes = (layout.tiles_first * layout.slots, layout.seq_len, builder.packed(layout))
     how = (float(number), grid, list(layout.sides), window, *sizes, builder.fill, builder.representative)
-    total, *fields = pruning(q, layout.index(q.device)[0], now, *how)
+    slots = layout.slots if q.dim() == 4 else 0
+    total, *fields = pruning(q, layout.index(q.device)[0], now, *how, slots)
     queries = KeptQueries(*fields)
     return queries, pool_tiles(total, queries.counts)

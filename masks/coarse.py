@@ -6,6 +6,7 @@ Everything from pooling to the choice of tiles is plain torch where a compiler l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from flexsparse.layout import TileLayout
 from flexsparse.ops.choice import Rule, masked_softmax
-from flexsparse.ops.coarse_select import pool_tiles
+from flexsparse.ops.coarse_select import pool_tiles, tiles_by
 from flexsparse.ops.select_tiles import allowed_bits, select_tiles
 from flexsparse.selection import TileSelection
 from flexsparse.tables import is_tracing
@@ -50,6 +51,12 @@ def expand_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
+def take_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """``x [B, H, ...]`` of some heads, copied. No index: on a GPU one is copied there, and its gradient is added atomically."""
+    each = x.unbind(1)
+    return torch.stack([each[head] for head in heads], 1)
+
+
 def keep_top(scores: Tensor, n: int | Tensor) -> Tensor:
     """The best ``n`` entries of each row: exactly ``n``, ties to the lowest index. For builders of your own.
 
@@ -80,6 +87,7 @@ class CoarseInputs:
         tables: where tokens are in raster order, ``q [B, H, S, D]`` and ``k [B, G, Z, D]``, the tables by which
             `ops.coarse_select` finds those of a tile: for builders that do not read tiles themselves
             (`MaskBuilder.reads_tiles`), uncompiled and without an override. None: they are tiles.
+        heads: the query heads whose rows are used, where a builder plans all (`MaskBuilder.heads_alike`) for some; None: all.
     """
 
     q: Tensor
@@ -90,6 +98,7 @@ class CoarseInputs:
     tile_counts: Tensor | None = None
     same: bool = True
     tables: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    heads: tuple[int, ...] | None = None
 
     @property
     def kv_counts(self) -> Tensor:
@@ -107,15 +116,22 @@ class CoarseInputs:
 
     def pooled_q(self) -> Tensor:
         """``[B, H, N, D]``."""
-        return pool(self.q, self.q_counts, masked=self.tile_counts is not None and self.same)
+        q = tiles_by(self.q, None if self.tables is None else self.tables[0])
+        return pool(q, self.q_counts, masked=self.tile_counts is not None and self.same)
 
     def pooled_k(self) -> Tensor:
         """``[B, H, M, D]``, expanded to the query heads."""
-        return expand_heads(pool(self.k, self.kv_counts, self.tile_counts is not None), self.q.shape[1])
+        k = tiles_by(self.k, None if self.tables is None else self.tables[1])
+        return expand_heads(pool(k, self.kv_counts, self.tile_counts is not None), self.q.shape[1])
 
     def pooled_v(self, v: Tensor) -> Tensor:
         """``[B, G, M, slots, D]`` values to ``[B, H, M, D]``."""
         return expand_heads(pool(v, self.kv_counts, self.tile_counts is not None), self.q.shape[1])
+
+    def cut(self, wanted: Tensor, capacity: int) -> Tensor:
+        """Rows that wanted more tiles than the capacity, int64 0-d, from int32 ``[B, H, N]``."""
+        over = wanted > capacity
+        return (over if self.heads is None else take_heads(over, self.heads)).sum()
 
     def selection(self, bits: Tensor, counts: Tensor, capacity: int, **fields: Any) -> TileSelection:
         """The tiles that a builder chose, from bitmask and counts."""
@@ -207,6 +223,8 @@ def coarse_stage(
         q, q_counts = q_c[:, :, :, None], torch.ones_like(q_counts)
     among = None if allowed is None else allowed_bits(allowed, coarse.layout.num_tiles)
     how = (rule.now, rule.name, rule.value, rule.min_tiles, capacity, coarse.scale, count_bias)
-    tables = coarse.tables or ()
+    tables: Sequence[Tensor | None] = coarse.tables or (None,) * 4
+    if q_c is not None:  # nobody looks for their tokens
+        tables = (None, tables[1], None, tables[3])
     found = torch.ops.flexsparse.coarse_select(q, coarse.k, v, q_counts, coarse.kv_counts, among, *how, *tables)
     return Coarse(found[5], found[6], found[7], None if v is None else found[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from flexsparse.given import keywords_only, to_int
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import MaskBuilder
 from flexsparse.masks.checked import planned
-from flexsparse.masks.coarse import CoarseInputs, expand_heads
+from flexsparse.masks.coarse import CoarseInputs, expand_heads, take_heads
 from flexsparse.masks.static import StaticBuilder
 from flexsparse.selection import KeptQueries, TileSelection
 from flexsparse.tables import larger, smaller
@@ -80,6 +81,17 @@ class Combination(MaskBuilder):
     @property
     def has_coarse(self) -> bool:  # type: ignore[override]
         return any(part.has_coarse for part in self.parts)
+
+    @property
+    def reads_tiles(self) -> bool:  # type: ignore[override]
+        return any(part.reads_tiles for part in self.parts)
+
+    @property
+    def heads_alike(self) -> bool:  # type: ignore[override]
+        return all(part.heads_alike for part in self.parts)
+
+    def query_rows(self, layout: TileLayout) -> int:
+        return min(part.query_rows(layout) for part in self.parts)
 
     def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:
         for part in self.parts:
@@ -181,6 +193,11 @@ class PerHead(MaskBuilder):
     def has_coarse(self) -> bool:  # type: ignore[override]
         return all(self.builders[head].has_coarse for head in set(self.heads))
 
+    @property
+    def reads_tiles(self) -> bool:  # type: ignore[override]
+        used = [self.builders[head] for head in set(self.heads)]
+        return any(builder.reads_tiles or not builder.heads_alike for builder in used)
+
     def check(self, layout: TileLayout, kv_layout: TileLayout) -> None:
         for builder in self.builders:
             builder.check(layout, kv_layout)
@@ -189,32 +206,29 @@ class PerHead(MaskBuilder):
         H = coarse.q.shape[1]
         if len(self.heads) != H:
             raise ValueError(f"PerHead heads has {len(self.heads)} entries, but q has {H} heads: give one for each")
-        k = expand_heads(coarse.k, H)
-        values = None if v is None else expand_heads(v, H)
         rows: list[tuple[Tensor, Tensor] | None] = [None] * H  # bitmask and counts
         outs: list[Tensor | None] = [None] * H
         capped, capacities = [], []
         for index, builder in enumerate(self.builders):
-            heads = [h for h in range(H) if self.heads[h] == index]
+            heads = tuple(h for h in range(H) if self.heads[h] == index)
             if not heads:
                 continue
-            part = CoarseInputs(
-                coarse.q[:, heads],
-                k[:, heads],
-                coarse.layout,
-                coarse.kv_layout,
-                coarse.scale,
-                coarse.tile_counts,
-                coarse.same,
-            )
-            selection, out = planned(builder, part, None if values is None else values[:, heads])
+            if builder.heads_alike:  # scores of the other heads cost less than a copy of these heads' tokens
+                places = heads
+                selection, out = planned(builder, dataclasses.replace(coarse, heads=heads), v)
+            else:
+                places = tuple(range(len(heads)))
+                q, k = take_heads(coarse.q, heads), take_heads(expand_heads(coarse.k, H), heads)
+                part = dataclasses.replace(coarse, q=q, k=k)
+                selection, out = planned(builder, part, None if v is None else take_heads(expand_heads(v, H), heads))
             if selection.queries is not None:
                 raise ValueError("PerHead has a builder that prunes queries (BSA): use it for all heads instead")
             capped.append(selection.capped)
             capacities.append(selection.capacity)
-            for place, h in enumerate(heads):
+            coarse_outs = None if out is None else out.unbind(1)
+            for place, h in zip(places, heads):
                 rows[h] = selection.bits[:, place], selection.counts[:, place]
-                outs[h] = None if out is None else out[:, place]
+                outs[h] = None if coarse_outs is None else coarse_outs[place]
         bits, counts = (torch.stack(of_heads, 1) for of_heads in zip(*(row for row in rows if row is not None)))
         selection = coarse.selection(bits, counts, functools.reduce(larger, capacities), capped=_total(capped))
         present = [out for out in outs if out is not None]

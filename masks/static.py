@@ -49,6 +49,7 @@ class StaticBuilder(MaskBuilder):
     """
 
     reads_tiles: ClassVar[bool] = False
+    heads_alike: ClassVar[bool] = True
 
     def tile_mask(self, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:
         """Bool ``[N, M]``: tiles that each query tile keeps."""

@@ -53,6 +53,7 @@ class TopP(MaskBuilder):
 
     has_coarse: ClassVar[bool] = True
     reads_tiles: ClassVar[bool] = False
+    heads_alike: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         least, most = check_tiles("TopP", self.min_tiles, self.max_tiles)
@@ -69,7 +70,7 @@ class TopP(MaskBuilder):
         M = coarse.kv_layout.num_tiles
         capacity = M if self.max_tiles is None else smaller(self.max_tiles, M)
         found = coarse_stage(coarse, v, rule_of("mass", self.mass, self.min_tiles), capacity, within=self.within)
-        capped = (found.wanted > capacity).sum()
+        capped = coarse.cut(found.wanted, capacity)
         return coarse.selection(found.bits, found.counts, capacity, capped=capped), found.out
 
     def nominal_density(self, layout: TileLayout, kv_layout: TileLayout) -> float:

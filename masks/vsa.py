@@ -49,6 +49,7 @@ class VSA(MaskBuilder):
 
     has_coarse: ClassVar[bool] = True
     reads_tiles: ClassVar[bool] = False
+    heads_alike: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.top_k is None):

@@ -198,13 +198,16 @@ def h100() -> Iterator[FakeTensorMode]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     full, deduce = torch.ops.aten.full.default, UniformValueConstantFolder._deduce_value
 
+    def made(x: Tensor) -> Tensor:
+        """Of the innermost mode, and not by it: torch shuts modes out where it makes a tensor of Python's numbers."""
+        inner = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        return FakeTensor(mode if inner is None else inner, x, CUDA)
+
     def empty(size: Any, **options: Any) -> Tensor:
-        with mode:
-            return torch.empty(size, **{**options, "device": CUDA})
+        return made(torch.empty(size, **{**options, "device": "meta", "pin_memory": None}))
 
     def empty_strided(size: Any, stride: Any, **options: Any) -> Tensor:
-        with mode:
-            return torch.empty_strided(size, stride, **{**options, "device": CUDA})
+        return made(torch.empty_strided(size, stride, **{**options, "device": "meta", "pin_memory": None}))
 
     def deduced(folder: Any, node: torch.fx.Node) -> Any:
         """Inductor folds constants by running them where they are: here on the CPU."""
@@ -232,6 +235,7 @@ def h100() -> Iterator[FakeTensorMode]:
         patch.setattr(driver, "_active", Driver())
         library.impl("empty.memory_format", empty, "CUDA")
         library.impl("empty_strided", empty_strided, "CUDA")
+        library.impl("copy_", lambda x, *_: x, "CUDA")
         _stand_in()(True)
         _forget()
         try:

@@ -138,7 +138,7 @@ def prune_tile(
     first_rows, length, stride_b, stride_h, stride_n, stride_s,
     A: tl.constexpr, n: tl.constexpr, WA: tl.constexpr, WN: tl.constexpr, SLOTS: tl.constexpr, WORDS: tl.constexpr,
     Q: tl.constexpr, D: tl.constexpr, PIECE: tl.constexpr, FILL: tl.constexpr, MEDOID: tl.constexpr,
-    IN_MEMORY: tl.constexpr,
+    IN_MEMORY: tl.constexpr, RASTER: tl.constexpr,
 ):
     """One query tile of one head."""
     a = tl.arange(0, WA)
@@ -148,7 +148,8 @@ def prune_tile(
     inside = slot >= 0
     size = tl.sum(inside.to(tl.int32), 1)
     start = b.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tile.to(tl.int64) * stride_n
-    at = q + start + slot.to(tl.int64) * stride_s
+    token = tl.load(tokens + first_rows + tile * SLOTS + slot, mask=inside, other=0)
+    at = q + start + (token if RASTER else slot).to(tl.int64) * stride_s  # in raster order stride_n is 0
     if MEDOID:
         place = medoid(at, inside, listed, j, size, D, PIECE)
     else:
@@ -162,7 +163,6 @@ def prune_tile(
     kept = inside & (rank_of(key, j, n) < quota[:, None])
 
     row = rows_before(kept, slot, WORDS)
-    token = tl.load(tokens + first_rows + tile * SLOTS + slot, mask=inside, other=0)
     if FILL == "nearest":
         taken, taken_row = nearest(at, inside, kept, norm2, j, slot, row, n, D, PIECE)
         taken_token = tl.load(tokens + first_rows + tile * SLOTS + taken, mask=inside, other=0)
@@ -208,7 +208,7 @@ def prune_kernel(
     programs, stride_b, stride_h, stride_n, stride_s,
     A: tl.constexpr, n: tl.constexpr, WA: tl.constexpr, WN: tl.constexpr, SLOTS: tl.constexpr, WORDS: tl.constexpr,
     Q: tl.constexpr, D: tl.constexpr, PIECE: tl.constexpr, FILL: tl.constexpr, MEDOID: tl.constexpr,
-    IN_MEMORY: tl.constexpr,
+    IN_MEMORY: tl.constexpr, RASTER: tl.constexpr,
 ):
     """The head runs fastest, then the tile, then the batch; the first `programs` are query tiles, the others extra tiles."""
     program = tl.program_id(0)
@@ -217,6 +217,7 @@ def prune_kernel(
             q, windows, centres, tokens, share, total, kept, counts, source, position,
             program // heads // tiles, program % heads, program // heads % tiles, heads, tiles, first_rows, length,
             stride_b, stride_h, stride_n, stride_s, A, n, WA, WN, SLOTS, WORDS, Q, D, PIECE, FILL, MEDOID, IN_MEMORY,
+            RASTER,
         )
     else:
         other = program - programs
@@ -256,20 +257,22 @@ def prune(
     packed: int,
     fill: str,
     representative: str,
+    slots: int = 0,
 ) -> Pruned:
     """`ops.prune_queries.prune_reference` in one launch; sums are float32, in a fixed order.
 
     Args:
-        q: ``[B, H, N, s, D]`` in float32, bfloat16 or float16, any strides.
+        q: ``[B, H, N, s, D]``, or with ``slots`` ``[B, H, S, D]`` in raster order; float32, bfloat16 or float16, any strides.
         windows: int32 ``[N, A, n]``, -1 where a window has fewer tokens; every token of a tile is in one window.
         centres: int32 ``[N, A]``.
         tokens: int32 ``[P]``.
         share: a number, or a 0-d tensor; one on another device than q (the CPU) is read.
-        first_rows, length, packed, fill, representative: as for the op.
+        first_rows, length, packed, fill, representative, slots: as for the op.
     """
     q = q if q.stride(-1) == 1 else q.contiguous()
-    B, H, N, s, D = q.shape
-    A, n = windows.shape[1:]
+    B, H, D = *q.shape[:2], q.shape[-1]
+    (N, A, n), s = windows.shape, slots or q.shape[3]
+    strides = (*q.stride()[:2], 0, q.stride(2)) if slots else q.stride()[:4]
     if isinstance(share, Tensor):
         share = share.to(torch.float64).contiguous() if share.device == q.device else float(share)
     in_memory = isinstance(share, Tensor)
@@ -283,8 +286,8 @@ def prune(
     tensors = (q, windows, centres, tokens.contiguous(), bits, total, kept, counts, source, position)
     sizes = (H, N, extra, first_rows, length, B * H * N)
     meta: dict[str, Any] = {"A": A, "n": n, "SLOTS": s, "WORDS": max(1, s // 32), "Q": packed, "D": D}
-    meta |= {"FILL": fill, "MEDOID": representative == "medoid", "IN_MEMORY": in_memory, **config(A, n, D)}
-    launch(prune_kernel, (B * H * (N + extra),), *tensors, *sizes, *q.stride()[:4], **meta)
+    meta |= {"FILL": fill, "MEDOID": representative == "medoid", "IN_MEMORY": in_memory, "RASTER": slots > 0}
+    launch(prune_kernel, (B * H * (N + extra),), *tensors, *sizes, *strides, **meta, **config(A, n, D))
     return total, kept, counts, source, position
 
 
@@ -305,7 +308,9 @@ def compilations(long_tail: bool) -> list[Compilation]:
         cases += [("bf16", 128, (3, 5, 4), eight, "representative", False)]
         cases += [("bf16", 128, (4, 4, 8), window, "nearest", False) for window in (eight, whole)]
         cases += [("bf16", 128, (4, 8, 8), whole, "nearest", True)]
-    return [_compilation(i < auto, *case) for i, case in enumerate(cases if long_tail else cases[:few])]
+    found = [_compilation(i < auto, *case) for i, case in enumerate(cases if long_tail else cases[:few])]
+    in_raster = [("bf16", D, (4, 4, 4), eight, "representative", False) for D in (64, 128)]
+    return found + [_compilation(True, *case, raster=True) for case in in_raster]
 
 
 def _compilation(
@@ -317,6 +322,7 @@ def _compilation(
     fill: str,
     medoid: bool,
     scheduled: bool = False,
+    raster: bool = False,
 ) -> Compilation:
     sides = tile if window is None else window
     slots = triton.next_power_of_2(tile[0] * tile[1] * tile[2])
@@ -325,7 +331,7 @@ def _compilation(
     meta = config(A, n, D)
     constants: dict[str, Any] = {"A": A, "n": n, "SLOTS": slots, "WORDS": max(1, slots // 32), "Q": slots // 2, "D": D}
     constants |= {name: meta[name] for name in ("WA", "WN", "PIECE")}
-    constants |= {"FILL": fill, "MEDOID": medoid, "IN_MEMORY": scheduled}
+    constants |= {"FILL": fill, "MEDOID": medoid, "IN_MEMORY": scheduled, "RASTER": raster}
     pointers = {"q": f"*{dtype}", "total": "*fp32"}
     pointers |= dict.fromkeys(("windows", "centres", "tokens", "kept", "counts", "source", "position"), "*i32")
     types = {**pointers, "share": "*fp64" if scheduled else "i64"}
@@ -340,7 +346,8 @@ def _compilation(
             "fill": fill,
             "medoid": medoid,
             "scheduled": scheduled,
-        },
+        }
+        | ({"raster": True} if raster else {}),
         signature={name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
         constants=constants,
         aligned=(*pointers, *(name for name in names if name.startswith("stride_"))),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexsparse.compile_passes.templates.choice import choose, load_value, to_key
 from flexsparse.compile_passes.templates.launch import SIZES, Compilation, launch
-from flexsparse.ops.choice import to_tensor
+from flexsparse.ops.choice import normal_quantile, to_tensor
 from flexsparse.tile_bits import WORD, pack_bits, unpack_bits, words_of
 
 RULES = ("top_k", "normal", "probability", "mass", "all")
@@ -89,7 +89,7 @@ def rule_value(rule: str, value: float | int | Tensor) -> float | int | Tensor:
         return 0
     if rule in ("normal", "probability"):
         density = to_tensor(value)
-        value = torch.special.ndtri(1 - density.clamp_max(1 - 1e-12)).masked_fill(density >= 1, -math.inf)
+        value = normal_quantile(1 - density.clamp_max(1 - 1e-12)).masked_fill(density >= 1, -math.inf)
     if isinstance(value, Tensor):
         if value.dim() or value.device.type != "cpu":
             return value

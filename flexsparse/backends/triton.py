@@ -56,19 +56,22 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Fine-stage attention; arguments and results as `gather.attend`.
 
-    ``raster``: k and v are in raster order, as q is; kernels find their rows by the layouts' tables. Not for packed queries.
+    ``raster``: k and v are in raster order, as q is; kernels find their rows by the layouts' tables, but for packed queries.
     ``coarse [B, H, N, D]``, ``gate [B, H, S, D]``: what is added to it (`adds_coarse`), or None.
     """
     gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, coarse, gate))
-    rows = q if raster else pack_queries(q, q_tiles, selection)
-    operands = (*selection.operands(), scale, wants_lse or gradients)
-    tables = (one.index(q.device)[0] for one in (selection.layout, selection.kv_layout)) if raster else (None, None)
-    operands = (*operands, *tables, q_tiles is None)  # a projection reads it next, but for packed rows
+    by_table = raster and selection.queries is None
+    rows = q if by_table else pack_queries(q, None if raster else q_tiles, selection)
+    q_tokens = selection.layout.index(q.device)[0] if by_table else None
+    kv_tokens = selection.kv_layout.index(q.device)[0] if raster else None
+    # a projection reads the output next, but for packed rows
+    last = (scale, wants_lse or gradients, q_tokens, kv_tokens, selection.queries is None)
+    operands = (*selection.operands(), *last)
     if q.is_cuda:
         out, lse = torch.ops.flexsparse.tile_attention(rows, k, v, coarse, gate, *operands)
     else:
         out, lse = _Interpreted.apply(rows, k, v, coarse, gate, *operands)
-    out = out if raster else unpack_rows(out, selection, like=q)
+    out = out if by_table else unpack_rows(out, selection, like=q)
     return out, unpack_lse(lse, selection) if wants_lse else None
 
 

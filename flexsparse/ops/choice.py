@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -134,7 +135,9 @@ def _asked(scores: Tensor, mask: Tensor | None, rule: Rule, some: Tensor) -> Ten
     return (above if mask is None else above & mask).sum(-1)
 
 
-def row_threshold(values: Tensor, mask: Tensor | None, density: Tensor, over: tuple[int, ...] = (-1,)) -> Tensor:
+def row_threshold(
+    values: Tensor, mask: Tensor | None, density: float | Tensor, over: tuple[int, ...] = (-1,)
+) -> Tensor:
     """``mean + std * Phi^-1(1 - density)`` over the allowed entries, population std; keeps reduced dimensions."""
     if mask is None:
         variance, mean = torch.var_mean(values, over, correction=0, keepdim=True)
@@ -144,8 +147,16 @@ def row_threshold(values: Tensor, mask: Tensor | None, density: Tensor, over: tu
         mean = values.masked_fill(~mask, 0).sum(over, keepdim=True) / total
         variance = (values - mean).square().masked_fill(~mask, 0).sum(over, keepdim=True) / total
     # Phi^-1(0) is -inf, and -inf * 0 is NaN for a row of equal scores
-    z = torch.special.ndtri(1 - density.clamp_max(1 - 1e-12)).to(values.dtype)
+    if isinstance(density, Tensor):
+        z: float | Tensor = normal_quantile(1 - density.clamp_max(1 - 1e-12)).to(values.dtype)
+    else:
+        z = NormalDist().inv_cdf(1 - min(density, 1 - 1e-12))
     return mean + variance.sqrt() * z
+
+
+def normal_quantile(p: Tensor) -> Tensor:
+    """``Phi^-1`` of the normal distribution. Not `torch.special.ndtri`, for which Inductor has no code on a GPU."""
+    return torch.erfinv(2 * p - 1) * math.sqrt(2)
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -96,8 +96,8 @@ def coarse_select(
     if ops.templates_select(q, M):
         fields = (q_counts, kv_counts, allowed, how, capacity, scale, count_bias)
         return _on_gpu(q, k, v, *fields, q_tokens, kv_tokens)
-    q, k = _tiles(q, q_tokens), _tiles(k, kv_tokens)
-    v = None if v is None else _tiles(v, kv_tokens)
+    q, k = tiles_by(q, q_tokens), tiles_by(k, kv_tokens)
+    v = None if v is None else tiles_by(v, kv_tokens)
     q_c, k_c = pool_tiles(q, q_counts), pool_tiles(k, kv_counts)
     v_c = k_c.new_empty(0) if v is None else pool_tiles(v, kv_counts)
     bits, counts, wanted = fake_choice(q_c, B, H, N, M)
@@ -114,7 +114,7 @@ def coarse_select(
     return coarse, lse, q_c, k_c, v_c, bits, counts, wanted
 
 
-def _tiles(x: Tensor, tokens: Tensor | None) -> Tensor:
+def tiles_by(x: Tensor, tokens: Tensor | None) -> Tensor:
     """Tokens in raster order ``[B, H, S, D]`` as tiles ``[B, H, n, s, D]``, where there is a table ``[n, s]``."""
     return x if tokens is None else rows_at(x, tokens.flatten()).unflatten(2, tokens.shape)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flexsparse import ops
 from flexsparse.ops.choice import read
+from flexsparse.ops.tile_tokens import rows_at
 from flexsparse.ops.windows import window_table
 from flexsparse.tile_bits import ascending_lists
 
@@ -42,6 +43,7 @@ def prune_queries(
     packed: int,
     fill: str,
     representative: str,
+    slots: int = 0,
 ) -> Pruned:
     """Choose the queries to compute: of each window its representative and those least similar to it.
 
@@ -60,6 +62,7 @@ def prune_queries(
         packed: Q; no tile keeps more.
         fill: ``"representative"``, ``"nearest"`` or ``"zero"`` (`masks.BSA`).
         representative: ``"center"`` or ``"medoid"``.
+        slots: s, where q is ``[B, H, S, D]`` in raster order, whose tokens are found by the table; 0 where it is as said above.
 
     Returns:
         The sum over the kept queries of each tile ``[B, H, N, 1, D]``, at least float32, as a tile of one token; and the
@@ -67,7 +70,7 @@ def prune_queries(
     """
     windows, centres = window_table(tuple(grid), tuple(tile), tuple(window), q.device)  # type: ignore[arg-type]
     now_or_share = share if now is None else read(now) if now.device.type == "cpu" else now
-    operands = (q, windows, centres, tokens, now_or_share, first_rows, length, packed, fill, representative)
+    operands = (q, windows, centres, tokens, now_or_share, first_rows, length, packed, fill, representative, slots)
     if ops.on_gpu(q) and ops.has_triton():
         from flexsparse.compile_passes.templates import prune
 
@@ -85,8 +88,9 @@ def _say_once(message: str) -> None:
 
 @prune_queries.register_fake
 def _(q: Tensor, tokens: Tensor, now: Tensor | None, share: float, *args: Any) -> Pruned:
-    length, packed = args[4:6]
-    B, H, N, _, D = q.shape
+    grid, tile, _, _, length, packed = args[:6]
+    B, H, D = *q.shape[:2], q.shape[-1]
+    N = math.prod(-(-size // side) for size, side in zip(grid, tile)) if q.dim() == 4 else q.shape[2]
 
     def ints(*shape: int) -> Tensor:
         return q.new_empty(shape, dtype=torch.int32)
@@ -113,8 +117,12 @@ def prune_reference(
     packed: int,
     fill: str,
     representative: str,
+    slots: int = 0,
 ) -> Pruned:
     """`prune_queries` in plain torch, with the windows ``[N, A, n]`` and their centres ``[N, A]`` as tensors."""
+    if slots:
+        N = windows.shape[0]
+        q = rows_at(q, tokens.narrow(0, first_rows, N * slots)).unflatten(2, (N, slots))
     B, H, N, s, D = q.shape
     A, n = windows.shape[1:]
     q = q.to(torch.promote_types(q.dtype, torch.float32))

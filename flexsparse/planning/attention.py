@@ -87,8 +87,7 @@ class Call:
     @property
     def rows(self) -> int:
         """Query rows of one tile as computed: slots, or packed queries."""
-        builder = self.builder
-        return builder.packed(self.layout) if isinstance(builder, BSA) and self.prunes else self.layout.slots
+        return self.builder.query_rows(self.layout)
 
     @property
     def capacity(self) -> int:

@@ -12,7 +12,6 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from flexsparse.masks import BSA
 from flexsparse.planning.attention import BACKWARD, Call, dense_flops
 from flexsparse.planning.costs import Communication, token_share
 from flexsparse.planning.counting import Counts
@@ -118,12 +117,14 @@ def _around(share: float, counts: Counts, rate: Rates, compiled: bool) -> tuple[
 def _tiling(call: Call, training: bool, cpu: bool) -> tuple[float, float]:
     """Bytes moved around the fine stage of an uncompiled call, forward and backward.
 
-    Forward: q, k and v into tile order and the output out of it, each read and written (on a CPU, and for BSA's packed
-    queries: the templates read VSA's tokens where they lie); each gate reads itself and the output and writes it, and the
-    coarse output is spread to tokens, written and read. Backward: the same the other way.
+    Forward: on a CPU q, k and v into tile order and the output out of it, each read and written; elsewhere, where the templates
+    read tokens where they lie, pruned queries packed and the output's rows brought to all tokens; each gate reads itself and
+    the output and writes it, and the coarse output is spread to tokens, written and read. Backward: the same the other way.
     """
     layout, one = call.layout, float(call.batch * call.heads * call.head_dim * call.dtype.itemsize)
-    tiling = 4 * one * (layout.seq_len + layout.padded_len) if cpu or isinstance(call.builder, BSA) else 0.0
+    packed = layout.padded_len * call.rows / layout.slots
+    around = one * (3 * packed + layout.seq_len) if call.prunes else 0.0
+    tiling = 4 * one * (layout.seq_len + layout.padded_len) if cpu else around
     gates = one * layout.seq_len * (5 * min(call.gates, 1) + 3 * max(call.gates - 1, 0))
     return tiling + gates, training * (tiling + 2 * gates)
 

@@ -54,7 +54,11 @@ def given(selector: Any) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize(
-    "name", ("VSA", *(pytest.param(x, marks=pytest.mark.slow) for x in ("TopP", "static", "selection")))
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("VSA", "BSA") else pytest.mark.slow)
+        for name in ("VSA", "TopP", "static", "selection", "BSA", "BSA of a head", "joined", "packed selection")
+    ],
 )
 def test_the_same_bits_as_from_tile_order(name: str, tiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     builders = {
@@ -62,8 +66,12 @@ def test_the_same_bits_as_from_tile_order(name: str, tiled: list[str], monkeypat
         "TopP": fs.TopP(mass=0.6),
         "static": fs.SlidingTile(window=(1, 3, 1)),
         "selection": given(fs.VSA(top_k=2)),
+        "BSA": fs.BSA(kv_density=0.4, fill="zero"),
+        "BSA of a head": fs.BSA(kv_density=0.4, statistics="head", score_queries="all"),
+        "joined": fs.Union(fs.BSA(kv_density=0.3), fs.SlidingTile(window=(1, 1, 3))),
+        "packed selection": given(fs.BSA(kv_density=0.4)),
     }
-    kv_layout = KEYS if name in ("TopP", "selection") else None
+    kv_layout = KEYS if name in ("TopP", "selection", "packed selection") else None
     how = (builders[name], name in ("VSA", "TopP"), kv_layout)
     found = outcome(*how)
     assert not tiled
@@ -111,8 +119,9 @@ class Own(fs.VSA):
         return super().plan(coarse, v)
 
 
-@pytest.mark.parametrize("builder", (fs.BSA(kv_density=0.4), Own(top_k=2)), ids=("packed queries", "own plan"))
-def test_who_reads_tiles_gets_them(builder: Any, tiled: list[str]) -> None:
+@pytest.mark.parametrize("joined", (False, True))
+def test_who_reads_tiles_gets_them(joined: bool, tiled: list[str]) -> None:
+    builder: Any = fs.Union(Own(top_k=2), fs.SlidingTile(window=(1, 1, 1))) if joined else Own(top_k=2)
     q, k, v = (torch.randn(B, heads, LAYOUT.seq_len, D) for heads in (H, G, G))
     fs.sparse_attention(q, k, v, LAYOUT, builder, backend="triton")
     assert tiled

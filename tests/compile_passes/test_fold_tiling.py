@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from as_on_gpu import run_templates
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
@@ -108,15 +109,48 @@ def case_channels() -> int:
     return 16
 
 
-@pytest.mark.parametrize("name", ("packed queries", pytest.param("checkpointed, packed", marks=pytest.mark.slow)))
-def test_packed_queries_are_packed_from_tiles(name: str) -> None:
-    case = CASES[name]
-    x = torch.randn(1, case.tokens, case_channels())
-    with passes() as folds:
+PACKED = {name: case for name, case in CASES.items() if "packed" in name} | {
+    "packed, all queries scored": Case(fs.BSA(kv_density=0.4, score_queries="all", threshold="mass", mass=0.6)),
+    "packed, joined": Case(fs.Union(fs.BSA(kv_density=0.3), fs.SlidingTile(window=(1, 1, 3)), fs.VSA(top_k=1))),
+    "packed, other query tiles": Case(fs.BSA(kv_density=0.4), {"query_tile": (2, 4, 8), "text_first": 5}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "packed queries and text" else pytest.mark.slow) for name in PACKED]
+)
+def test_packed_queries_are_packed_from_raster_order(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_templates(monkeypatch)  # a CPU packs from raster order anyway
+    case = PACKED[name]
+    x = torch.randn(2, case.tokens, case_channels())
+    with joint_graphs() as joint, passes() as folds:
         mine, call = run(case, x, keep_tiles=False)
-    assert folds[-1].matches == (0, 0) and "in tile order" in str(folds[-1].refused), folds[-1].refused
-    assert "raster" not in call.reason
+    assert call.lowered and folds[-1].matches == (1, 1) and not folds[-1].refused
+    gm = joint.graphs[-1]
+    assert not nodes_of(gm, ops.tile_tokens)
+    for node in (*nodes_of(gm, ops.tile_attention), *nodes_of(gm, ops.tile_attention_backward)):
+        assert node.args[-2] is None and node.args[-1] is not None, "keys alone are found by a table"
+    for node in nodes_of(gm, ops.prune_queries):
+        assert node.args[0].meta["val"].dim() == 4 and node.args[12] > 0
+    for node in nodes_of(gm, ops.coarse_select):
+        assert node.args[-3] is not None and node.args[-1] is not None
+    for node in nodes_of(gm, ops.pack_rows):
+        assert node.args[5] is None
+    for node in nodes_of(gm, ops.pack_rows_backward):
+        assert node.args[5] is False
     tiled, _ = run(case, x, keep_tiles=False, fold_tiling=False)
+    assert all(torch.equal(a, b) for a, b in zip(mine, tiled, strict=True))
+
+
+@pytest.mark.parametrize("statistics", ("row", "head"))
+def test_statistics_of_a_head_read_tiles_and_keep_them(statistics: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_templates(monkeypatch)
+    case = Case(fs.BSA(kv_density=0.4, statistics=statistics))
+    x = torch.randn(1, case.tokens, case_channels())
+    with torch.no_grad(), passes() as folds:
+        mine, _ = run(case, x, keep_tiles=False)
+        assert bool(folds[-1].refused) == (statistics == "head"), folds[-1].refused
+        tiled, _ = run(case, x, keep_tiles=False, fold_tiling=False)
     assert all(torch.equal(a, b) for a, b in zip(mine, tiled, strict=True))
 
 

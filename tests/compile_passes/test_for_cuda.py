@@ -174,6 +174,52 @@ def test_a_batch_of_any_resolution_is_read_in_raster_order() -> None:
     check_devices(graphs)
 
 
+BUILDERS: dict[str, dict[str, Any]] = {
+    "PerHead": {"builder": fs.PerHead(builders=(fs.VSA(top_k=2), fs.TopP(mass=0.5)), heads=(1, 0)), "gates": True},
+    "PerHead, one static": {"builder": fs.PerHead(builders=(fs.VSA(top_k=2), fs.Radial()), heads=(0, 1))},
+    "fine gates": {"builder": fs.VSA(top_k=3), "gates": True, "fine_gates": True},
+    "BSA": {"builder": fs.BSA(kv_density=0.4)},
+    "BSA, all queries scored": {"builder": fs.BSA(kv_density=0.4, score_queries="all", representative="medoid")},
+    "BSA, of a head": {"builder": fs.BSA(kv_density=0.4, statistics="head")},
+    "BSA, of a head, probability": {"builder": fs.BSA(kv_density=0.4, statistics="head", threshold="probability")},
+    "BSA, of a head, schedule": {
+        "builder": fs.BSA(kv_density=fs.SparsitySchedule(start=1.0, target=0.3), statistics="head")
+    },
+    "float32": {"dtype": torch.float32},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "grids"),
+    [
+        pytest.param(
+            name,
+            grids,
+            id=f"{name}{', two resolutions' if len(grids) > 1 else ''}",
+            marks=() if name in ("PerHead", "BSA") and len(grids) == 1 else pytest.mark.slow,
+        )
+        for name in BUILDERS
+        for grids in ((PARTIAL,), (WHOLE, PARTIAL))
+    ],
+)
+def test_training_reads_raster_order_and_adds_nothing_atomically(name: str, grids: Any) -> None:
+    graphs = graphs_of(*grids, train=True, batch=len(grids), **BUILDERS[name])
+    assert [graph.backward for graph in graphs] == [False, True] * len(grids)
+    for graph in graphs[-2:]:
+        ops = [launch.name.partition("::")[2] for launch in graph.launches if "flexsparse::" in launch.name]
+        assert ("tile_tokens" in ops) == ("of a head" in name), "statistics of a head are made from tiles"
+        assert not [kernel for kernel in graph.kernels if "index_put" in kernel or "index_add" in kernel]
+        assert name not in ("PerHead", "fine gates") or not copies(graph)
+        (attend,) = graph.ops(ATTEND) or graph.ops(f"{ATTEND}_backward")
+        if name == "PerHead":
+            assert attend.args[3 if not graph.backward else 7] is not None, "the coarse outputs of all heads are one"
+        if name == "BSA":
+            way = ["unpack_rows_backward", "tile_attention_backward", "pack_rows_backward"]
+            call = ["prune_queries", "coarse_select", "pack_rows", "tile_attention", "unpack_rows"]
+            assert [op for op in ops if op != "tile_index"] == (way if graph.backward else call)
+    check_devices(graphs)
+
+
 def test_what_float32_training_adds_apart_is_written_where_the_projection_reads_it() -> None:
     forward, _ = graphs_of(WHOLE, train=True, dtype=torch.float32)
     (attend,) = forward.ops(ATTEND)

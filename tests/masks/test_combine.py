@@ -1,5 +1,7 @@
 """Union, Intersection and PerHead are set operations on what their parts select."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -83,6 +85,37 @@ def test_each_head_selects_with_its_own_builder(case: Case) -> None:
         torch.testing.assert_close(out[:, h], part[:, h], rtol=1e-4, atol=1e-5)
         assert torch.equal(aux.selection.counts[:, h], of_part.selection.counts[:, h])
         assert aux.selection.capacity >= of_part.selection.capacity
+
+
+def test_rows_of_a_builders_own_heads_alone_count_as_cut() -> None:
+    layout = fs.TileLayout(grid=(4, 8, 8), tile=(2, 2, 4))
+    q, k = torch.randn(2, 4, layout.seq_len, 8), torch.randn(2, 2, layout.seq_len, 8)  # grouped heads
+    few = fs.TopP(mass=0.9, max_tiles=2)
+    selection = fs.PerHead(builders=(VSA, few), heads=(0, 1, 0, 1)).select(q, k, layout)
+    own = few.select(q[:, 1::2], k, layout)
+    assert own.capped is not None and selection.capped is not None
+    assert int(selection.capped) == int(own.capped) < int(few.select(q, k, layout).capped)  # type: ignore[arg-type]
+    assert torch.equal(selection.keep()[:, 1::2], own.keep())
+
+
+def test_a_builder_of_somebodys_own_plans_its_heads_alone() -> None:
+    seen = []
+
+    class Own(fs.VSA):
+        def plan(self, coarse: Any, v: Any = None) -> Any:
+            seen.append((coarse.q.shape[1], coarse.k.shape[1], None if v is None else v.shape[1]))
+            return super().plan(coarse, v)
+
+    layout = fs.TileLayout(grid=(4, 8, 8), tile=(2, 2, 4))
+    q, k, v, gate = (torch.randn(1, heads, layout.seq_len, 8).requires_grad_() for heads in (4, 2, 2, 4))
+    results = []
+    for builder in (Own(sparsity=0.7), VSA):
+        both = fs.PerHead(builders=(TOP_P, builder), heads=(1, 0, 1, 1))
+        out = fs.sparse_attention(q, k, v, layout, both, gate=gate, backend="gather")
+        results.append([out.detach(), *torch.autograd.grad(out.cos().sum(), (q, k, v, gate))])
+    assert seen == [(3, 3, 3)]
+    for own, ours in zip(*results, strict=True):
+        torch.testing.assert_close(own, ours)
 
 
 def test_heads_of_several_coarse_builders_share_one_coarse_output() -> None:

@@ -14,7 +14,7 @@ from flexsparse.ops.windows import window_table
 
 SCHEMA = (
     "flexsparse::prune_queries(Tensor q, Tensor tokens, Tensor? now, float share, SymInt[] grid, SymInt[] tile, "
-    "SymInt[] window, SymInt first_rows, SymInt length, SymInt packed, str fill, str representative) "
+    "SymInt[] window, SymInt first_rows, SymInt length, SymInt packed, str fill, str representative, SymInt slots=0) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LAYOUT = fs.TileLayout(grid=(3, 5, 6), tile=(2, 3, 4), text_first=3, text_last=40)  # 32 slots for 24 tokens, borders
@@ -40,7 +40,11 @@ def test_it_keeps_its_promises_to_the_compiler(scheduled: bool, dtype: torch.dty
     now = torch.tensor(0.3, dtype=torch.float64) if scheduled else None
     q = torch.randn(2, 2, LAYOUT.seq_len, 8).to(dtype)
     every = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(prune_queries, arguments(LAYOUT, q, now, fill="nearest"), test_utils=every)
+    tiles = arguments(LAYOUT, q, now, fill="nearest")
+    torch.library.opcheck(prune_queries, tiles, test_utils=every)
+    torch.library.opcheck(prune_queries, (q, *tiles[1:], LAYOUT.slots), test_utils=every)
+    for mine, other in zip(prune_queries(q, *tiles[1:], LAYOUT.slots), prune_queries(*tiles), strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_a_row_of_the_packed_order_is_the_tokens_of_its_kept_slot() -> None:

@@ -27,7 +27,7 @@ SCHEMAS = {
     "tile_attention": "(Tensor q, Tensor k, Tensor v, Tensor? coarse, Tensor? gate, Tensor bits, Tensor counts, "
     "Tensor kv_counts, SymInt query_rows, SymInt first_rows, SymInt last_rows, SymInt kv_first, SymInt kv_video, "
     "SymInt slots, SymInt capacity, SymInt frame_tiles, bool partial, float scale, bool wants_lse, "
-    "Tensor? q_tokens=None, Tensor? kv_tokens=None) -> (Tensor, Tensor)",
+    "Tensor? q_tokens=None, Tensor? kv_tokens=None, bool token_major=False) -> (Tensor, Tensor)",
     "tile_attention_backward": "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, "
     "Tensor? coarse, Tensor? gate, Tensor bits, Tensor counts, Tensor kv_counts, SymInt query_rows, SymInt first_rows, "
     "SymInt last_rows, SymInt kv_first, SymInt kv_video, SymInt slots, SymInt capacity, SymInt frame_tiles, bool partial, "

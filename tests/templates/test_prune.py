@@ -47,6 +47,11 @@ def both(layout: TileLayout, q: Tensor, window: Any, share: Any, fill: str, repr
     torch.testing.assert_close(mine[0], theirs[0], rtol=1e-5, atol=1e-4, equal_nan=True)
     for name, one, two in zip(("kept", "counts", "source", "position"), mine[1:], theirs[1:]):
         assert one.dtype == torch.int32 and torch.equal(one, two), name
+    raster = q.transpose(1, 2).contiguous().transpose(1, 2)
+    for run, expected in ((prune.prune, mine), (prune_reference, theirs)):
+        found = run(raster, *given[1:], layout.slots)
+        torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0, equal_nan=True)
+        assert all(torch.equal(one, two) for one, two in zip(found[1:], expected[1:], strict=True))
 
 
 def queries(layout: TileLayout, kind: str, dtype: torch.dtype = torch.float32, D: int = 20) -> Tensor:
