@@ -28,7 +28,8 @@ class Parts(Protocol):
     Attributes:
         tables: ``(grid, device, order)`` to the index tensors of a grid that is known in numbers.
         index: the same, made in the graph.
-        tiles: ``(q, k, v, mask, grid, tables, order)`` to q, k and v in tile order.
+        hide: ``(k, v, mask, grid)`` to k and v with what a key mask hides zeroed.
+        tiles: ``(q, k, v, grid, tables, order)`` to q, k and v in tile order.
         plan: ``(q, k, tiles, grid, tables, order, ratios, mask, gated, scale, builder)`` to a list of tensors and sizes: the
             coarse stage.
         fine: ``(q, tiles, planned, gates, grid, tables, **choice)`` to the output: the fine stage and the combination.
@@ -36,6 +37,7 @@ class Parts(Protocol):
 
     tables: Callable[..., Any]
     index: Callable[..., Any]
+    hide: Callable[..., Any]
     tiles: Callable[..., Any]
     plan: Callable[..., Any]
     fine: Callable[..., Any]
@@ -50,7 +52,8 @@ class UnfoldAttention:
 
     After::
 
-        tiles = parts.tiles(q, k, v, mask, grid, tables)     # tables: buffers, or made by the first call's parts.index
+        k, v = parts.hide(k, v, mask, grid)     # where there is a mask; apart, so that all who read k and v read the same
+        tiles = parts.tiles(q, k, v, grid, tables)     # tables: buffers, or made by the first call's parts.index
         ...                                     # aten nodes of parts.plan: pool, scores, select, softmax, coarse output
         o = parts.fine(q, tiles, planned, (gate, fine_gate), grid, tables, scale=s, backend=b)
 
@@ -125,8 +128,11 @@ class UnfoldAttention:
         with fake, autocast_off(device.type):
             # detached: what autograd saved here would count among the tensors that a checkpointed region saves
             examples = [x.detach().to(dtype) for x in examples]
+            shown = examples
             mask_example = None if mask is None else value_of(mask)
-            tile_examples = self.parts.tiles(*examples, mask_example, sizes, table_examples, order)
+            if mask is not None:
+                shown = [examples[0], *self.parts.hide(*examples[1:], mask_example, sizes)]
+            tile_examples = self.parts.tiles(*shown, sizes, table_examples, order)
         numbers = [as_fake(fake, value_of(ratio)) for ratio in ratios]
 
         def coarse_stage(q: Any, k: Any, tiles: Any, grid: Any, tables: Any, ratios: Any, mask: Any) -> list[Any]:
@@ -144,13 +150,9 @@ class UnfoldAttention:
                 q, k, v = (graph.call_method("to", (x, dtype)) for x in (q, k, v))
                 for x, example in zip((q, k, v), examples):
                     x.meta = dict(node.meta, example_value=example)
-            tiles = graph.call_function(self.parts.tiles, (q, k, v, mask, grid, tables, order))
-            tiles.meta = dict(node.meta, example_value=tile_examples)
-            parts = []
-            for index, example in enumerate(tile_examples):
-                part = graph.call_function(operator.getitem, (tiles, index))
-                part.meta = dict(node.meta, example_value=example)
-                parts.append(part)
+            if mask is not None:
+                k, v = _called(graph, node, self.parts.hide, (k, v, mask, grid), tuple(shown[1:]))
+            parts = _called(graph, node, self.parts.tiles, (q, k, v, grid, tables, order), tile_examples)
             operands = [q, k, *parts, *grid, *tables, *ratios, mask]
             planned = _inline(gm, traced, operands, {**node.meta, CALL: choice.get("name")})
             new = graph.call_function(
@@ -168,13 +170,8 @@ class UnfoldAttention:
         if key not in self._tables:
             with fake:
                 examples = self.parts.index(tuple(value_of(size) for size in grid), device, order)
-            made = gm.graph.call_function(self.parts.index, (grid, device, order))
-            made.meta = dict(node.meta, example_value=examples)
-            found = []
-            for index, example in enumerate(examples):
-                found.append(gm.graph.call_function(operator.getitem, (made, index)))
-                found[-1].meta = dict(node.meta, example_value=example)
-            self._tables[key] = tuple(found)
+            arguments = (grid, device, order)
+            self._tables[key] = tuple(_called(gm.graph, node, self.parts.index, arguments, examples))
         return self._tables[key]
 
 
@@ -203,6 +200,17 @@ def _dtype_at(regions: list[Autocast], x: Any) -> torch.dtype:
     enabled = own[-1].enabled if own else torch.is_autocast_enabled(device)
     low = (own[-1].dtype if own else None) or torch.get_autocast_dtype(device)
     return low if enabled and x.dtype != torch.float64 else x.dtype
+
+
+def _called(graph: Graph, like: Node, function: Any, arguments: tuple[Any, ...], examples: Sequence[Any]) -> list[Node]:
+    """Nodes of the results of a call of a function, with example values."""
+    made = graph.call_function(function, arguments)
+    made.meta = dict(like.meta, example_value=tuple(examples))
+    found = []
+    for index, example in enumerate(examples):
+        found.append(graph.call_function(operator.getitem, (made, index)))
+        found[-1].meta = dict(like.meta, example_value=example)
+    return found
 
 
 def _drop_dead(graph: Graph) -> None:

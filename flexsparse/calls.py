@@ -147,6 +147,7 @@ class CallParts:
         attend: the whole call, ``attend(q, k, v, gate, grid, ratios, mask, fine_gate, *, scale, backend, name, builder,
             order)``; ``mask`` is a key mask ``[B, 1, 1, S]`` or None, ``order`` that of the tokens (`TileLayout`), here and
             in the parts.
+        hide: k and v without the text that a key mask hides.
         tiles: q, k and v in tile order.
         video_tables: the tables by which the coarse stage finds tokens in raster order (`ops.coarse_select`).
         video_starts: the first video slots of queries and keys.
@@ -201,12 +202,11 @@ class CallParts:
                 return move(x[:, None])[:, 0].contiguous()
             return move(x.movedim(dim, -2)).movedim(-2, dim).contiguous()
 
-        def flexsparse_tiles(
-            q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grid: Geometry, tables: Tables, order: str
-        ) -> Tiles:
+        def flexsparse_hide(k: Tensor, v: Tensor, mask: Tensor, grid: Geometry) -> tuple[Tensor, Tensor]:
+            return hide_text(k, v, mask, layouts_of(grid)[0])
+
+        def flexsparse_tiles(q: Tensor, k: Tensor, v: Tensor, grid: Geometry, tables: Tables, order: str) -> Tiles:
             layout, kv_layout = ordered(grid, tables, order)
-            if mask is not None:
-                k, v = hide_text(k, v, mask, layout)
             return tiles_of(q, k, v, layout, kv_layout, None)
 
         def flexsparse_video_tables(q: Tensor, k: Tensor, grid: Geometry, tables: Tables) -> tuple[Tensor, ...]:
@@ -271,7 +271,12 @@ class CallParts:
 
         self.attend, self.whole, self.reorder = flexsparse_attend, whole, flexsparse_reorder
         self.tables, self.index = tables, flexsparse_index
-        self.tiles, self.plan, self.fine = flexsparse_tiles, flexsparse_plan, flexsparse_fine
+        self.hide, self.tiles, self.plan, self.fine = (
+            flexsparse_hide,
+            flexsparse_tiles,
+            flexsparse_plan,
+            flexsparse_fine,
+        )
         self.video_tables, self.video_starts = flexsparse_video_tables, video_starts
 
 

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from flexsparse.compile_passes import RewriteError
 from flexsparse.compiler import Backend
@@ -234,6 +235,18 @@ def compile_module(module: nn.Module, *args: Any, backend: Any = None, **options
     compile_region(module, options)
 
 
+def _of_their_own(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments of a region without gradients, where none is a view of another tensor.
+
+    Dynamo's guards know a view from what is none, and look at what it is a view of: the first block of a stack, whose hidden
+    states the embedding may hand on as a view, would cost a graph of its own for each kind of sizes.
+    """
+    if torch.is_grad_enabled():  # what a block writes into a view has to reach what it is a view of, gradients included
+        return args, kwargs
+    own: tuple[Any, Any] = tree_map_only(Tensor, lambda x: x.detach() if x._base is not None else x, (args, kwargs))
+    return own
+
+
 def compile_region(module: nn.Module, options: dict[str, Any]) -> None:
     """Compile one module of a wrapped model; modules of one class share one compiled form."""
     state: State = getattr(module, STATE)
@@ -250,7 +263,7 @@ def compile_region(module: nn.Module, options: dict[str, Any]) -> None:
         tally.others += name in known
         before, compiled = tally.sparse, state.forms.region(self, geometry, options)
         with state.interceptor.suspended():
-            out = clear_errors(compiled, self, *geometry, args, kwargs)
+            out = clear_errors(compiled, self, *geometry, *_of_their_own(args, kwargs))
         if (ran := state.interceptor.local.ran) is not None:
             state.interceptor.redone.tell(out, ran)
         if tally.sparse > before:

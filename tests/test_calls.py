@@ -69,7 +69,7 @@ def test_a_call_and_its_parts_choose_their_own_precision(backend: str) -> None:
     how = {"scale": None, "backend": backend, "name": "", "builder": 0, "order": "raster"}
 
     def run() -> list[torch.Tensor]:
-        tiles = parts.tiles(q, k, v, None, geometry, None, "raster")
+        tiles = parts.tiles(q, k, v, geometry, None, "raster")
         planned = parts.plan(q, k, tiles, geometry, None, "raster", (), None, True, None, 0)
         fine = parts.fine(q, tiles, planned, gates, geometry, None, **how)
         whole = parts.attend(q, k, v, gates[0], geometry, (), None, gates[1], **how)

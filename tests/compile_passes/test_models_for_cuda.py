@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from for_cuda import CUDA, NO_STAND_IN, Compiled, h100, on_cuda, recording
+from for_cuda import CUDA, NO_STAND_IN, Compiled, h100, memory, on_cuda, recording
 from models.zoo import ZOO
 
 import flexsparse as fs
@@ -52,6 +52,7 @@ CASES = {
     "a regional form": Case(options={"compile": "regional"}, train=True),
     "checkpointed blocks": Case(checkpointed=True, train=True),
     "HunyuanVideo, padded text": Case(model="hunyuan", batch=2),
+    "HunyuanVideo, padded text, training": Case(model="hunyuan", batch=2, grids=(PARTIAL, OTHER), graphs=2, train=True),
     "CogVideoX": Case(model="cogvideox", train=True),
 }
 
@@ -93,6 +94,9 @@ def test_a_model_compiles_and_runs_our_ops_on_the_gpu_alone(name: str) -> None:
         assert all(x.device == CUDA for launch in graph.launches for x in launch.tensors)
         assert not any("flex_attention" in kernel for kernel in graph.kernels), "stock FlexAttention is left"
         assert not any("index_add" in kernel or "index_put" in kernel for kernel in graph.kernels), "rows are added"
+        for select, attend in zip(graph.ops("flexsparse::coarse_select"), graph.ops(ATTEND)):
+            if case.model == "hunyuan":
+                assert [memory(x) for x in select.args[1:3]] == [memory(x) for x in attend.args[1:3]], "masked twice"
         for launch in graph.ops(ATTEND):
             half = case.dtype != torch.float32 or case.autocast is not None
             if case.builder is None and (half or not case.train):

@@ -286,6 +286,35 @@ def test_tensors_of_a_builders_own_enter_the_graph(checkpointed: bool) -> None:
     )
 
 
+class ByText:
+    """Keeps the tiles that the text's keys are most like."""
+
+    def select(self, q: Tensor, k: Tensor, layout: Any, kv_layout: Any = None, scale: float | None = None) -> Any:
+        tiles = layout.video(layout.to_tiles(k)).mean(3)
+        scores = (tiles @ k[:, :, layout.num_tokens :].mean(2, keepdim=True).mT).mT.expand(-1, -1, layout.num_tiles, -1)
+        keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(3).indices, True)
+        return TileSelection.from_mask(keep, layout)
+
+
+class Masked(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = ((x @ w).unflatten(-1, (2, 8)).transpose(1, 2) for w in W)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None]).transpose(1, 2).flatten(2)
+
+
+def test_what_a_mask_hides_is_hidden_from_a_builder_too() -> None:
+    text = 6
+    x, mask = torch.randn(2, S + text, C), torch.ones(2, S + text, dtype=torch.bool)
+    mask[0, -4:] = mask[1, -1:] = False
+    x = x.masked_fill(~mask[..., None], 1e4)
+    how: dict[str, Any] = {"grid": GRID, "tile": TILE, "text_last": text}
+    backend = fs.backend(ByText(), inner="aot_eager", **how)
+    model = fs.wrap(Masked(), ByText(), compile=False, attention="reference", **how)
+    out, expected = torch.compile(Masked(), backend=backend, fullgraph=True)(x, mask), model(x, mask)
+    assert fs.report(model).calls[0].sparse and backend.report().calls[0].sparse
+    torch.testing.assert_close(out[mask], expected[mask], atol=1e-5, rtol=1e-4)
+
+
 def test_the_identity_is_that_of_source_and_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     parts, others = (CallParts((fs.VSA(top_k=3),), (), layouts_of) for _ in range(2))
     before = UnfoldAttention(parts.attend, parts).uuid()

@@ -9,7 +9,18 @@ from tests.mutations.catalogue.passes import PASSES
 from tests.mutations.catalogue.real_sizes import REAL_SIZES
 from tests.mutations.catalogue.templates import TEMPLATES
 from tests.mutations.catalogue.training import TRAINING
+from tests.mutations.catalogue.where_tokens_lie import WHERE_TOKENS_LIE
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-MUTATIONS: tuple[Mutation, ...] = (*ATTENTION, *OPS, *PASSES, *TEMPLATES, *MODELS, *LONG_RUNS, *REAL_SIZES, *TRAINING)
+MUTATIONS: tuple[Mutation, ...] = (
+    *ATTENTION,
+    *OPS,
+    *PASSES,
+    *TEMPLATES,
+    *MODELS,
+    *LONG_RUNS,
+    *REAL_SIZES,
+    *WHERE_TOKENS_LIE,
+    *TRAINING,
+)
