@@ -182,9 +182,6 @@ BUILDERS: dict[str, dict[str, Any]] = {
     "BSA, all queries scored": {"builder": fs.BSA(kv_density=0.4, score_queries="all", representative="medoid")},
     "BSA, of a head": {"builder": fs.BSA(kv_density=0.4, statistics="head")},
     "BSA, of a head, probability": {"builder": fs.BSA(kv_density=0.4, statistics="head", threshold="probability")},
-    "BSA, of a head, schedule": {
-        "builder": fs.BSA(kv_density=fs.SparsitySchedule(start=1.0, target=0.3), statistics="head")
-    },
     "float32": {"dtype": torch.float32},
 }
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from flexsparse.ops.choice import RULES, Choice, Rule, _best, choose, masked_softmax, row_threshold, sortable
 from flexsparse.ops.select_tiles import allowed_bits, select_tiles
@@ -257,3 +258,14 @@ def test_select_tiles_takes_masks_that_broadcast_and_gives_no_gradient() -> None
         full = pack_bits(mask.expand(scores.shape))
         assert isinstance(chosen, Choice) and not any(x.requires_grad for x in chosen)
         assert all(torch.equal(mine, other) for mine, other in zip(chosen, choose(scores.detach(), full, rule, 6)))
+
+
+@pytest.mark.parametrize("density", [0.2, 1.0, 1e-9])
+def test_a_threshold_of_a_number_and_of_a_tensor_are_alike_by_ops_that_inductor_has_on_a_gpu(density: float) -> None:
+    scores, mask = torch.randn(2, 3, 4, 50), torch.rand(2, 3, 4, 50) < 0.8
+    number = row_threshold(scores, mask, density, (-2, -1))
+    tensor = torch.tensor(density, dtype=torch.float64)
+    traced = make_fx(lambda x, d: row_threshold(x, mask, d, (-2, -1)))(scores, tensor)
+    torch.testing.assert_close(traced(scores, tensor), number, rtol=1e-6, atol=1e-6)
+    names = {str(node.target) for node in traced.graph.nodes}
+    assert any("erfinv" in name for name in names) and not any("ndtri" in name for name in names)

@@ -94,7 +94,7 @@ WHERE_TOKENS_LIE = (
         "ops/choice.py",
         "return torch.erfinv(2 * p - 1) * math.sqrt(2)",
         "return torch.special.ndtri(p)",
-        ("compile_passes/test_for_cuda.py", "-k", "training_reads and schedule", *ALL),
+        ("ops/test_choice.py",),
     ),
     Mutation(
         "a graph more for a first block that is given a view",
