@@ -101,11 +101,12 @@ def raster_shapes(long_tail: bool) -> list[Shape]:
         Shape(raster="qkv", full=True),
         Shape(raster="qkv", D=64),
         Shape(raster="qkv", query_rows=128, slots=128),
+        Shape(raster="kv"),
+        Shape(raster="kv", query_rows=32),
+        Shape(raster="kv", D=64),
     ]
     if long_tail:
         rare: list[dict[str, Any]] = [
-            {"raster": "kv"},
-            {"raster": "kv", "query_rows": 32},
             {"group": 2},
             {"heads": 1},
             {"D": 96},

@@ -20,7 +20,7 @@ from flexsparse.compile_passes.templates.column_kernels import _add_pieces, _dkd
 from flexsparse.compile_passes.templates.launch import Compilation, launch
 from flexsparse.compile_passes.templates.lists import ascending, transpose
 from flexsparse.compile_passes.templates.rows import dense_rows, lengths, strides
-from flexsparse.compile_passes.templates.walks import Walk, column_blocks, dkdv_of, dq_blocks, dq_of, row_blocks
+from flexsparse.compile_passes.templates.walks import Walk, column_blocks, counts_rows, dkdv_of, dq_blocks, dq_of, row_blocks
 
 
 def backward(
@@ -198,10 +198,11 @@ def compilations(long_tail: bool) -> list[Compilation]:
         constants = {"CORRECT": correct, "LSE_GRADIENT": False, "grad_lse": None}
         size = dq_blocks(*sizes).deeper(bool(shape.raster))
         found.append(compilation(_dq, shape, size, **constants))
-        size = column_blocks(*sizes, shape.group, not shape.full).deeper(shape.raster == "qkv")
-        found.append(compilation(_dkdv, shape, size, SPLIT=False, workspace=None))
-        split = compilation(_dkdv, shape, size, SPLIT=True)
-        found.append(replace(split, config=split.config | {"split": True}))
+        if shape.raster != "kv" or not counts_rows(shape.D, shape.query_rows):  # else it is that of "qkv"
+            size = column_blocks(*sizes, shape.group, not shape.full).deeper(shape.raster == "qkv")
+            found.append(compilation(_dkdv, shape, size, SPLIT=False, workspace=None))
+            split = compilation(_dkdv, shape, size, SPLIT=True)
+            found.append(replace(split, config=split.config | {"split": True}))
         found.append(
             compilation(_add_pieces, shape, Blocks(rows=0, keys=min(shape.slots, 32), num_warps=4, num_stages=2))
         )

@@ -150,11 +150,22 @@ def dq_of(walk: Walk, lists: Tensor) -> Tensor:
     return dq
 
 
+def counts_rows(D: int, query_rows: int) -> bool:
+    """Whether dk and dv find packed queries by a table that counts them, where they find keys and values by a table.
+
+    With the one table ptxas spills at 64 rows of D=128; with both it does not, as in attention that packs nothing.
+    """
+    return D > 64 and query_rows >= 64
+
+
 def dkdv_of(walk: Walk, offsets: Tensor, columns: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """dk and dv, from the query tiles that keep each KV tile, as `transpose` says them."""
     q, k, v = (walk.rows[name] for name in "qkv")
     (B, H, _, D), G, N = q.shape, k.shape[1], walk.counts.shape[2]
     R, keys = lengths(q, k, walk.q_tokens, walk.kv_tokens)
+    q_tokens = walk.q_tokens
+    if q_tokens is None and walk.kv_tokens is not None and counts_rows(D, walk.query_rows):
+        q_tokens = torch.arange(R, dtype=torch.int32, device=q.device)
     U, M, query_tiles = keys // walk.slots, walk.kv_video, R // walk.query_rows
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     hopper = tuned.hopper_choice("dkdv", q, walk.query_rows, walk.slots, walk.by_table)
@@ -162,7 +173,7 @@ def dkdv_of(walk: Walk, offsets: Tensor, columns: Tensor, indices: Tensor) -> tu
         size = hopper.blocks
     else:
         size = column_blocks(q.dtype, D, walk.query_rows, walk.slots, H // G, walk.partial)
-        size = size.deeper(walk.q_tokens is not None)
+        size = size.deeper(q_tokens is not None)
     halves = walk.slots // size.keys
     entries = N * min(walk.capacity, M) + (query_tiles - N) * M + (U - M) * query_tiles
     most = most_pieces(B * G, halves, U, H // G * entries, H // G * query_tiles)
@@ -179,7 +190,7 @@ def dkdv_of(walk: Walk, offsets: Tensor, columns: Tensor, indices: Tensor) -> tu
             *walk.operands,
             *(offsets, columns, indices, work),
             walk.kv_counts,
-            *(walk.q_tokens, walk.kv_tokens),
+            *(q_tokens, walk.kv_tokens),
             *(dk, dv, workspace),
             *(walk.scale, walk.scale * LOG2E),
             *(N, M, U, R, walk.first_rows // walk.query_rows, walk.kv_first, G, most),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexsparse.compile_passes.templates import tuned
+from flexsparse.compile_passes.templates import tuned, walks
 from flexsparse.compile_passes.templates.backward import backward
 from flexsparse.compile_passes.templates.forward import forward
 from flexsparse.compile_passes.templates.launch import count_launches
@@ -124,6 +124,17 @@ def test_the_same_bits_as_from_tile_order(case: Case, tables: str) -> None:
     for name, source in lies.items():
         if name in found:
             assert found[name].stride() == getattr(problem, source).stride(), name
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_packed_rows_with_keys_by_a_table(counted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted: dk and dv look them up in a table that counts them, for the registers of large tiles."""
+    monkeypatch.setattr(walks, "counts_rows", lambda D, query_rows: counted)
+    at = both(replace(CASES[0], gated=False))
+    expected = run(at.tiled, with_lse=False)
+    found = run(replace(at.tiled, k=at.raster.k, v=at.raster.v), False, kv_tokens=at.kv_tokens)
+    for name, x in expected.items():
+        assert torch.equal(found[name], rows_of_tokens(x, at.kv_tokens) if name in ("dk", "dv") else x), name
 
 
 @pytest.mark.parametrize("memory", ["odd rows", pytest.param("one of a fused three", marks=pytest.mark.slow)])
