@@ -102,6 +102,8 @@ def attend(
     """The computation itself, on checked arguments: (output, selection, coarse output, log-sum-exp)."""
     keys = layout if kv_layout is None else kv_layout
     gradients = wants_gradients(q, k, v, gate, fine_gate)
+    if not isinstance(builder, MaskBuilder | TileSelection) and not is_tracing():  # it reads no tiles
+        builder = plan(q, k, (q, k, v), layout, builder, kv_layout, scale, tile_counts, False)[0]
     raster = tile_counts is None and reads_raster(q, layout, keys, builder, backend, gradients)
     tiles = (q, k, v) if raster else tiles_of(q, k, v, layout, kv_layout, tile_counts)
     wants = (coarse_wanted or gate is not None) and getattr(builder, "has_coarse", False)

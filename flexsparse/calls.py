@@ -21,6 +21,7 @@ from flexsparse.masks.base import MaskBuilder
 from flexsparse.ops import text_lengths  # noqa: F401  # registers the op
 from flexsparse.schedule import SparsitySchedule
 from flexsparse.selection import KeptQueries, TileSelection
+from flexsparse.tables import is_tracing
 
 Gates = tuple[Tensor | None, Tensor | None]
 """Of the coarse and of the fine output, ``[B, S, H * D]`` each."""
@@ -107,9 +108,12 @@ def sparse_call(
     with autocast_off(q.device.type):
         gates = gates_of_heads(gates, q, layout)
         scale = softmax_scale(scale, q.shape[-1])
-        if mask is not None:
-            k, v = hide_text(k, v, mask, layout)
+        if not isinstance(builder, MaskBuilder | TileSelection) and not is_tracing():  # it reads no tiles, but text
+            shown = k if mask is None else hide_text(k, v, mask, layout)[0]
+            builder = plan(q, shown, (q, shown, v), layout, builder, kv_layout, scale, None, False)[0]
         raster = reads_raster(q, layout, kv_layout, builder, backend, wants_gradients(q, k, v, *gates))
+        if mask is not None and not raster:  # by tables, kernels read nothing past the lengths
+            k, v = hide_text(k, v, mask, layout)
         tiles = (q, k, v) if raster else tiles_of(q, k, v, layout, kv_layout, None)
         selection, coarse_out = plan(q, k, tiles, layout, builder, kv_layout, scale, None, gates[0] is not None, raster)
         selection = with_text_counts(selection, mask)

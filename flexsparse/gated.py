@@ -40,7 +40,7 @@ class GatedCoarse(torch.autograd.Function):
 
     @staticmethod
     def forward(gate: Tensor, coarse_out: Tensor, layout: TileLayout, dtype: torch.dtype) -> Tensor:
-        return gate * _of_tokens(coarse_out, layout).to(dtype)
+        return gate * _of_tokens(coarse_out.to(dtype), layout)  # rounded as tiles: tokens are as large as q
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -51,9 +51,9 @@ class GatedCoarse(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> Any:
         (gate, coarse_out), (layout, dtype) = ctx.saved_tensors, ctx.how
-        d_gate = (grad * _of_tokens(coarse_out, layout).to(dtype)).to(gate.dtype)
-        rows = layout.to_tiles((grad * gate).to(coarse_out.dtype))
-        return d_gate, layout.video(rows).sum(-2), None, None
+        d_gate = (grad * _of_tokens(coarse_out.to(dtype), layout)).to(gate.dtype)
+        rows = layout.video(layout.to_tiles(grad * gate))
+        return d_gate, rows.sum(-2, dtype=coarse_out.dtype), None, None
 
 
 def _of_tokens(coarse_out: Tensor, layout: TileLayout) -> Tensor:

@@ -37,16 +37,19 @@ def is_exporting() -> bool:
     """Whether `torch.export` traces this code: an export that is not strict runs it, with modes that its thread alone has."""
     # torch's `is_exporting` is true of everything that Dynamo of torch 2.11 traces
     flag: bool = torch.compiler._is_exporting_flag
-    return flag and (torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0)
+    return flag and (torch.compiler.is_dynamo_compiling() or _in_a_tracer())
 
 
 def is_tracing() -> bool:
     """Whether this code is being traced, by Dynamo or by what follows it: nothing may be cached or looked at then."""
-    return (
-        torch.compiler.is_dynamo_compiling()
-        or torch._guards.TracingContext.try_get() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return torch.compiler.is_dynamo_compiling() or torch._guards.TracingContext.try_get() is not None or _in_a_tracer()
+
+
+def _in_a_tracer() -> bool:
+    """Whether a mode that traces or makes fake tensors is on: not a user's own (selective checkpointing, counters)."""
+    keys = torch._C._TorchDispatchModeKey
+    traced = any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
+    return traced or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -21,13 +21,13 @@ from flexsparse.masks.coarse import CoarseInputs, coarse_stage, tile_scores
 from flexsparse.masks.static import StaticBuilder, check_within
 from flexsparse.masks.top_p import check_tiles
 from flexsparse.masks.windows import window_counts, window_in, window_sizes
-from flexsparse.ops.choice import Rule, masked_softmax, row_threshold
+from flexsparse.ops.choice import Rule, masked_softmax, read, row_threshold
 from flexsparse.ops.coarse_select import pool_tiles
 from flexsparse.ops.prune_queries import prune_queries as pruning
 from flexsparse.ops.windows import Axes
 from flexsparse.schedule import Ratio, check_ratio, current, highest, rule_of, target
 from flexsparse.selection import KeptQueries, TileSelection
-from flexsparse.tables import MIN_SLOTS, smaller
+from flexsparse.tables import MIN_SLOTS, is_tracing, smaller
 
 Fill = Literal["representative", "nearest", "zero"]
 Representative = Literal["center", "medoid"]
@@ -160,6 +160,8 @@ class BSA(MaskBuilder):
         allowed = coarse.alive()
         values = masked_softmax(scores, allowed) if self.threshold == "probability" else scores
         density = current(self.kv_density)  # a number stays one: a graph would read a tensor of it on the CPU
+        if isinstance(density, Tensor) and density.device.type == "cpu" and not is_tracing():
+            density = read(density)  # which refuses where a CUDA graph would keep it
         above = (values > row_threshold(values, allowed, density, (-2, -1))) | (density >= 1)
         above = above if allowed is None else above & allowed
         return Rule(name="top_k", now=above.sum(-1, keepdim=True), min_tiles=self.min_tiles)

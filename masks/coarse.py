@@ -206,9 +206,9 @@ def coarse_stage(
         count_bias: add ``log(valid tokens)`` of a KV tile to its score.
         q_c: pooled queries ``[B, H, N, D]``, where they are not the mean of their tiles.
     """
-    allowed = candidates(within, coarse)
     masked = coarse.tile_counts is not None
     if is_tracing():
+        allowed = candidates(within, coarse)
         scores = tile_scores(coarse.pooled_q() if q_c is None else q_c, coarse.pooled_k(), coarse.scale)
         if count_bias:
             log_counts = coarse.kv_counts.clamp_min(1).to(scores.dtype).log()
@@ -221,7 +221,11 @@ def coarse_stage(
     q, q_counts = coarse.q, coarse.q_counts
     if q_c is not None:  # pooled already: tiles of one token
         q, q_counts = q_c[:, :, :, None], torch.ones_like(q_counts)
-    among = None if allowed is None else allowed_bits(allowed, coarse.layout.num_tiles)
+    among = None
+    if within is not None and not masked:  # packed once
+        among = within.packed(coarse.layout, coarse.kv_layout, coarse.q.device)
+    if among is None and (allowed := candidates(within, coarse)) is not None:
+        among = allowed_bits(allowed, coarse.layout.num_tiles)
     how = (rule.now, rule.name, rule.value, rule.min_tiles, capacity, coarse.scale, count_bias)
     tables: Sequence[Tensor | None] = coarse.tables or (None,) * 4
     if q_c is not None:  # nobody looks for their tokens

@@ -74,6 +74,10 @@ class StaticBuilder(MaskBuilder):
         bits, counts = bits.expand(*heads, *bits.shape[-2:]), counts.expand(*heads, counts.shape[-1])
         return coarse.selection(bits.contiguous(), counts.contiguous(), capacity), None
 
+    def packed(self, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor | None:
+        """The mask as words, int32 ``[1, 1, N, W]``, cached; None where it may change."""
+        return _cached_bits(self, layout, kv_layout, device)[0][None, None] if self._cached(layout, kv_layout) else None
+
     def _cached(self, layout: TileLayout, kv_layout: TileLayout) -> bool:
         return not (is_tracing() or layout.symbolic or kv_layout.symbolic) and never_changes(self)
 

@@ -1,6 +1,7 @@
 """`sparse_attention` itself: what it returns, what it chooses, compiled against eager."""
 
 import dataclasses
+import functools
 import logging
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from tolerance import assert_as_good
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import flexsparse as fs
 from flexsparse.attention import _log_once
@@ -23,6 +26,38 @@ LAYOUT = fs.TileLayout(grid=(2, 6, 7), tile=(2, 4, 4), text_last=4)
 def qkv(layout: fs.TileLayout = LAYOUT, dtype: torch.dtype = torch.float32, G: int = 1) -> list[Tensor]:
     generator = torch.Generator().manual_seed(2)
     return [torch.randn(2, heads, layout.seq_len, 16, generator=generator).to(dtype) for heads in (2, G, G)]
+
+
+class Seen(TorchDispatchMode):
+    """Notes the ops that are run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("builder", (fs.VSA(top_k=2), fs.BSA(kv_density=0.4), fs.TopP(mass=0.5)))
+def test_a_mode_of_the_users_is_no_tracer(builder: Any) -> None:
+    """Selective checkpointing, counters of operations: what runs is what runs without them, not what compilers are shown."""
+    q, k, v = (x.requires_grad_() for x in qkv())
+    gate = torch.randn(q.shape) if builder.has_coarse else None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fs.sparse_attention(q, k, v, LAYOUT, builder, gate=gate)
+
+    with Seen() as seen:
+        attend(q, k, v)
+    assert "flexsparse::coarse_select" in seen.ops and "aten::bmm" not in seen.ops
+    contexts = functools.partial(
+        create_selective_checkpoint_contexts, lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE
+    )
+    outs = attend(q, k, v), checkpoint(attend, q, k, v, use_reentrant=False, context_fn=contexts)
+    results = [[out, *torch.autograd.grad(out.cos().sum(), (q, k, v))] for out in outs]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_aux_holds_what_was_computed() -> None:

@@ -160,7 +160,7 @@ def test_a_new_step_changes_the_selection_and_compiles_nothing(name: str, fresh_
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("name", ["VSA", "TopP", "BSA", "BSA's queries"])
+@pytest.mark.parametrize("name", ["VSA", "TopP", "BSA", "BSA's queries", "BSA of a head"])
 def test_no_cuda_graph_keeps_a_schedules_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its value is read on the CPU when kernels are launched: replays would never see another."""
     schedule, layout = SparsitySchedule(start=1.0, target=0.5), fs.TileLayout(grid=(4, 8, 8), tile=(4, 4, 4))
@@ -169,6 +169,7 @@ def test_no_cuda_graph_keeps_a_schedules_value(name: str, monkeypatch: pytest.Mo
         "TopP": fs.TopP(mass=schedule),
         "BSA": fs.BSA(kv_density=schedule),
         "BSA's queries": fs.BSA(keep_queries=schedule),
+        "BSA of a head": fs.BSA(kv_density=schedule, statistics="head"),
     }[name]
     q = torch.randn(1, 1, layout.seq_len, 16)
     assert builder.select(q, q, layout).counts.min() >= 1

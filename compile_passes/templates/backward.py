@@ -20,7 +20,15 @@ from flexsparse.compile_passes.templates.column_kernels import _add_pieces, _dkd
 from flexsparse.compile_passes.templates.launch import Compilation, launch
 from flexsparse.compile_passes.templates.lists import ascending, transpose
 from flexsparse.compile_passes.templates.rows import dense_rows, lengths, strides
-from flexsparse.compile_passes.templates.walks import Walk, column_blocks, counts_rows, dkdv_of, dq_blocks, dq_of, row_blocks
+from flexsparse.compile_passes.templates.walks import (
+    Walk,
+    column_blocks,
+    counts_rows,
+    dkdv_of,
+    dq_blocks,
+    dq_of,
+    row_blocks,
+)
 
 
 def backward(

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flexsparse.backends import gather  # noqa: F401  # registers its ops
-from flexsparse.ops import tile_attention  # noqa: F401
+from flexsparse.ops import coarse_select, tile_attention  # noqa: F401
 
 FORWARD, BACKWARD = 2, 5
 """Matrix products of a pair of tiles."""
@@ -74,6 +74,22 @@ def _tiles_backward(grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor
         args[:14]
     )
     return _flops(BACKWARD, q, _rows(q, args[17:]), counts, kv_counts, query_rows, kv_video, slots, capacity)
+
+
+@register_flop_formula(torch.ops.flexsparse.coarse_select, get_raw=True)
+def _coarse(q: Tensor, k: Tensor, v: Tensor | None, *args: Any, **_: Any) -> int:
+    """Scores of all pairs of tiles, and the coarse output where there are values; pooling is no product."""
+    q_tokens, kv_tokens = (*args, None, None)[10:12]
+    N, M = (x.shape[2] if table is None else table.shape[0] for x, table in ((q, q_tokens), (k, kv_tokens)))
+    return 2 * (1 if v is None else FORWARD) * q.shape[0] * q.shape[1] * N * M * q.shape[-1]
+
+
+@register_flop_formula(torch.ops.flexsparse.coarse_select_backward, get_raw=True)
+def _coarse_backward(
+    d_coarse: Tensor, coarse: Tensor, lse: Tensor, q_c: Tensor, k_c: Tensor, *_: Any, **__: Any
+) -> int:
+    """The scores again, and a product for each gradient of them, of q, k and v."""
+    return 2 * BACKWARD * q_c.numel() * k_c.shape[2]
 
 
 def _rows(q: Tensor, tables: tuple[Any, ...]) -> int:

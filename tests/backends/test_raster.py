@@ -127,6 +127,34 @@ def test_who_reads_tiles_gets_them(joined: bool, tiled: list[str]) -> None:
     assert tiled
 
 
+class Chosen:
+    """Somebody's own, which selects from raster order."""
+
+    def select(self, q: Tensor, k: Tensor, layout: Any, kv_layout: Any = None, scale: Any = None) -> Any:
+        assert k.isfinite().all(), "hidden text is hidden from it"
+        return fs.VSA(top_k=2).select(q, k, layout)
+
+
+@pytest.mark.parametrize("builder", (fs.VSA(top_k=2), fs.BSA(kv_density=0.4), Chosen()), ids=lambda x: type(x).__name__)
+def test_hidden_text_is_not_read(builder: Any, tiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels end at its length: nobody zeroes it, in copies of k and v that a backward would keep."""
+    monkeypatch.setattr(calls, "tiles_of", attention.tiles_of)
+    layout = fs.TileLayout(grid=(2, 3, 5), tile=(2, 2, 4), text_last=20)
+    mask = torch.ones(2, 1, 1, layout.seq_len, dtype=torch.bool)
+    mask[0, ..., -5:] = mask[1, ..., -18:] = False
+    hidden = ~mask[:, :, 0, :, None]
+    q, k, v = (torch.randn(2, heads, layout.seq_len, D) for heads in (H, G, G))
+    results = []
+    for value in (torch.nan, 0.0):
+        leaves = [q.clone(), k.masked_fill(hidden, value), v.masked_fill(hidden, value)]
+        leaves = [x.requires_grad_() for x in leaves]
+        out = calls.sparse_call(builder, *leaves, (None, None), layout, None, "triton", False, mask=mask)
+        grads = torch.autograd.grad((out.cos() * ~hidden).sum(), leaves)
+        results.append([out, *grads])
+        assert all(not bool(x.masked_select(hidden).any()) for x in grads[1:])
+    assert not tiled and all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("who", ("nobody", "keys", "gate", "nobody in a model", "gate in a model"))
 def test_kernels_of_a_backward_are_asked_where_there_is_one(
     who: str, tiled: list[str], monkeypatch: pytest.MonkeyPatch
