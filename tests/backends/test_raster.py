@@ -143,6 +143,9 @@ def test_hidden_text_is_not_read(builder: Any, tiled: list[str], monkeypatch: py
     mask = torch.ones(2, 1, 1, layout.seq_len, dtype=torch.bool)
     mask[0, ..., -5:] = mask[1, ..., -18:] = False
     hidden = ~mask[:, :, 0, :, None]
+    zeroed: list[str] = []
+    hide = calls.hide_text
+    monkeypatch.setattr(calls, "hide_text", lambda *args: (zeroed.append("text"), hide(*args))[1])
     q, k, v = (torch.randn(2, heads, layout.seq_len, D) for heads in (H, G, G))
     results = []
     for value in (torch.nan, 0.0):
@@ -153,6 +156,7 @@ def test_hidden_text_is_not_read(builder: Any, tiled: list[str], monkeypatch: py
         results.append([out, *grads])
         assert all(not bool(x.masked_select(hidden).any()) for x in grads[1:])
     assert not tiled and all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert len(zeroed) == 2 * isinstance(builder, Chosen), "it alone is given the text's keys"
 
 
 @pytest.mark.parametrize("who", ("nobody", "keys", "gate", "nobody in a model", "gate in a model"))
