@@ -135,6 +135,12 @@ class Chosen:
         return fs.VSA(top_k=2).select(q, k, layout)
 
 
+def test_what_a_select_chose_is_attended_in_raster_order(tiled: list[str]) -> None:
+    q, k, v = (torch.randn(B, heads, LAYOUT.seq_len, D) for heads in (H, G, G))
+    out = fs.sparse_attention(q, k, v, LAYOUT, Chosen(), backend="triton")
+    assert not tiled and torch.equal(out, fs.sparse_attention(q, k, v, LAYOUT, fs.VSA(top_k=2), backend="triton"))
+
+
 @pytest.mark.parametrize("builder", (fs.VSA(top_k=2), fs.BSA(kv_density=0.4), Chosen()), ids=lambda x: type(x).__name__)
 def test_hidden_text_is_not_read(builder: Any, tiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels end at its length: nobody zeroes it, in copies of k and v that a backward would keep."""
