@@ -132,11 +132,11 @@ WHERE_TOKENS_LIE = (
         ("test_schedule.py", "-k", "graph_keeps"),
     ),
     Mutation(
-        "the coarse stage counted by no counter",
+        "the coarse output counted by no counter",
         "ops/flop_formulas.py",
-        "return 2 * BACKWARD * q_c.numel() * k_c.shape[2]",
-        "return 0",
-        ("planning/test_attention.py", "-k", "coarse"),
+        "2 * (1 if v is None else FORWARD) * q.shape[0]",
+        "2 * q.shape[0]",
+        ("ops/test_flop_formulas.py",),
     ),
     Mutation(
         "hidden text shown to the coarse stage, and zeroed for the fine stage alone",
