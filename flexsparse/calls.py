@@ -18,10 +18,10 @@ from flexsparse.autocast import autocast_dtype, autocast_off
 from flexsparse.grids import Geometry
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import MaskBuilder
-from flexsparse.ops import text_lengths  # noqa: F401  # registers the op
 from flexsparse.schedule import SparsitySchedule
 from flexsparse.selection import KeptQueries, TileSelection
 from flexsparse.tables import is_tracing
+from flexsparse.text_masks import TextMask
 
 Gates = tuple[Tensor | None, Tensor | None]
 """Of the coarse and of the fine output, ``[B, S, H * D]`` each."""
@@ -58,34 +58,6 @@ def gate_heads(gate: Tensor, q: Tensor, layout: TileLayout, rest: float) -> Tens
     return gate.unflatten(-1, (H, D)).transpose(1, 2).to(q.dtype)
 
 
-def hide_text(k: Tensor, v: Tensor, mask: Tensor, layout: TileLayout) -> tuple[Tensor, Tensor]:
-    """k and v with the text that a key mask hides zeroed: what lies there may be anything, NaN included."""
-    lengths = torch.ops.flexsparse.text_lengths(mask, layout.text_first, layout.text_last)
-    hidden = hidden_text(lengths, layout)[:, None, :, None]
-    return k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
-
-
-def hidden_text(lengths: Tensor, layout: TileLayout) -> Tensor:
-    """Which tokens are text past its lengths ``[B, 2]``: bool ``[B, S]``."""
-    position = torch.arange(layout.seq_len, device=lengths.device)
-    after = position - (layout.text_first + layout.num_tokens)
-    return (position < layout.text_first) & (position >= lengths[:, :1]) | (after >= lengths[:, 1:])
-
-
-def text_counts(mask: Tensor, layout: TileLayout) -> Tensor:
-    """Valid tokens of every tile where a key mask hides text: int32 ``[B, tiles]``."""
-    lengths = torch.ops.flexsparse.text_lengths(mask, layout.text_first, layout.text_last)
-    counts = layout.index(mask.device)[2].expand(mask.shape[0], -1)
-
-    def of_text(tiles: int, length: Tensor) -> Tensor:
-        return (length - torch.arange(tiles, device=mask.device) * layout.slots).clamp(0, layout.slots).to(torch.int32)
-
-    video = counts.narrow(-1, layout.tiles_first, layout.num_tiles)
-    return torch.cat(
-        [of_text(layout.tiles_first, lengths[:, :1]), video, of_text(layout.tiles_last, lengths[:, 1:])], -1
-    )
-
-
 def sparse_call(
     builder: Any,
     q: Tensor,
@@ -97,10 +69,10 @@ def sparse_call(
     backend: str,
     in_graph: bool,
     call: str = "",
-    mask: Tensor | None = None,
+    text: TextMask | None = None,
     kv_layout: TileLayout | None = None,
 ) -> Tensor:
-    """What replaces a scaled_dot_product_attention call, in a graph or uncompiled."""
+    """What replaces a scaled_dot_product_attention call, in a graph or uncompiled; ``text`` is what a key mask leaves."""
     kv_layout = layout if kv_layout is None else kv_layout
     dtype = autocast_dtype(q.device.type)
     if dtype is not None:
@@ -109,25 +81,23 @@ def sparse_call(
         gates = gates_of_heads(gates, q, layout)
         scale = softmax_scale(scale, q.shape[-1])
         if not isinstance(builder, MaskBuilder | TileSelection) and not is_tracing():  # it reads no tiles, but text
-            shown = k if mask is None else hide_text(k, v, mask, layout)[0]
+            shown = k if text is None else text.hide(k, v)[0]
             builder = plan(q, shown, (q, shown, v), layout, builder, kv_layout, scale, None, False)[0]
         raster = reads_raster(q, layout, kv_layout, builder, backend, wants_gradients(q, k, v, *gates))
-        if mask is not None and not raster:  # by tables, kernels read nothing past the lengths
-            k, v = hide_text(k, v, mask, layout)
+        if text is not None and not raster:  # by tables, kernels read nothing past the lengths
+            k, v = text.hide(k, v)
         tiles = (q, k, v) if raster else tiles_of(q, k, v, layout, kv_layout, None)
         selection, coarse_out = plan(q, k, tiles, layout, builder, kv_layout, scale, None, gates[0] is not None, raster)
-        selection = with_text_counts(selection, mask)
+        selection = with_text_counts(selection, text)
         how: dict[str, Any] = {"in_graph": in_graph, "call": call, "raster": raster}
         return fine(q, tiles, selection, coarse_out, gates, scale, backend, **how)[0]
 
 
-def with_text_counts(selection: TileSelection, mask: Tensor | None) -> TileSelection:
+def with_text_counts(selection: TileSelection, text: TextMask | None) -> TileSelection:
     """A selection whose text tiles hold what a key mask leaves; the video tiles, which it chose from, are the layout's."""
-    if mask is None:
+    if text is None:
         return selection
-    counts = text_counts(mask, selection.kv_layout).expand(
-        selection.counts.shape[0], -1
-    )  # a mask may serve all samples
+    counts = text.counts.expand(selection.counts.shape[0], -1)  # a mask may serve all samples
     return dataclasses.replace(selection, tile_counts=counts)
 
 
@@ -196,7 +166,8 @@ class CallParts:
             order: str = "raster",
         ) -> Tensor:
             layout, kv_layout = ordered(grid, None, order)
-            choice = (scale, backend, True, name, mask, kv_layout)
+            text = None if mask is None else TextMask.of(mask, kv_layout)
+            choice = (scale, backend, True, name, text, kv_layout)
             return sparse_call(bound(ratios, builder), q, k, v, (gate, fine_gate), layout, *choice)
 
         def flexsparse_reorder(x: Tensor, dim: int, grid: Geometry, tables: Tables, back: bool) -> Tensor:
@@ -207,7 +178,7 @@ class CallParts:
             return move(x.movedim(dim, -2)).movedim(-2, dim).contiguous()
 
         def flexsparse_hide(k: Tensor, v: Tensor, mask: Tensor, grid: Geometry) -> tuple[Tensor, Tensor]:
-            return hide_text(k, v, mask, layouts_of(grid)[0])
+            return TextMask.of(mask, layouts_of(grid)[1]).hide(k, v)
 
         def flexsparse_tiles(q: Tensor, k: Tensor, v: Tensor, grid: Geometry, tables: Tables, order: str) -> Tiles:
             layout, kv_layout = ordered(grid, tables, order)
@@ -235,7 +206,8 @@ class CallParts:
                 layout, kv_layout = ordered(grid, tables, order)
                 chooser = bound(ratios, builder)
                 selection, coarse_out = plan(q, k, tiles, layout, chooser, kv_layout, softmax, None, gated)
-                return flat(with_text_counts(selection, mask), coarse_out)
+                text = None if mask is None else TextMask.of(mask, selection.kv_layout)
+                return flat(with_text_counts(selection, text), coarse_out)
 
         def flexsparse_fine(
             q: Tensor,

@@ -27,9 +27,9 @@ from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
 from flexsparse.compiler import Backend
 from flexsparse.crossing import ANY, CROSSES, Lengths
 from flexsparse.grids import Geometry
-from flexsparse.ops.text_lengths import key_mask_of, stays_dense
 from flexsparse.redone import Forward, Redone
 from flexsparse.reporting import DENSE
+from flexsparse.text_masks import SeenMasks
 
 
 class _Local(threading.local):
@@ -50,6 +50,7 @@ class _Local(threading.local):
         self.others: list[Lengths | None] = []
         self.cut = self.dense = False
         self.gate: Gates | None = None
+        self.masks = SeenMasks()
 
 
 class Interceptor:
@@ -151,6 +152,7 @@ class Interceptor:
                 yield
         finally:
             self.local.depth = 0
+            self.local.masks.forget()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -229,13 +231,14 @@ class Interceptor:
         grid = self.geometry_of(q)
         layout, kv_layout = backend.layouts_of(grid)
         name = self.local.names[-1] if self.local.names else "."
-        mask = key_mask(call.attn_mask)
+        mask = None if call.attn_mask is None else self.local.masks.of(call.attn_mask)
+        keys = None if mask is None else mask.keys
         text = layout.text_first + layout.text_last
-        reason = call.stays_dense(q, k, v, layout.seq_len, backend.min_tokens, mask, text)
+        reason = call.stays_dense(q, k, v, layout.seq_len, backend.min_tokens, keys, text)
         if reason is None and self.crosses(q):
             reason = CROSSES
         if reason is None and mask is not None:
-            reason = stays_dense(mask, layout.text_first, layout.text_last)
+            reason = mask.stays_dense(layout)
         number = backend.rules.index(name)
         if reason is None and number is None:
             reason = DENSE
@@ -266,7 +269,8 @@ class Interceptor:
         backend.tally.sparse += 1
         self.sparse_names.add(name)
         backend.calls.record(backend.describe(backend.calls.numbered(name, True), q, k, grid, None, chosen, builder))
-        how = (call.scale, chosen[0], False, name, mask, kv_layout)
+        left = None if mask is None else mask.text(kv_layout)
+        how = (call.scale, chosen[0], False, name, left, kv_layout)
         return sparse_call(builder, q, k, v, gate or (None, None), layout, *how)
 
     def crosses(self, q: Tensor) -> bool:
@@ -292,13 +296,6 @@ class Interceptor:
         if self.backend.ragged and 0 <= text < first + last:
             return (T, H, W, text, 0) if first else (T, H, W, 0, text)
         return T, H, W, first, last
-
-
-def key_mask(mask: Tensor | None) -> Tensor | None:
-    """What a call's mask says of keys ``[B, 1, 1, S]``; None without one, or where it differs from query to query."""
-    if mask is None or (mask.dim() == 4 and mask.shape[2] == 1):
-        return mask
-    return key_mask_of(mask)
 
 
 def of_samples(gates: Gates, count: int) -> tuple[Gates, Gates | None]:

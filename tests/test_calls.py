@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import flexsparse as fs
-from flexsparse.calls import CallParts, gates_of_heads, hide_text, sparse_call, text_counts
+from flexsparse.calls import CallParts, gates_of_heads, sparse_call
+from flexsparse.text_masks import TextMask
 
 LAYOUT = fs.TileLayout(grid=(2, 4, 6), tile=(2, 4, 4), text_first=3, text_last=70)
 N, H, D = LAYOUT.num_tokens, 2, 4
@@ -33,28 +34,13 @@ def test_a_gate_of_other_sizes_is_an_error() -> None:
         gates_of_heads((torch.randn(1, N - 1, H * D), None), q, LAYOUT)
 
 
-def test_masks_hide_text_of_each_sample() -> None:
-    """Counts of the text tiles, one partly and one wholly hidden, and what is hidden is zero, NaN or not."""
-    lengths = [(3, 70), (1, 64), (0, 5), (2, 0)]
-    position = torch.arange(LAYOUT.seq_len)
-    rows = [(position < a) | ((position >= 3) & (position < 3 + N + b)) for a, b in lengths]
-    mask = torch.stack(rows)[:, None, None]
-    slots, full = LAYOUT.slots, LAYOUT.tile_counts.tolist()
-    for found, (a, b) in zip(text_counts(mask, LAYOUT).tolist(), lengths):
-        last = [min(max(b - i * slots, 0), slots) for i in range(LAYOUT.tiles_last)]
-        assert found == [a, *full[1 : -LAYOUT.tiles_last], *last]
-    k = torch.randn(4, 1, LAYOUT.seq_len, D).masked_fill(~mask.transpose(2, 3), torch.nan)
-    hidden, same = hide_text(k, k, mask, LAYOUT)
-    assert torch.equal(hidden, same) and torch.equal(hidden, k.nan_to_num(0))
-
-
 @pytest.mark.parametrize("backend", ["gather", "reference"])
 def test_one_mask_for_all_samples(backend: str) -> None:
     """All tiles kept: dense attention under the same mask."""
     q, k, v = (torch.randn(2, H, LAYOUT.seq_len, D) for _ in range(3))
     mask = (torch.arange(LAYOUT.seq_len) < 3 + N + 9)[None, None, None]
     builder = fs.VSA(top_k=LAYOUT.num_tiles)
-    out = sparse_call(builder, q, k, v, (None, None), LAYOUT, None, backend, False, mask=mask)
+    out = sparse_call(builder, q, k, v, (None, None), LAYOUT, None, backend, False, text=TextMask.of(mask, LAYOUT))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from flexsparse.arguments import softmax_scale
 from flexsparse.calls import with_text_counts
 from flexsparse.compile_passes.sdpa_call import SDPACall
-from flexsparse.intercept import key_mask
 from flexsparse.layout import TileLayout
 from flexsparse.masks.base import MaskBuilder
 from flexsparse.masks.coarse import CoarseInputs
@@ -115,14 +114,16 @@ def watch(model: nn.Module, each: Callable[[SparseCall], None]) -> Iterator[None
         found.clear()
         out = attend(*args, **kwargs)
         if found:
-            call = SDPACall.of(args, kwargs)
+            call, selection = SDPACall.of(args, kwargs), found[-1]
+            mask = None if call.attn_mask is None else interceptor.local.masks.of(call.attn_mask)
+            text = None if mask is None else mask.text(selection.kv_layout)
             each(
                 SparseCall(
                     name=interceptor.local.names[-1] if interceptor.local.names else ".",
                     q=call.query.detach(),
                     k=call.key.detach(),
                     scale=softmax_scale(call.scale, call.query.shape[-1]),
-                    selection=with_text_counts(found[-1], key_mask(call.attn_mask)),
+                    selection=with_text_counts(selection, text),
                 )
             )
         return out

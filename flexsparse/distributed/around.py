@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from flexsparse import naming
 from flexsparse.autocast import autocast_dtype
-from flexsparse.calls import Gates, hidden_text
+from flexsparse.calls import Gates
 from flexsparse.compile_passes import RewriteError, marks, multi_head, nested, origins
 from flexsparse.compile_passes.graphs import finish, graph_modules, remove, value_of
 from flexsparse.compile_passes.rewrite_sdpa import call_name
@@ -30,9 +30,10 @@ from flexsparse.distributed.parallel import SequenceParallel
 from flexsparse.distributed.same_inputs import check_same_inputs
 from flexsparse.distributed.tokens import parts
 from flexsparse.grids import Geometry
-from flexsparse.intercept import key_mask, of_samples
+from flexsparse.intercept import of_samples
 from flexsparse.layout import TileLayout
-from flexsparse.ops.text_lengths import mask_shape, stays_dense
+from flexsparse.ops.text_lengths import mask_shape
+from flexsparse.text_masks import TextMask
 
 LayoutOf = Callable[[Geometry], TileLayout]
 
@@ -125,11 +126,6 @@ class Around:
         if q.shape[1] < self.parallel.ulysses.size:
             raise RewriteError(f"{name} {too_few_heads(q.shape[1], self.parallel.ulysses.size)}")
 
-    def whole_mask(self, mask: Tensor, layout: TileLayout) -> Tensor:
-        """A key mask ``[B, 1, 1, S]`` from one of this rank's tokens: ranks hold the same text, and no video is hidden."""
-        lengths = torch.ops.flexsparse.text_lengths(mask, layout.text_first, layout.text_last)
-        return ~hidden_text(lengths, layout)[:, None, None]
-
     def _layout_of(self, interceptor: Any, q: Tensor) -> TileLayout:
         """The layout of all tokens of a call; a model that runs each sample by itself leaves out the padding of its text."""
         geometry = interceptor.current_grid()
@@ -159,13 +155,14 @@ class Around:
             if local.cut and not crosses and not interceptor.reads_others(q, k):
                 self.refuse(q, k, layout, name)
             return sdpa(*args, **kwargs)
-        mask = key_mask(call.attn_mask)
+        seen = None if call.attn_mask is None else local.masks.of(call.attn_mask)
+        mask = None if seen is None else seen.keys
         self.check(call, mask, layout, name)
-        if mask is not None and mask.shape[3] != layout.seq_len:
-            reason = stays_dense(mask, layout.text_first, layout.text_last)
+        if seen is not None and mask is not None and mask.shape[3] != layout.seq_len:
+            reason = seen.stays_dense(layout)
             if reason is not None:
                 raise RewriteError(f"{name} cannot be spread over ranks, as {reason}: run the model on one rank")
-            mask = self.whole_mask(mask, layout)
+            mask = seen.text(layout).keys  # ranks hold the same text, and no video is hidden
         self.check_heads(q, name)
         exchange = self.parallel.exchange(q, k, layout)
         gates = local.gate
@@ -275,10 +272,9 @@ class Around:
         like, layout = value_of(mask), layout_of(tuple(value_of(size) for size in grid))
         if like.shape[3] == layout.seq_len:
             return mask
-        whole_mask = self.whole_mask
 
         def flexsparse_whole_mask(mask: Tensor, grid: Geometry) -> Tensor:
-            return whole_mask(mask, layout_of(grid))
+            return TextMask.of(mask, layout_of(grid)).keys  # ranks hold the same text, and no video is hidden
 
         with gm.graph.inserting_before(node):
             new = gm.graph.call_function(flexsparse_whole_mask, (mask, grid))

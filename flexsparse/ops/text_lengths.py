@@ -41,25 +41,29 @@ def _checks(mask: Tensor, first: int, last: int) -> tuple[Tensor, dict[str, Tens
     return torch.stack(lengths, -1), wrong
 
 
-def stays_dense(mask: Tensor, first: int, last: int) -> str | None:
-    """Why a key mask, looked at, needs dense attention; None where a sparse call can take it."""
-    _, wrong = _checks(mask, first, last)
-    found = [what for what, is_so in wrong.items() if bool(is_so)]
-    return f"its attention mask {found[0]}" if found else None
+def found_in(mask: Tensor, first: int, last: int) -> tuple[Tensor, str | None]:
+    """A key mask, looked at: lengths as `text_lengths` has them, and why it needs dense attention.
+
+    None where a sparse call can take it. The device is waited for once.
+    """
+    lengths, wrong = _checks(mask, first, last)
+    found = torch.stack(list(wrong.values())).tolist()
+    return lengths, next((f"its attention mask {what}" for what, is_so in zip(wrong, found) if is_so), None)
 
 
 def key_mask_of(mask: Tensor) -> Tensor | None:
     """The key mask ``[B, 1, 1, S]`` of a mask ``[B, 1, S, S]`` that hides the same keys from every query that may see any.
 
-    Rows that see nothing are those of hidden tokens themselves, whose output nobody reads. None where it is another mask.
+    Queries that see nothing are those of hidden tokens, whose output nobody reads. None where it is another mask.
     """
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
         return None
-    keys = mask.any(-2, keepdim=True)
-    for rows in mask.split(1024, dim=-2):  # no second mask of that size
-        if not torch.equal(rows, rows.any(-1, keepdim=True) & keys):
-            return None
-    return keys if torch.equal(keys[..., 0, :], mask.any(-1)) else None
+    own = mask.diagonal(dim1=-2, dim2=-1)  # whoever may see any key may see its own
+    same = [
+        (rows == (sees[..., None] & own[..., None, :])).all()
+        for rows, sees in zip(mask.split(1024, dim=-2), own.split(1024, dim=-1))  # no second mask of that size
+    ]
+    return own[..., None, :].contiguous() if bool(torch.stack(same).all()) else None
 
 
 @torch.library.custom_op("flexsparse::text_lengths", mutates_args=())

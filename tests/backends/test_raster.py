@@ -14,6 +14,7 @@ import flexsparse.attention as attention
 import flexsparse.calls as calls
 from flexsparse.backends import triton
 from flexsparse.compile_passes.templates import tuned
+from flexsparse.text_masks import TextMask
 
 B, H, G, D = 1, 2, 1, 16
 LAYOUT = fs.TileLayout(grid=(2, 3, 5), tile=(2, 2, 4), text_last=3)
@@ -150,14 +151,16 @@ def test_hidden_text_is_not_read(builder: Any, tiled: list[str], monkeypatch: py
     mask[0, ..., -5:] = mask[1, ..., -18:] = False
     hidden = ~mask[:, :, 0, :, None]
     zeroed: list[str] = []
-    hide = calls.hide_text
-    monkeypatch.setattr(calls, "hide_text", lambda *args: (zeroed.append("text"), hide(*args))[1])
+    hide = TextMask.hide
+    monkeypatch.setattr(TextMask, "hide", lambda *args: (zeroed.append("text"), hide(*args))[1])
     q, k, v = (torch.randn(2, heads, layout.seq_len, D) for heads in (H, G, G))
     results = []
     for value in (torch.nan, 0.0):
         leaves = [q.clone(), k.masked_fill(hidden, value), v.masked_fill(hidden, value)]
         leaves = [x.requires_grad_() for x in leaves]
-        out = calls.sparse_call(builder, *leaves, (None, None), layout, None, "triton", False, mask=mask)
+        out = calls.sparse_call(
+            builder, *leaves, (None, None), layout, None, "triton", False, text=TextMask.of(mask, layout)
+        )
         grads = torch.autograd.grad((out.cos() * ~hidden).sum(), leaves)
         results.append([out, *grads])
         assert all(not bool(x.masked_select(hidden).any()) for x in grads[1:])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexsparse.ops.text_lengths import HIDES, key_mask_of, mask_shape, stays_dense, text_lengths
+from flexsparse.ops.text_lengths import HIDES, found_in, key_mask_of, mask_shape, text_lengths
 
 FIRST, VIDEO, LAST = 3, 4, 5
 S = FIRST + VIDEO + LAST
@@ -24,7 +24,8 @@ def test_lengths(dtype: torch.dtype) -> None:
     if dtype != torch.bool:
         mask = torch.where(mask, 0.0, -10000.0).to(dtype)
     assert text_lengths(mask, FIRST, LAST).tolist() == [[0, 5], [3, 0], [2, 4]]
-    assert stays_dense(mask, FIRST, LAST) is None
+    lengths, reason = found_in(mask, FIRST, LAST)
+    assert reason is None and lengths.tolist() == [[0, 5], [3, 0], [2, 4]]
 
 
 def hole() -> Tensor:
@@ -59,11 +60,11 @@ def bias() -> Tensor:
     ],
 )
 def test_other_masks_are_refused(mask: Tensor, what: str) -> None:
-    assert stays_dense(mask, FIRST, LAST) == f"its attention mask {what}"
+    assert found_in(mask, FIRST, LAST)[1] == f"its attention mask {what}"
     with pytest.raises(ValueError, match=rf"^the attention mask of a sparse call {what}: .*dense_layers"):
         text_lengths(mask, FIRST, LAST)
     both = torch.cat([torch.zeros_like(mask) if mask.is_floating_point() else mask_of((3, 5)), mask])
-    assert stays_dense(both, FIRST, LAST) is not None  # one sample is enough
+    assert found_in(both, FIRST, LAST)[1] is not None  # one sample is enough
 
 
 def test_shapes() -> None:

@@ -194,9 +194,9 @@ MODELS = (
     ),
     Mutation(
         "a sample's text length of another",
-        "calls.py",
-        "    counts = layout.index(mask.device)[2].expand(",
-        "    lengths = lengths[:1].expand_as(lengths)\n    counts = layout.index(mask.device)[2].expand(",
+        "text_masks.py",
+        "        counts = layout.index(lengths.device)[2].expand(",
+        "        lengths = lengths[:1].expand_as(lengths)\n        counts = layout.index(lengths.device)[2].expand(",
         ("models/test_zoo.py::test_uncompiled_all_tiles_equal_dense_and_fewer_do_not",),
     ),
     Mutation(
@@ -251,8 +251,8 @@ MODELS = (
     Mutation(
         "a mask that differs between queries taken for a key mask",
         "ops/text_lengths.py",
-        "        if not torch.equal(rows, rows.any(-1, keepdim=True) & keys):\n            return None\n",
-        "        if rows.numel() == 0:\n            return None\n",
+        "(rows == (sees[..., None] & own[..., None, :])).all()",
+        "(rows.any(-2) == own).all()",
         ("ops/test_text_lengths.py",),
     ),
     Mutation(
@@ -278,10 +278,45 @@ MODELS = (
     ),
     Mutation(
         "hidden text zeroed by a product",
-        "calls.py",
+        "text_masks.py",
         "return k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)",
         "return k * (~hidden), v * (~hidden)",
-        ("test_calls.py::test_masks_hide_text_of_each_sample",),
+        ("test_text_masks.py::test_masks_hide_text_of_each_sample",),
+    ),
+    Mutation(
+        "what was written to a mask unseen",
+        "text_masks.py",
+        "self._version is not None and self._version == mask._version",
+        "self._version is not None",
+        ("test_text_masks.py",),
+    ),
+    Mutation(
+        "masks of inference mode taken for unchanged",
+        "text_masks.py",
+        "self._version = None if mask.is_inference() else mask._version",
+        "self._version = -1 if mask.is_inference() else mask._version",
+        ("test_text_masks.py",),
+    ),
+    Mutation(
+        "a mask remembered for another text",
+        "text_masks.py",
+        "extra = layout.text_first, layout.text_last",
+        "extra = 0, layout.text_first + layout.text_last",
+        ("test_text_masks.py",),
+    ),
+    Mutation(
+        "every layer looks at its mask",
+        "text_masks.py",
+        "            if seen.is_of(mask):\n",
+        "            if seen is None:\n",
+        ("test_text_masks.py",),
+    ),
+    Mutation(
+        "masks of the forward before remembered",
+        "intercept.py",
+        "            self.local.masks.forget()\n",
+        "            pass\n",
+        ("test_text_masks.py",),
     ),
     Mutation(
         "someone's own builder gets tile order",

@@ -113,8 +113,8 @@ WHERE_TOKENS_LIE = (
     Mutation(
         "hidden text copied for kernels that end before it",
         "calls.py",
-        "if mask is not None and not raster:",
-        "if mask is not None:",
+        "if text is not None and not raster:",
+        "if text is not None:",
         ("backends/test_raster.py", "-k", "hidden"),
     ),
     Mutation(
