@@ -5,8 +5,9 @@ Shape letters: B batch, H query heads, S tokens, D head dim.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -163,19 +164,23 @@ class Backend:
         geometry: Geometry | None,
         reason: str | None,
         chosen: tuple[str, str],
-        builder: Any = None,
     ) -> Call:
-        """The report's row for a call; ``reason`` is why it stayed dense, ``chosen`` the backend and why."""
+        """The report's row for a call; ``reason`` is why it stayed dense, ``chosen`` the backend and why.
+
+        Of a sparse call it has no density yet (`density`).
+        """
         sizes = (*q.shape[:3], k.shape[2], q.shape[3]) if q.dim() == 4 and k.dim() == 4 else tuple(q.shape)
         shape = tuple(size if isinstance(size, int) else -1 for size in sizes)
         if reason is not None:
             return Call(name=name, sparse=False, reason=reason, backend="sdpa", shape=shape, density=1.0)
-        density = math.nan
-        if geometry is not None:
-            numbers = tuple(size if isinstance(size, int) else int(size.node.hint) for size in geometry)
-            layouts = self.layouts_of(numbers)  # type: ignore[arg-type]
-            density = density_of(builder, *layouts)
-        return Call(name=name, sparse=True, reason=chosen[1], backend=chosen[0], shape=shape, density=density)
+        return Call(name=name, sparse=True, reason=chosen[1], backend=chosen[0], shape=shape, density=math.nan)
+
+    def density(self, builder: Any, geometry: Geometry | None) -> Callable[[], float] | None:
+        """What asks a builder for its density, for a call's row; None where the grid is not known."""
+        if geometry is None:
+            return None
+        numbers = tuple(size if isinstance(size, int) else int(size.node.hint) for size in geometry)
+        return functools.partial(density_of, builder, *self.layouts_of(numbers))  # type: ignore[arg-type]
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
         """Rewrite a captured graph and compile it with Inductor.
@@ -249,7 +254,8 @@ class Backend:
                 runs = self.in_graph(chosen[0], q)
             name = met.unused(region + name)
             used = None if builder is None else self.rules.builders[builder]
-            met.record(self.describe(name, q, k, geometry, reason, chosen, used))
+            row = self.describe(name, q, k, geometry, reason, chosen)
+            met.record(row, self.density(used, geometry) if row.sparse else None)
             return {"backend": runs, "name": name, "builder": builder} if reason is None else reason
 
         parts = CallParts(self.rules.builders, schedules, self.layouts_of)

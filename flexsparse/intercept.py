@@ -268,7 +268,8 @@ class Interceptor:
         builder = backend.rules.builders[number]
         backend.tally.sparse += 1
         self.sparse_names.add(name)
-        backend.calls.record(backend.describe(backend.calls.numbered(name, True), q, k, grid, None, chosen, builder))
+        row = backend.describe(backend.calls.numbered(name, True), q, k, grid, None, chosen)
+        backend.calls.record(row, backend.density(builder, grid))
         left = None if mask is None else mask.text(kv_layout)
         how = (call.scale, chosen[0], False, name, left, kv_layout)
         return sparse_call(builder, q, k, v, gate or (None, None), layout, *how)

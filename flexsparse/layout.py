@@ -25,6 +25,7 @@ from flexsparse.tables import (
     TABLES,
     auto_tile,
     ceil_div,
+    in_order,
     is_symbolic,
     is_tracing,
     slots_of,
@@ -85,8 +86,9 @@ class Reorder(torch.autograd.Function):
 def _gather_rows(x: Tensor, index: Tensor, pad: bool) -> Tensor:
     if not pad:
         return x.index_select(-2, index)
-    # masked_fill, not a product: a NaN in token 0 must not reach the padding
-    return x.index_select(-2, index.clamp_min(0)).masked_fill((index < 0)[:, None], 0)
+    rows, padding = x.index_select(-2, index.clamp_min(0)), (index < 0)[:, None]
+    # a fill, not a product: a NaN in token 0 must not reach the padding
+    return rows.masked_fill(padding, 0) if is_tracing() else rows.masked_fill_(padding, 0)
 
 
 @keywords_only()
@@ -229,7 +231,7 @@ class TileLayout:
             return cast(tuple[Tensor, Tensor, Tensor], given)
         device = torch.device(device)
         if self.order == "tiles" and is_tracing():
-            return tables_in_order.__wrapped__(self.total_tiles, self.slots, device)  # what is cached must not be fake
+            return in_order(self.total_tiles, self.slots, device)
         if is_tracing() or self.symbolic:
             sizes = (list(self.grid), list(self.sides), self.text_first, self.text_last)
             token, slot, count = (torch.ops.flexsparse.tile_index(*sizes, which, device) for which in TABLES)

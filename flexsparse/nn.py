@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from flexsparse.gates import NAME
 from flexsparse.given import to_int
 from flexsparse.layout import TileLayout
 from flexsparse.schedule import schedules_of
+from flexsparse.tables import is_tracing, lasting, this_device
 
 if TYPE_CHECKING:
     from flexsparse.distributed import SequenceParallel
@@ -47,6 +49,20 @@ def rope_frequencies(
         angles.append(place[:, None].float() * rate)
     angle = nn.functional.pad(torch.cat(angles, dim=-1), (0, 0, first, layout.text_last))
     return angle.cos(), angle.sin()
+
+
+@functools.lru_cache(4)  # as large as q: layers share them, and all calls of a resolution
+@torch.inference_mode(False)
+def _cached_frequencies(layout: TileLayout, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    cos, sin = lasting(rope_frequencies(layout, head_dim), device, torch.float32)
+    return cos, sin
+
+
+def _frequencies(layout: TileLayout, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`rope_frequencies`, made once for a layout and device; a compiler sees how they are made, once for all layers."""
+    if is_tracing() or layout.symbolic:
+        return rope_frequencies(layout, head_dim, device=device)
+    return _cached_frequencies(layout, head_dim, this_device(device))
 
 
 def _size(name: str, value: Any) -> int:
@@ -166,7 +182,7 @@ class VideoSelfAttention(nn.Module):
         k = self.norm_k(rearrange(self.to_k(x), "b s (g d) -> b g s d", g=self.num_kv_heads))
         v = rearrange(self.to_v(x), "b s (g d) -> b g s d", g=self.num_kv_heads)
         if self.rope and x.shape[1] == (layout.seq_len if parallel is None else parallel.length(layout)):
-            cos, sin = rope_frequencies(layout, self.head_dim, device=x.device)
+            cos, sin = _frequencies(layout, self.head_dim, x.device)
             if parallel is not None:
                 cos, sin = (parallel.shard(table, layout, dim=0) for table in (cos, sin))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)

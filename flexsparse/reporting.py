@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,11 +50,21 @@ class Report:
     def __init__(self) -> None:
         self.dense_now = False
         self._calls: dict[str, Call] = {}
+        self._densities: dict[str, Callable[[], float]] = {}
         self._regions: dict[str, list[str]] = {}
 
-    def record(self, call: Call) -> None:
-        """Add a call, or replace what was known of it."""
+    def record(self, call: Call, density: Callable[[], float] | None = None) -> None:
+        """Add a call, or replace what was known of it.
+
+        Args:
+            call: the call.
+            density: its density, asked for when somebody reads the report: a builder of a user's own makes its mask for it.
+        """
         self._calls[call.name] = call
+        if density is None:
+            self._densities.pop(call.name, None)
+        else:
+            self._densities[call.name] = density
 
     def unused(self, name: str) -> str:
         """The name, numbered where a call of that name is known already."""
@@ -99,10 +109,15 @@ class Report:
     def clear(self) -> None:
         """Forget every call."""
         self._calls.clear()
+        self._densities.clear()
         self._regions.clear()
 
     def all(self) -> list[Call]:
         """Every call as it was recorded, regions not expanded."""
+        for name in list(self._densities):
+            density, call = self._densities.pop(name, None), self._calls.get(name)
+            if density is not None and call is not None:  # another thread may read or clear it too
+                self._calls[name] = replace(call, density=density())
         return list(self._calls.values())
 
     @property
@@ -112,8 +127,8 @@ class Report:
 
     def _expand(self) -> Iterator[Call]:
         shared: dict[str, list[tuple[str, Call]]] = {}
-        for name, call in self._calls.items():
-            region, _, inner = name.partition("::")
+        for call in self.all():
+            region, _, inner = call.name.partition("::")
             if inner:
                 shared.setdefault(region, []).append((inner, call))
             else:

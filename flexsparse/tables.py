@@ -123,20 +123,20 @@ def this_device(device: torch.device | str) -> torch.device:
     return device
 
 
-def lasting(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """int32 copies on a device that a cache keeps.
+def lasting(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype = torch.int32) -> tuple[Tensor, ...]:
+    """Copies of CPU tensors on a device, which a cache keeps.
 
     On CUDA from a thread of their own: where torch warms up a CUDA graph (``mode="reduce-overhead"``), all that its thread
     allocates is the graph's memory, and torch refuses to go on where anybody else still holds some of it.
     """
     if device.type != "cuda":
-        return _moved(tensors, device)
+        return _moved(tensors, device, dtype)
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(_moved, tensors, device).result()
+        return pool.submit(_moved, tensors, device, dtype).result()
 
 
-def _moved(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(x.to(device=device, dtype=torch.int32) for x in tensors)
+def _moved(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(x.to(device=device, dtype=dtype) for x in tensors)
 
 
 @functools.lru_cache(128)
@@ -176,12 +176,19 @@ def token_tables(
     return cast(tuple[Tensor, Tensor, Tensor], lasting((slot_to_token, token_to_slot, tile_counts), device))
 
 
+def in_order(tiles: int, slots: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """As `token_tables` where tokens are in tile order; not cached."""
+    index = torch.arange(tiles * slots, dtype=torch.int32, device=device)
+    return index, index, torch.full((tiles,), slots, dtype=torch.int32, device=device)
+
+
 @functools.lru_cache(128)
 @torch.inference_mode(False)
 def tables_in_order(tiles: int, slots: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """As `token_tables` where tokens are in tile order."""
-    index = torch.arange(tiles * slots, dtype=torch.int32, device=device)
-    return index, index, torch.full((tiles,), slots, dtype=torch.int32, device=device)
+    """`in_order`, not while tracing."""
+    index, _, counts = in_order(tiles, slots, torch.device("cpu"))
+    index, counts = lasting((index, counts), device)
+    return index, index, counts
 
 
 @torch.library.custom_op("flexsparse::tile_index", mutates_args=())

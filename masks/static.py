@@ -21,7 +21,9 @@ from flexsparse.tile_bits import pack_bits
 @functools.lru_cache(64)
 @torch.inference_mode(False)  # what is cached must serve training later
 def _cached_mask(builder: StaticBuilder, layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Tensor:
-    return checked_mask(builder, layout, kv_layout, device)
+    if device.type == "cpu":
+        return checked_mask(builder, layout, kv_layout, device)
+    return lasting((_cached_mask(builder, layout, kv_layout, torch.device("cpu")),), device, torch.bool)[0]
 
 
 @functools.lru_cache(64)

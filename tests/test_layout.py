@@ -15,9 +15,10 @@ from strategies import layouts
 from torch import Tensor
 
 import flexsparse as fs
-from flexsparse import TileLayout, tables
+from flexsparse import TileLayout, nn, tables
+from flexsparse.masks.static import _cached_mask
 from flexsparse.ops.windows import window_table
-from flexsparse.tables import TABLES, auto_tile, slots_of, tile_index, token_tables
+from flexsparse.tables import TABLES, auto_tile, slots_of, tables_in_order, tile_index, token_tables
 
 AXIS = st.integers(1, 70)
 
@@ -204,12 +205,17 @@ def test_what_is_cached_for_cuda_is_made_in_a_thread_of_its_own(monkeypatch: pyt
     """Of the thread in which torch warms up a CUDA graph, the graph takes all memory that stays."""
     threads, moved = [], tables._moved
 
-    def move(tensors: Any, device: torch.device) -> Any:
+    def move(tensors: Any, device: torch.device, dtype: torch.dtype) -> Any:
         threads.append(threading.get_ident())
-        return moved(tensors, torch.device("cpu"))
+        return moved(tensors, torch.device("cpu"), dtype)
 
     monkeypatch.setattr(tables, "_moved", move)
+    layout = fs.TileLayout(grid=(4, 4, 4), tile=(2, 2, 4))
     for device in (torch.device("cpu"), torch.device("cuda", 0)):
+        threads.clear()
         token_tables.__wrapped__((4, 4, 4), (2, 2, 2), 0, 0, device)
         window_table.__wrapped__((4, 4, 4), (2, 2, 2), (2, 2, 2), device)
-    assert threads[:2] == [threading.get_ident()] * 2 and threading.get_ident() not in threads[2:] and len(threads) == 4
+        tables_in_order.__wrapped__(4, 16, device)
+        _cached_mask.__wrapped__(fs.Radial(), layout, layout, device)
+        nn._cached_frequencies.__wrapped__(layout, 16, device)
+        assert len(threads) >= 4 and (threading.get_ident() in threads) == (device.type == "cpu")

@@ -63,6 +63,26 @@ def test_rope_makes_logits_depend_on_distance_only() -> None:
     assert torch.equal(cos[:2], torch.ones(2, 12))
 
 
+def test_rope_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whoever comes first, in inference mode too; compiled, in the graph."""
+    made: list[str] = []
+    make = fs.nn.rope_frequencies
+    monkeypatch.setattr(fs.nn, "rope_frequencies", lambda at, *a, **k: (made.append(at.order), make(at, *a, **k))[1])
+    layouts = [fs.TileLayout(grid=(2, 8, 9), tile=(2, 8, 1), order=order) for order in ("raster", "tiles")]
+    layers = [fs.nn.VideoSelfAttention(32, 2, fs.VSA(top_k=2)) for _ in range(2)]
+    x = torch.randn(1, 144, 32)
+    with torch.inference_mode():
+        expected = [layers[0](x, layout) for layout in layouts]
+    for layer in layers:
+        for layout in layouts:
+            layer(x, layout).sum().backward()
+    assert made == ["raster", "tiles"]
+    compiled = torch.compile(layers[0], backend="aot_eager", fullgraph=True)
+    for layout, out in zip(layouts, expected):
+        torch.testing.assert_close(compiled(x, layout), out, atol=1e-5, rtol=1e-4)
+    assert len(made) > 2
+
+
 @pytest.mark.parametrize("text", [{}, {"text_first": 16, "text_last": 32}])
 def test_tile_order_computes_the_numbers_of_raster_order(text: dict[str, int]) -> None:
     raster = fs.TileLayout(grid=(4, 4, 6), tile=(2, 4, 2), **text)

@@ -8,17 +8,19 @@ W words of a bitmask row.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flexsparse import ops
 from flexsparse.ops.choice import Rule, choose
 from flexsparse.ops.gathered import without_autocast
 from flexsparse.ops.select_tiles import fake_choice, tiles_to_keep
 from flexsparse.ops.tile_tokens import rows_at
+from flexsparse.tables import is_tracing
 from flexsparse.tile_bits import unpack_bits
 
 CHUNK_SCORES = 1 << 18
@@ -366,22 +368,26 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     dq, dk, dv = torch.ops.flexsparse.coarse_select_backward(
         d_coarse, coarse, lse, q_c, k_c, v_c, q_counts, kv_counts, allowed, *ctx.rest
     )
-    dq = _of_tokens(dq, q_back, ctx.slots[0])
-    dk, dv = (_of_tokens(x, kv_back, ctx.slots[1]) for x in (dk, dv))
+    (dq,) = _of_tokens((dq,), q_back, ctx.slots[0])
+    dk, dv = _of_tokens((dk, dv), kv_back, ctx.slots[1])
     return (dq, dk, dv, *(None,) * 14)
 
 
-def _of_tokens(d: Tensor, back: Tensor | None, slots: int) -> Tensor:
-    """``d [B, H, n, 1, D]`` of tiles to their slots, ``[B, H, n, slots, D]``; by a table to their tokens, ``[B, H, S, D]``.
+def _of_tokens(grads: Sequence[Tensor], back: Tensor | None, slots: int) -> list[Tensor]:
+    """``[B, H, n, 1, D]`` of tiles to their slots, ``[B, H, n, slots, D]``; by a table to their tokens, ``[B, H, S, D]``.
 
     Zero for tokens of no tile.
     """
     if back is None:
-        return d.expand(-1, -1, -1, slots, -1)
-    d = d[:, :, :, 0]
+        return [d.expand(-1, -1, -1, slots, -1) for d in grads]
+    n = grads[0].shape[2]
     tile = torch.div(back, slots, rounding_mode="floor")
-    none = (tile < 0) | (tile >= d.shape[2])
-    return d.index_select(2, tile.clamp_min(0).clamp_max(d.shape[2] - 1)).masked_fill(none[:, None], 0)
+    none = (tile < 0) | (tile >= n)
+    if is_tracing():  # a compiler fuses what it sees
+        tile = tile.clamp_min(0).clamp_max(n - 1)
+        return [d[:, :, :, 0].index_select(2, tile).masked_fill(none[:, None], 0) for d in grads]
+    tile = tile.masked_fill_(none, n)
+    return [pad(d[:, :, :, 0], (0, 0, 0, 1)).index_select(2, tile) for d in grads]  # each written once
 
 
 coarse_select.register_autograd(_backward, setup_context=_setup)

@@ -39,7 +39,7 @@ def tile_tokens(xs: list[Tensor], tables: list[Tensor], back: list[Tensor]) -> l
 
 def rows_at(x: Tensor, table: Tensor) -> Tensor:
     """Rows ``[B, H, P, D]`` of ``x [B, H, S, D]`` that an int32 table ``[P]`` names; zeros where it is -1."""
-    return x.index_select(2, table.clamp_min(0)).masked_fill((table < 0)[:, None], 0)
+    return x.index_select(2, table.clamp_min(0)).masked_fill_((table < 0)[:, None], 0)
 
 
 def inverse(table: Tensor, length: int) -> Tensor:

@@ -8,7 +8,7 @@ Shape letters: B batch, H query heads, S tokens, D head dim.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,7 +101,7 @@ class _Decided(Exception):
 class _Decisions(Report):
     """A report that ends a call as soon as it is told of it."""
 
-    def record(self, call: Seen) -> None:
+    def record(self, call: Seen, density: Callable[[], float] | None = None) -> None:
         super().record(call)
         raise _Decided(call)
 

@@ -71,10 +71,10 @@ def test_what_is_cached_for_cuda_is_made_in_a_thread_of_its_own(monkeypatch: pyt
     own = OwnTiles(fs.TileLayout(grid=(3, 7, 5), tile=(2, 2, 4)), Ranks("", 1, 2), "replicated")
     threads, moved = [], tables._moved
 
-    def move(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    def move(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         if device.type == "cuda":
             threads.append(threading.get_ident())
-        return moved(tensors, torch.device("cpu"))
+        return moved(tensors, torch.device("cpu"), dtype)
 
     monkeypatch.setattr(tables, "_moved", move)
     on_cuda, on_cpu = (_tables.__wrapped__(own, torch.device(name)) for name in ("cuda", "cpu"))
