@@ -172,8 +172,8 @@ ATTENTION = (
     Mutation(
         "padding zeroed by a product",
         "layout.py",
-        ".masked_fill((index < 0)[:, None], 0)",
-        " * (index >= 0)[:, None]",
+        "return rows.masked_fill(padding, 0) if is_tracing() else rows.masked_fill_(padding, 0)",
+        "return rows * (~padding)",
         ("test_layout.py::test_a_nan_token_stays_alone",),
     ),
     Mutation(

@@ -62,8 +62,8 @@ REAL_SIZES = (
     Mutation(
         "the coarse stage's gradient written for each token",
         "ops/coarse_select.py",
-        "        return d.expand(-1, -1, -1, slots, -1)\n",
-        "        return d.repeat(1, 1, 1, slots, 1)\n",
+        "return [d.expand(-1, -1, -1, slots, -1) for d in grads]",
+        "return [d.repeat(1, 1, 1, slots, 1) for d in grads]",
         ("ops/test_coarse_select.py", "-k", "memory"),
     ),
     Mutation(

@@ -145,4 +145,32 @@ WHERE_TOKENS_LIE = (
         "            operands = [q, node.args[1], *parts",
         ("compile_passes/test_unfold.py",),
     ),
+    Mutation(
+        "a density asked for at every call",
+        "intercept.py",
+        "backend.calls.record(row, backend.density(builder, grid))",
+        "backend.calls.record(row, None if backend.density(builder, grid)() else None)",
+        ("test_reporting.py",),
+    ),
+    Mutation(
+        "rotary tables made by every layer",
+        "nn.py",
+        "if is_tracing() or layout.symbolic:",
+        "if True:",
+        ("test_nn.py", "-k", "rope"),
+    ),
+    Mutation(
+        "static masks kept in the caller's thread",
+        "masks/static.py",
+        '    if device.type == "cpu":\n        return checked',
+        "    if True:\n        return checked",
+        ("test_layout.py", "-k", "thread"),
+    ),
+    Mutation(
+        "the gradient of tokens that are in no tile is the last tile's",
+        "ops/coarse_select.py",
+        "tile = tile.masked_fill_(none, n)",
+        "tile = tile.masked_fill_(none, n - 1)",
+        ("ops/test_coarse_select.py", "ops/test_raster_ops.py", "test_attention.py"),
+    ),
 )
