@@ -11,7 +11,7 @@ On Dynamo's graph, before autograd:
 
 On the joint graph of forward and backward:
 
-- `lower_flex`: FlexAttention under a tile list => tile attention.
+- `lower_flex`: FlexAttention under a tile list => tile attention (`epilogue`: with the gated coarse output that is added).
 - `fold_tiling`: tile attention reads and writes raster order, and nothing is brought to tile order (`gathers`: what it finds).
 - `lay_output`: tile attention writes its output where the projection reads it.
 - `share_operands`: what ops of ours read is written once.

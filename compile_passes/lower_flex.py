@@ -59,14 +59,15 @@ class LowerFlex(CustomGraphPass):
     Attributes:
         matches: (forward, backward) nodes replaced so far.
         combined: forward nodes that took in the gated coarse output.
-        lowered: names of the calls that were replaced.
+        lowered: names of the calls that were replaced, and the backend whose code computes them: ``"triton"``, on CPU
+            ``"gather"``.
         refused: why others were not, by name.
     """
 
     def __init__(self, supports: Callable[[str, torch.dtype, int, int, int], str | None] | None = None) -> None:
         self.supports = supports or templates_support
         self.matches, self.combined = (0, 0), 0
-        self.lowered: set[str] = set()
+        self.lowered: dict[str, str] = {}
         self.refused: dict[str, str] = {}
 
     def uuid(self) -> str:
@@ -84,6 +85,7 @@ class LowerFlex(CustomGraphPass):
             replaced = False
             for node in [n for n in gm.graph.nodes if n.target in (FORWARD, BACKWARD)]:
                 forward, backward = self.matches
+                on_cpu = node.args[0].meta["val"].device.type == "cpu"
                 try:
                     lists = self._tile_lists(gm, node)
                     if node.target is FORWARD:
@@ -95,7 +97,7 @@ class LowerFlex(CustomGraphPass):
                 except NotLowered as reason:
                     self.refused[_call_of(node)] = str(reason)
                     continue
-                self.lowered.add(str(lists.args[-1]))
+                self.lowered[str(lists.args[-1])] = "gather" if on_cpu else "triton"
                 replaced = True
             for out in lowered:  # once it is known who reads them
                 rows, first_rows = out.args[0].args[8:10]
@@ -106,7 +108,8 @@ class LowerFlex(CustomGraphPass):
                 gm.graph.eliminate_dead_code()
                 gm.delete_all_unused_submodules()  # an unused graph keeps the whole from being cached
                 finish(gm)
-        self.lowered -= self.refused.keys()
+        for name in self.refused:
+            self.lowered.pop(name, None)
 
     def _tile_lists(self, gm: GraphModule, node: Node) -> Node:
         """The ``block_lists`` node that a FlexAttention node's mask is made of."""

@@ -61,7 +61,9 @@ class SDPACall:
                 "how many tokens it has depends on data (each sample by itself, without its padding): use compile=False"
             )
         if q.shape[2] != tokens or k.shape[2] != tokens:
-            return f"{_size(q.shape[2])} x {_size(k.shape[2])} tokens are not the layout's {_size(tokens)}"
+            return (
+                f"{_size(q.shape[2])} queries and {_size(k.shape[2])} keys are not the layout's {_size(tokens)} tokens"
+            )
         if self.attn_mask is not None and mask is None:
             shape = f" {tuple(map(_size, self.attn_mask.shape))}" if isinstance(self.attn_mask, torch.Tensor) else ""
             return f"it has an attention mask{shape}, maybe not the same for every query: give one [B, 1, 1, {_size(tokens)}]"

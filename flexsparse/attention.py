@@ -22,6 +22,7 @@ from flexsparse.layout import TileLayout
 from flexsparse.masks.base import MaskBuilder
 from flexsparse.masks.checked import planned
 from flexsparse.masks.coarse import CoarseInputs
+from flexsparse.masks.combine import name_of
 from flexsparse.ops import tile_tokens
 from flexsparse.selection import TileSelection
 from flexsparse.tables import is_compiling, is_tracing, valid_slots
@@ -332,7 +333,8 @@ def sparse_attention(  # type: ignore[misc]
         raise TypeError(f"builder is {builder!r}: give a mask builder (flexsparse.masks) or a TileSelection")
     if gate is not None and not getattr(builder, "has_coarse", False):
         raise ValueError(
-            f"gate is given, but {type(builder).__name__} has no coarse output to apply it to: use VSA or TopP, or no gate"
+            f"gate is given, but {name_of(builder)} has no coarse output to apply it to: use VSA or TopP, or a combination "
+            "with one of them, or no gate"
         )
     gradients = wants_gradients(q, k, v)
     compiled = is_compiling()

@@ -38,6 +38,7 @@ from flexsparse.expected import check_name, verify
 from flexsparse.grids import Geometry
 from flexsparse.layout import TileLayout, axes_of
 from flexsparse.masks.base import MaskBuilder
+from flexsparse.masks.combine import name_of
 from flexsparse.masks.static import StaticBuilder
 from flexsparse.one_graph import splits_graphs
 from flexsparse.reporting import DENSE, Call, Report, density_of
@@ -89,7 +90,8 @@ class Backend:
         for one in self.rules.builders:
             if gates and not getattr(one, "has_coarse", False):
                 raise ValueError(
-                    f"gates are on, but {type(one).__name__} has no coarse output: use VSA or TopP, or no gates"
+                    f"gates are on, but {name_of(one)} has no coarse output: use VSA or TopP, or a combination with one of "
+                    "them, or no gates"
                 )
         if inner not in ("inductor", "aot_eager"):
             raise ValueError(
@@ -308,9 +310,8 @@ class Backend:
         if self.attention == "triton" and refused:
             name, why = next(iter(refused.items()))
             raise RewriteError(f"attention is 'triton', but the templates cannot do {name}: {why}")
-        met.annotate(
-            lowered=lower.lowered & known, notes={name: f"not lowered: {why}" for name, why in refused.items()}
-        )
+        lowered = {name: code for name, code in lower.lowered.items() if name in known}
+        met.annotate(lowered=lowered, notes={name: f"not lowered: {why}" for name, why in refused.items()})
         met.rename_backend("triton", "flex", refused)
 
 

@@ -19,6 +19,7 @@ from flexsparse.backends import NAMES
 from flexsparse.gates import NAME
 from flexsparse.given import to_int
 from flexsparse.layout import TileLayout
+from flexsparse.masks.combine import name_of
 from flexsparse.schedule import schedules_of
 from flexsparse.tables import is_tracing, lasting, this_device
 
@@ -137,7 +138,8 @@ class VideoSelfAttention(nn.Module):
         gate = has_coarse if gate is None else gate
         if gate and not has_coarse:
             raise ValueError(
-                f"gate is True, but {type(builder).__name__} has no coarse output: use VSA or TopP, or gate=False"
+                f"gate is True, but {name_of(builder)} has no coarse output: use VSA or TopP, or a combination with one of "
+                "them, or gate=False"
             )
         self.builder, self.backend, self.rope = builder, backend, rope
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, width

@@ -126,12 +126,23 @@ def _fresh(function: types.FunctionType, name: str) -> types.FunctionType:
     return types.FunctionType(code, function.__globals__, function.__name__)
 
 
+def _is_ours(error: BaseException) -> bool:
+    """Whether our own code refused something, and not torch or a kernel's compiler."""
+    if isinstance(error, RewriteError):
+        return True
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    raised_in = "" if at is None else str(at.tb_frame.f_globals.get("__name__", ""))
+    return isinstance(error, ValueError | TypeError) and raised_in.partition(".")[0] == __name__.partition(".")[0]
+
+
 def clear_errors(compiled: OneGraph, *args: Any) -> Any:
     """Call compiled code; our own error is raised as it is, not inside of torch's, and a graph break says the remedy."""
     try:
         return compiled(*args)
     except BackendCompilerFailed as error:
-        if isinstance(error.inner_exception, RewriteError):
+        if _is_ours(error.inner_exception):
             raise error.inner_exception from None
         if compiled.dynamic:
             raise RewriteError(

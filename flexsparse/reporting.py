@@ -22,9 +22,9 @@ class Call:
         name: where in the model, or which call of a graph.
         sparse: whether it became sparse.
         reason: why it stayed dense; for a sparse call, why its backend was chosen.
-        backend: what computes it; ``sdpa`` where it stayed dense.
+        backend: whose code computes it; ``sdpa`` where it stayed dense.
         fused: whether the coarse stage runs as one fused op.
-        lowered: whether a template replaced FlexAttention.
+        lowered: whether ``flexsparse::tile_attention`` replaced FlexAttention: the templates, on CPU the code of ``gather``.
         shape: ``(B, H, S_q, S_kv, D)`` as compiled or seen last; -1 for a symbolic size.
         density: share of token pairs that the builder asks for; 1 where the call stayed dense, NaN (printed ``?``) for a
             builder of a user's own that has no ``nominal_density``.
@@ -84,12 +84,14 @@ class Report:
             name = call.name if known.sparse == call.sparse else f"{call.name} (other inputs)"
             self._calls[name] = replace(call, name=name)
 
-    def annotate(self, *, fused: Iterable[str] = (), lowered: Iterable[str] = (), notes: Mapping[str, str]) -> None:
-        """Say what passes did with calls, and add notes to their reasons."""
+    def annotate(
+        self, *, fused: Iterable[str] = (), lowered: Mapping[str, str] | None = None, notes: Mapping[str, str]
+    ) -> None:
+        """Say what passes did with calls, ``lowered`` to which backend's code, and add notes to their reasons."""
         for name in fused:
             self._calls[name] = replace(self._calls[name], fused=True)
-        for name in lowered:
-            self._calls[name] = replace(self._calls[name], lowered=True)
+        for name, code in (lowered or {}).items():
+            self._calls[name] = replace(self._calls[name], lowered=True, backend=code)
         for name, note in notes.items():
             call = self._calls[name]
             self._calls[name] = replace(call, reason=f"{call.reason}; {note}" if call.reason else note)

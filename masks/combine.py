@@ -46,6 +46,12 @@ def _bound(each: list[int], kind: Kind, kv_layout: TileLayout) -> int:
     return smaller(bound, kv_layout.num_tiles)
 
 
+def name_of(builder: Any) -> str:
+    """What messages call a builder: by its class, or by the function that made it."""
+    combined = isinstance(builder, StaticCombination | Combination)
+    return builder.kind.capitalize() if combined else type(builder).__name__
+
+
 @dataclass(frozen=True)
 class StaticCombination(StaticBuilder):
     """`Union` or `Intersection` of static builders: static itself, so that it can restrict a dynamic one."""

@@ -238,7 +238,7 @@ TENSORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a gate with nothing to gate": (
         lambda: attend(builder=fs.BSA(), gate=x()),
         ValueError,
-        "BSA has no coarse output.*use VSA or TopP, or no gate",
+        "BSA has no coarse output.*use VSA or TopP, or .*, or no gate",
     ),
     "a gate with a static builder": (
         lambda: attend(builder=fs.Dense(), gate=x()),

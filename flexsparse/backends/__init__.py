@@ -81,7 +81,7 @@ def choose(backend: str, case: Case, templates: bool = True, argument: str = "ba
         return "triton", "on CUDA"
     flexible = refusal("flex", case)
     if flexible is not None:
-        return "gather", flexible
+        return "gather", flexible.partition(";")[0]
     if case.device == "cpu" and not case.compiled:
         return "gather", "uncompiled on CPU"
     lacking = _no_stock_backward(case)

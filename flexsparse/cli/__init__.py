@@ -1,4 +1,4 @@
-"""The command line: `flexsparse demo`, `flexsparse finetune`, `flexsparse info`. Nothing else in the package imports it."""
+"""The command line: `flexsparse info`, `check`, `demo`, `finetune`, `inspect`, `plan`. Nothing in the package imports it."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The commands, with their options; the work is imported when a command runs, so that `--help` is quick."""
+"""The commands, with their options; what a command needs besides the package is imported when it runs."""
 
 import importlib
 import sys

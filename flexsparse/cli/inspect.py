@@ -220,7 +220,7 @@ def _look(
             raise
         raise RunError(
             f"--model {model!r} is a {kind}, which cannot be called as a video transformer ({_one_line(error)}): pass one of "
-            "the classes that docs/inspect.md lists"
+            "the classes that docs/models.md lists"
         ) from error
     if not found.layers:
         raise RunError("--layers chooses none: pass numbers of sparse calls, from 0")

@@ -62,7 +62,7 @@ def _clip_line(header: dict[str, Any]) -> str:
 
 
 def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
+    return "-" if value is None else f"{value:.2f} x dense"
 
 
 def _table(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

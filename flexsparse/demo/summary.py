@@ -17,9 +17,9 @@ def print_summary(metrics: dict[str, Any], folder: Path, console: Console) -> No
     table.add_column("attention")
     columns = (
         "density",
-        "attention FLOPs",
-        "attention time",
-        "whole step",
+        "attention FLOPs / dense",
+        "attention time / dense",
+        "whole step / dense",
         "error to oracle",
         "held-out loss",
     )
@@ -36,9 +36,9 @@ def print_summary(metrics: dict[str, Any], folder: Path, console: Console) -> No
             f"{entry['held_out_loss']:.4f}",
         )
     console.print(table)
-    console.print("FLOPs and times are ratios to dense, measured in this run.", highlight=False)
+    console.print("FLOPs and times are shares of dense's, measured in this run: above 1 is more.", highlight=False)
     console.print(f"report: {printable(str(folder / REPORT))}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
+    return "-" if value is None else f"{value:.2f}"

@@ -23,8 +23,11 @@ TIMES = {
     "tiling": "tile order, gates (uncompiled)",
     "ulysses": "all-to-alls (Ulysses)",
     "optimizer": "AdamW",
-    "beside": "beside it: FSDP and replicas",
+    "beside": "FSDP and replicas, beside all of it",
 }
+
+BETWEEN_GPUS = ("ulysses", "beside")
+"""Zero where there is one. What runs beside the computation counts where it takes longer."""
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -32,7 +35,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     _about(plan, console)
     console.print(_flops(plan))
     console.print(_memory(plan))
-    console.print(_communication(plan))
+    if plan.settings.gpus > 1:
+        console.print(_communication(plan))
     console.print(_times(plan))
     console.print(_shares(plan))
     for note in (_peaks(plan.settings.machine), *plan.notes):
@@ -132,6 +136,8 @@ def _times(plan: Plan) -> Table:
         return f"{getattr(times, name) * 1e3:,.2f}"
 
     for name, title in TIMES.items():
+        if name in BETWEEN_GPUS and plan.settings.gpus == 1:
+            continue
         table.add_row(title, cell(plan.dense, name), cell(plan.sparse, name))
     table.add_row("step", cell(plan.dense, "total"), cell(plan.sparse, "total"))
     table.add_row("speed-up", "", f"{plan.speedup:.2f}x")

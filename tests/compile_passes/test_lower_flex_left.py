@@ -107,7 +107,7 @@ def test_the_call_that_negative_tests_change_is_lowered(selection: TileSelection
     with joint_graphs() as joint:
         out = by_pass(flex(selection), tiles, lower)
     check_lowered(joint, training=False)
-    assert (lower.matches, lower.lowered, lower.refused) == ((1, 0), {"call"}, {})
+    assert (lower.matches, lower.lowered, lower.refused) == ((1, 0), {"call": "gather"}, {})
     q, k, v = (SELECTION_LAYOUT.to_raster(x) for x in tiles[:3])
     expected, _ = oracle.attention(q, k, v, oracle.token_mask(selection.keep(), SELECTION_LAYOUT), 0.5)
     torch.testing.assert_close(SELECTION_LAYOUT.to_raster(out), expected)
@@ -143,7 +143,7 @@ def check_stays(
         out = by_pass(function, tiles, lower)
     assert joint.before == joint.after
     assert joint.count(FORWARD) == 1
-    assert (lower.matches, lower.lowered) == ((0, 0), set())
+    assert (lower.matches, lower.lowered) == ((0, 0), {})
     (found,) = lower.refused.values()
     assert reason in found
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_the_same_mask_mod_in_other_words_is_lowered(selection: TileSelection, t
 
     lower = LowerFlex()
     by_pass(flex(selection, mask_mod=in_other_words), tiles, lower)
-    assert lower.lowered == {"call"}
+    assert lower.lowered == {"call": "gather"}
 
 
 def test_a_score_mod_stays(selection: TileSelection, tiles: list[Tensor]) -> None:

@@ -84,7 +84,7 @@ def test_page_is_self_contained_and_hostile_names_are_text():
 def test_page_says_what_it_is_and_shows_every_number():
     html = report.render(_metrics(), _pictures())
     assert "makes no claim about the quality" in html
-    for text in ("4.0e-07", "0.25x", "0.50x", "0.100", "held-out", f"{SETTINGS.tokens:,}"):
+    for text in ("4.0e-07", "0.25 x dense", "0.50 x dense", "0.100", "held-out", f"{SETTINGS.tokens:,}"):
         assert text in html
     assert html.count("<img ") == 2 + len(figures.query_places(SETTINGS))
 

@@ -173,7 +173,7 @@ def test_a_given_grid_that_is_not_the_inputs_raises(stranger: Stranger) -> None:
     with pytest.raises(ValueError, match=r"grid is \(4, 8, 8\), but the input's grid is \(4, 4, 16\)"):
         stranger(clip(4, 8, 32))
     model = torch.compile(fs.unwrap(stranger), backend=fs.backend(fs.VSA(top_k=2), grid=(4, 8, 8)))
-    with pytest.raises(Exception, match=r"(?s)256 tokens of grid \(4, 8, 8\).*192 x 192 tokens are not"):
+    with pytest.raises(Exception, match=r"(?s)256 tokens of grid \(4, 8, 8\).*192 queries and 192 keys are not"):
         model(clip(3, 16, 16))
 
 
@@ -330,8 +330,10 @@ def test_bad_grid_functions(stranger: Stranger, way: Any, returned: Any, message
         stranger(clip())
 
 
-def test_a_backend_that_cannot_is_called_as_the_argument(stranger: Stranger) -> None:
-    fs.wrap(stranger, fs.VSA(top_k=2), attention="flex", compile=False)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_backend_that_cannot_is_called_as_the_argument(stranger: Stranger, way: Any) -> None:
+    """Compiled, torch's `BackendCompilerFailed` stood around it."""
+    fs.wrap(stranger, fs.VSA(top_k=2), attention="flex", **inner(way))
     with pytest.raises(ValueError, match=r"^attention is 'flex', which cannot do this case: .*no backward on CPU"):
         stranger(clip())
 
