@@ -113,15 +113,33 @@ def check_tile_counts(tile_counts: Tensor, batch: int, kv_layout: TileLayout) ->
         )
     if not is_tracing():
         most = kv_layout.index(tile_counts.device)[2]
-        if bool((tile_counts < 0).any()) or bool((tile_counts > most).any()):
+        wrong = ((tile_counts < 0) | (tile_counts > most)).any()
+        if tile_counts.is_cuda and torch.cuda.is_current_stream_capturing():
+            torch._assert_async(~wrong, "tile_counts holds negative numbers, or more tokens than the layout puts into a tile")
+        elif bool(wrong):
             raise ValueError(
                 f"tile_counts holds {int(tile_counts.min())} to {int(tile_counts.max())}: each must lie between 0 "
                 "and the tokens that the layout puts into that tile"
             )
 
 
-def check_selection(selection: TileSelection, q: Tensor, layout: TileLayout, kv_layout: TileLayout, whose: str) -> None:
-    """Raise a `ValueError` where a selection is not one of these queries and layouts; ``whose``: what made or gave it."""
+def check_selection(
+    selection: TileSelection, q: Tensor, layout: TileLayout, kv_layout: TileLayout, whose: str, trusted: bool = False
+) -> TileSelection:
+    """A selection, held to the call.
+
+    Args:
+        selection: somebody's.
+        q: the queries ``[B, H, ...]``.
+        layout: of the queries.
+        kv_layout: of the keys.
+        whose: what made or gave it.
+        trusted: that no row keeps more than the capacity.
+
+    Raises:
+        ValueError: it is not one of these queries and layouts, or rows keep more than its capacity (on CUDA, and in a graph on
+            a CPU, once that runs).
+    """
     if selection.layout != layout or selection.kv_layout != kv_layout:
         raise ValueError(
             f"{whose} is for {_sizes(selection.layout, selection.kv_layout)}, and the call has {_sizes(layout, kv_layout)}: "
@@ -134,6 +152,11 @@ def check_selection(selection: TileSelection, q: Tensor, layout: TileLayout, kv_
         )
     if selection.bits.device != q.device:
         raise ValueError(f"{whose} is on {selection.bits.device} and q on {q.device}: move them to one device")
+    room, tiles = selection.capacity, kv_layout.num_tiles
+    if trusted or (room >= tiles if type(room) is type(tiles) is int else room == tiles):  # symbolic: a guard on equality only
+        return selection
+    counts = torch.ops.flexsparse.within_capacity(selection.counts, selection.capacity)
+    return dataclasses.replace(selection, counts=counts)
 
 
 def _sizes(layout: TileLayout, kv_layout: TileLayout) -> str:
@@ -147,7 +170,9 @@ def check_cut_tiles(tile_counts: Tensor, layout: TileLayout) -> None:
     start, stop = layout.tiles_first, layout.tiles_first + layout.num_tiles
     counts, valid = tile_counts[..., start:stop], layout.index(tile_counts.device)[2][start:stop]
     cut = (counts > 0) & (counts < valid)
-    if bool(cut.any()):
+    if tile_counts.is_cuda and torch.cuda.is_current_stream_capturing():
+        torch._assert_async(~cut.any(), "tile_counts cuts video tiles short, and the builder prunes queries (BSA)")
+    elif bool(cut.any()):
         raise ValueError(
             f"tile_counts cuts {int(cut.sum())} video tiles short, and the builder prunes queries (BSA): a token past the "
             "count could be a window's representative; give keep_queries=1, or whole or empty video tiles"

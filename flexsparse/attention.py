@@ -199,7 +199,8 @@ def plan(
                 f"{type(builder).__name__}.select returned {type(selection).__name__}: return a TileSelection "
                 "(TileSelection.from_mask, TileSelection.from_lists)"
             )
-        check_selection(selection, q, layout, kv_layout, f"the selection that {type(builder).__name__}.select returned")
+        whose = f"the selection that {type(builder).__name__}.select returned"
+        selection = check_selection(selection, q, layout, kv_layout, whose)
         if tile_counts is not None:  # a builder of somebody's own does not know of them
             selection = dataclasses.replace(selection, tile_counts=tile_counts)
         return selection, None
@@ -323,7 +324,7 @@ def sparse_attention(  # type: ignore[misc]
     check_inputs(q, k, v, layout, keys, gate, fine_gate, tile_counts)
     scale = softmax_scale(scale, q.shape[-1])
     if isinstance(builder, TileSelection):
-        check_selection(builder, q, layout, keys, "the selection")
+        builder = check_selection(builder, q, layout, keys, "the selection")
         if tile_counts is not None:
             builder = dataclasses.replace(builder, tile_counts=tile_counts)
         tile_counts = builder.tile_counts

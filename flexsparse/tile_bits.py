@@ -80,6 +80,26 @@ def _(keep: Tensor) -> tuple[Tensor, Tensor]:
     return keep.new_empty((*rows, words_of(M)), dtype=torch.int32), keep.new_empty(rows, dtype=torch.int32)
 
 
+@torch.library.custom_op("flexsparse::within_capacity", mutates_args=())
+def within_capacity(counts: Tensor, capacity: int) -> Tensor:
+    """Counts that somebody else says are at most a capacity, which kernels rely on: it is the room of their lists.
+
+    Raises:
+        ValueError: one is larger (on CUDA the device asserts: nothing waits for it).
+    """
+    message = f"a selection of capacity={capacity} has rows that keep more tiles: give a larger capacity, or keep fewer"
+    if counts.is_cuda:
+        torch._assert_async((counts <= capacity).all(), message)
+    elif bool((counts > capacity).any()):
+        raise ValueError(f"{message} (the most is {int(counts.max())})")
+    return counts.clone()
+
+
+@within_capacity.register_fake
+def _(counts: Tensor, capacity: int) -> Tensor:
+    return torch.empty_like(counts)
+
+
 @torch.library.custom_op("flexsparse::pack_lists", mutates_args=())
 def pack_lists(indices: Tensor, counts: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
     """`pack_tiles` of the tiles that lists name: ``indices [..., K]`` and ``counts [...]``; entries past a count are ignored.

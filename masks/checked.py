@@ -33,7 +33,7 @@ def planned(builder: MaskBuilder, coarse: CoarseInputs, v: Tensor | None = None)
         raise TypeError(f"{name}.plan returned {type(found).__name__}: return (TileSelection, coarse output or None)")
     selection, out = found
     whose = f"the selection that {name}.plan returned"
-    check_selection(selection, coarse.q, coarse.layout, coarse.kv_layout, whose)
+    selection = check_selection(selection, coarse.q, coarse.layout, coarse.kv_layout, whose, trusted=_is_ours(builder))
     wanted = (*selection.counts.shape, coarse.q.shape[-1])
     if v is not None and builder.has_coarse and (out is None or tuple(out.shape) != wanted):
         shape = "none" if out is None else f"one of {tuple(out.shape)}"
@@ -63,6 +63,10 @@ def checked_mask(builder: StaticBuilder, layout: TileLayout, kv_layout: TileLayo
     return mask
 
 
+def _is_ours(builder: MaskBuilder) -> bool:
+    return type(builder).__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
 def _is_traced(builder: MaskBuilder) -> bool:
     """Whether one of ours is traced: sizes may be symbolic, and only what others write is worth guards."""
-    return is_tracing() and type(builder).__module__.partition(".")[0] == __name__.partition(".")[0]
+    return is_tracing() and _is_ours(builder)

@@ -212,7 +212,7 @@ def forward(
         v: as k.
         bits: int32 ``[B, H, N, W]``, the video tiles that each query tile keeps.
         counts: int32 ``[B, H, N]``.
-        kv_counts: int32 ``[B, U]``, valid tokens of each KV tile; contiguous but for an expanded batch.
+        kv_counts: int32 ``[B, U]``, valid tokens of each KV tile; copied only where its last stride is not 1.
         coarse: float32 ``[B, H, N, D]``, or None.
         gate: as q, or None like ``coarse``.
         query_rows: rows of a query tile, a power of two of 16 to 256.
@@ -239,6 +239,7 @@ def forward(
     """
     B, H = q.shape[:2]
     R, keys = lengths(q, k, q_tokens, kv_tokens)
+    kv_counts = dense_rows(kv_counts)
     choice = _choose(q, query_rows, slots, scale, by_table=q_tokens is not None or kv_tokens is not None)
     if choice.kernel != "triton":
         from flexsparse.compile_passes.templates import hopper_forward, hopper_pairs

@@ -280,7 +280,7 @@ def prune(
     device = q.device
     ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
     total = torch.empty((B, H, N, 1, D), dtype=torch.float32, device=device)
-    kept, counts = torch.empty((B, H, N, packed), **ints), torch.empty(N, **ints)
+    kept, counts = torch.empty((B, H, N, packed), **ints), torch.zeros(N, **ints)  # written by the first head, if any
     source, position = torch.empty((B, H, length), **ints), torch.empty((B, H, length), **ints)
     extra = tokens.shape[0] // s - N
     tensors = (q, windows, centres, tokens.contiguous(), bits, total, kept, counts, source, position)

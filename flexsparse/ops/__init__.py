@@ -13,6 +13,8 @@ from torch import Tensor
 
 MOST_TILES = 16384
 """KV tiles of a row that the selection templates take: 1,048,576 tokens at 64 slots."""
+MOST_HEAD_DIM = 256
+"""The head dim that templates take; above, those of the coarse stage's gradients need more shared memory than there is."""
 
 
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -33,6 +35,7 @@ def by_tokens(x: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
 
 
-def templates_select(x: Tensor, tiles: int) -> bool:
+def templates_select(x: Tensor, tiles: int, head_dim: int = 0) -> bool:
     """Whether the selection templates do a case; else plain torch computes it."""
-    return on_gpu(x) and x.dtype != torch.float64 and tiles <= MOST_TILES and has_triton()
+    fits = tiles <= MOST_TILES and head_dim <= MOST_HEAD_DIM
+    return on_gpu(x) and x.dtype != torch.float64 and fits and has_triton()

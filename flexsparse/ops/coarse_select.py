@@ -95,7 +95,7 @@ def coarse_select(
     B, H, D = *q.shape[:2], q.shape[-1]
     N = q.shape[2] if q_tokens is None else q_tokens.shape[0]
     M = k.shape[2] if kv_tokens is None else kv_tokens.shape[0]
-    if ops.templates_select(q, M):
+    if ops.templates_select(q, M, D):
         fields = (q_counts, kv_counts, allowed, how, capacity, scale, count_bias)
         return _on_gpu(q, k, v, *fields, q_tokens, kv_tokens)
     q, k = tiles_by(q, q_tokens), tiles_by(k, kv_tokens)
@@ -272,7 +272,7 @@ def coarse_select_backward(
         v_dtype: of v's.
     """
     d_coarse = d_coarse.to(q_c.dtype).contiguous()
-    if ops.templates_select(q_c, k_c.shape[2]):
+    if ops.templates_select(q_c, k_c.shape[2], q_c.shape[-1]):
         from flexsparse.compile_passes.templates.coarse_backward import coarse_backward
 
         dq_c, dk_c, dv_c = coarse_backward(

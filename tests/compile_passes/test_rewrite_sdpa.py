@@ -106,7 +106,7 @@ def test_what_is_left_alone() -> None:
     rewrite(gm)
     assert rewrite.matches == 0
     assert gm.code == before
-    expected = ("mask", "causal", "dropout", "cross-attention", "64 x 128 tokens", "3 dimensions")
+    expected = ("mask", "causal", "dropout", "cross-attention", "64 queries and 128 keys", "3 dimensions")
     assert len(seen) == len(expected)
     assert all(reason is not None and part in reason for (_, reason), part in zip(seen, expected))
 

@@ -18,7 +18,7 @@ from flexsparse.compile_passes.templates import tuned
 from flexsparse.compile_passes.templates.columns import most_pieces
 from flexsparse.ops.choice import Rule, choose
 
-from .fine_inputs import inputs, on_gpu, selection_of
+from .fine_inputs import LYING, inputs, lying, on_gpu, selection_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 FINE = ("fine_forward", "fine_backward", "attention_forward", "attention_training", "model_step")
@@ -118,6 +118,29 @@ def test_raster_order_and_tile_order_agree_bit_for_bit(
         results.append([out.detach(), aux.lse.detach(), *torch.autograd.grad(out, leaves[:3], grad)])
         assert not by_table or out.stride() == q.stride()
     for what, found, expected in zip(("out", "lse", "dq", "dk", "dv"), *results):
+        assert torch.equal(found, expected), what
+
+
+@pytest.mark.guards(*FINE)
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("how", LYING)
+def test_tensors_may_lie_anywhere(how: str, dtype: torch.dtype, D: int) -> None:
+    """Slices of a projection, rows and pointers not aligned to 16 bytes, expanded heads: the bits of contiguous ones."""
+    layout, builder = LAYOUTS["partial tiles and text"], fs.VSA(top_k=3)
+    given = [lying(x.cuda(), how) for x in inputs(layout, dtype, D, 4.0, G=2)]
+    gate, grad = (lying(torch.randn(given[0].shape, device="cuda").to(dtype), how) for _ in range(2))
+    counts = torch.stack([layout.tile_counts, layout.tile_counts], -1).cuda()[..., 0]  # of every second place
+    results = []
+    for contiguous in (False, True):
+        leaves = [(x.contiguous() if contiguous else x).detach().requires_grad_() for x in (*given, gate)]
+        there = counts.contiguous() if contiguous else counts
+        out, aux = fs.sparse_attention(
+            *leaves[:3], layout, builder, gate=leaves[3], tile_counts=there, backend="triton", return_aux=True
+        )
+        back = grad.contiguous() if contiguous else grad
+        results.append([out.detach(), aux.lse.detach(), *torch.autograd.grad(out, leaves, back)])
+    for what, found, expected in zip(("out", "lse", "dq", "dk", "dv", "dgate"), *results, strict=True):
         assert torch.equal(found, expected), what
 
 

@@ -57,6 +57,21 @@ def one_head(coarse: Any, v: Tensor | None) -> Any:
     return fs.TileSelection.from_mask(torch.ones(1, 1, N, N, dtype=torch.bool), LAYOUT), None
 
 
+def too_many(coarse: Any, v: Tensor | None) -> Any:
+    keep = torch.ones(*coarse.q.shape[:2], N, N, dtype=torch.bool)
+    return fs.TileSelection.from_mask(keep, LAYOUT, capacity=3), v if v is None else coarse.pooled_v(v)
+
+
+class Crowded(StaticBuilder):
+    """Keeps more than it says."""
+
+    def tile_mask(self, layout: fs.TileLayout, kv_layout: fs.TileLayout, device: torch.device) -> Tensor:
+        return torch.ones(N, N, dtype=torch.bool, device=device)
+
+    def most(self, layout: fs.TileLayout, kv_layout: fs.TileLayout) -> int:
+        return 3
+
+
 VSA = fs.VSA(top_k=2)
 MASK = r"tile_mask returned {}: return a bool tensor \[8, 8\], the KV tiles that each query tile keeps"
 WRONG: dict[str, tuple[MaskBuilder, str]] = {
@@ -114,6 +129,31 @@ def test_a_gate_gets_the_coarse_output_that_was_promised(out: Tensor | None) -> 
     )
     with pytest.raises(ValueError, match=wanted):
         fs.sparse_attention(q, k, v, LAYOUT, builder, gate=torch.ones_like(q))
+
+
+class Chooses:
+    """An object with `select`."""
+
+    def select(self, q: Tensor, k: Tensor, layout: Any, kv_layout: Any = None, scale: Any = None) -> fs.TileSelection:
+        return fs.TileSelection.from_mask(torch.ones(*q.shape[:2], N, N, dtype=torch.bool), layout, capacity=3)
+
+
+@pytest.mark.parametrize("way", ["uncompiled", "eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("who", ["plan", "most", "select", "given"])
+def test_rows_keep_no_more_than_the_capacity(who: str, way: str, fresh_dynamo: None) -> None:
+    """Kernels took the next row's list for the rest, and wrote columns past their memory."""
+    selection = fs.TileSelection.from_mask(torch.ones(1, 2, N, N, dtype=torch.bool), LAYOUT, capacity=3)
+    builder = {"plan": Plans(too_many), "most": Crowded(), "select": Chooses(), "given": selection}[who]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fs.sparse_attention(q, k, v, LAYOUT, builder)
+
+    if way != "uncompiled":
+        attend = torch.compile(attend, backend=way, fullgraph=True)
+    with pytest.raises(
+        ValueError, match=r"capacity=3 has rows that keep more tiles: give a larger .* \(the most is 8\)"
+    ):
+        attend(*qkv())
 
 
 @pytest.mark.parametrize("name", ["too few columns", "another grid"])

@@ -276,6 +276,22 @@ def test_a_gpu_that_no_template_serves_is_given_chunks_that_fill_it() -> None:
     assert len(places) <= 5 * H and all(at[2].stop - at[2].start <= module.GPU_CHUNK_SCORES // M for at in places)
 
 
+def test_head_dims_that_no_template_of_the_gradient_fits_are_plain_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled for sm_86 and sm_90a at 512 they took more shared memory than there is, or spilled 50 KB."""
+    monkeypatch.setattr(module.ops, "on_gpu", lambda x: True)
+    for D, taken in ((128, True), (256, True), (257, False), (512, False)):
+        assert module.ops.templates_select(torch.empty(1, 1, 1, D), 100, D) == taken
+    case = Case(D=260)
+    qkv, counts, mask = case.inputs()
+    leaves = [x.float().requires_grad_() for x in qkv]
+    from flexsparse.compile_passes.templates import coarse_backward, selection
+
+    for place, name in ((module, "_on_gpu"), (coarse_backward, "coarse_backward"), (selection, "select_scores")):
+        monkeypatch.setattr(place, name, lambda *_, name=name, **__: pytest.fail(f"{name} runs"))
+    found = run(case, leaves, counts, mask)
+    assert torch.autograd.grad(found[0].sum(), leaves)[0].isfinite().all()
+
+
 def test_counts_given_for_each_row_survive_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(N=7)
     qkv, counts, _ = case.inputs()

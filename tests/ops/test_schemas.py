@@ -33,6 +33,7 @@ SCHEMAS = {
     "SymInt last_rows, SymInt kv_first, SymInt kv_video, SymInt slots, SymInt capacity, SymInt frame_tiles, bool partial, "
     "float scale, Tensor? q_tokens=None, Tensor? kv_tokens=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "pack_tiles": "(Tensor keep) -> (Tensor, Tensor)",
+    "within_capacity": "(Tensor counts, SymInt capacity) -> Tensor",
     "pack_lists": "(Tensor indices, Tensor counts, SymInt tiles) -> (Tensor, Tensor)",
     "block_lists": "(Tensor bits, Tensor counts, Tensor kv_counts, SymInt query_rows, SymInt first_rows, "
     "SymInt last_rows, SymInt kv_first, SymInt kv_video, SymInt slots, SymInt capacity, SymInt frame_tiles, bool partial, "
@@ -103,6 +104,7 @@ def selection(batch: int = B) -> TileSelection:
 
 def test_packing_keeps_its_promises() -> None:
     check(ops.pack_tiles.default, torch.rand(B, H, N, M) < 0.5)
+    check(ops.within_capacity.default, torch.randint(0, 6, (B, H, N), dtype=torch.int32), 5)
     check(ops.pack_lists.default, torch.randint(0, M, (B, H, N, 5)), torch.randint(0, 6, (B, H, N)), M)
 
 

@@ -71,6 +71,30 @@ def test_each_array_has_strides_of_its_own(turn: int) -> None:
     check(run(problem), problem, expected)
 
 
+@pytest.mark.parametrize("how", ["transposed", "strided", "expanded"])
+def test_counts_at_any_strides(how: str) -> None:
+    """The forward read past them, where the backward made them contiguous: gradients of another output."""
+    problem = build(GROUPED)
+    of = [i for i, x in enumerate(problem.tensors) if x is not None and x.dtype == torch.int32][-1]
+    counts = problem.tensors[of]
+    if how == "expanded":
+        counts = counts.amin(0, keepdim=True).expand_as(counts)  # what lies past a count is NaN
+    results = []
+    for there in (
+        counts.contiguous(),
+        {"transposed": counts.t().contiguous().t(), "strided": torch.stack([counts, counts + 1], -1)[..., 0]}.get(
+            how, counts
+        ),
+    ):
+        given = [*problem.tensors[:of], there, *problem.tensors[of + 1 :]]
+        out, lse = forward_module.forward(*given, **problem.keywords)
+        q, k, v, *rest = given
+        results.append(
+            [out, lse, *backward_module.backward(problem.grad_out, None, q, k, v, out, lse, *rest, **problem.keywords)]
+        )
+    assert all(x is y or torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
 def test_slices_of_one_tensor() -> None:
     problem = build(Case(B=2, H=2, G=2, N=3, M=3))
     expected = run(problem)

@@ -10,7 +10,7 @@ ATTENTION = (
     Mutation(
         "what plan returns is not held to the call",
         "masks/checked.py",
-        "check_selection(selection, coarse.q, coarse.layout, coarse.kv_layout, whose)",
+        "selection = check_selection(selection, coarse.q, coarse.layout, coarse.kv_layout, whose, trusted=_is_ours(builder))",
         "pass",
         OWN,
     ),
@@ -151,8 +151,8 @@ ATTENTION = (
     Mutation(
         "a selection that a builder returns is taken as it is",
         "attention.py",
-        'check_selection(selection, q, layout, kv_layout, f"the',
-        'str(f"the',
+        "selection = check_selection(selection, q, layout, kv_layout, whose)",
+        "pass",
         ("test_bad_input.py", "-k", "builder"),
     ),
     Mutation(

@@ -173,4 +173,32 @@ WHERE_TOKENS_LIE = (
         "tile = tile.masked_fill_(none, n - 1)",
         ("ops/test_coarse_select.py", "ops/test_raster_ops.py", "test_attention.py"),
     ),
+    Mutation(
+        "rows that keep more than their capacity",
+        "arguments.py",
+        "counts = torch.ops.flexsparse.within_capacity(selection.counts, selection.capacity)",
+        "counts = selection.counts",
+        ("masks/test_own_builders.py", "-k", "capacity"),
+    ),
+    Mutation(
+        "what a builder of one's own keeps trusted",
+        "masks/checked.py",
+        "whose, trusted=_is_ours(builder))",
+        "whose, trusted=True)",
+        ("masks/test_own_builders.py", "-k", "capacity"),
+    ),
+    Mutation(
+        "counts read as if contiguous",
+        "compile_passes/templates/forward.py",
+        "    kv_counts = dense_rows(kv_counts)\n",
+        "",
+        ("templates/test_memory.py", "-k", "counts"),
+    ),
+    Mutation(
+        "coarse templates for any head dim",
+        "ops/coarse_select.py",
+        "ops.templates_select(q_c, k_c.shape[2], q_c.shape[-1])",
+        "ops.templates_select(q_c, k_c.shape[2], 0)",
+        ("ops/test_coarse_select.py", "-k", "head_dims"),
+    ),
 )
