@@ -115,7 +115,9 @@ def check_tile_counts(tile_counts: Tensor, batch: int, kv_layout: TileLayout) ->
         most = kv_layout.index(tile_counts.device)[2]
         wrong = ((tile_counts < 0) | (tile_counts > most)).any()
         if tile_counts.is_cuda and torch.cuda.is_current_stream_capturing():
-            torch._assert_async(~wrong, "tile_counts holds negative numbers, or more tokens than the layout puts into a tile")
+            torch._assert_async(
+                ~wrong, "tile_counts holds negative numbers, or more tokens than the layout puts into a tile"
+            )
         elif bool(wrong):
             raise ValueError(
                 f"tile_counts holds {int(tile_counts.min())} to {int(tile_counts.max())}: each must lie between 0 "
@@ -153,7 +155,8 @@ def check_selection(
     if selection.bits.device != q.device:
         raise ValueError(f"{whose} is on {selection.bits.device} and q on {q.device}: move them to one device")
     room, tiles = selection.capacity, kv_layout.num_tiles
-    if trusted or (room >= tiles if type(room) is type(tiles) is int else room == tiles):  # symbolic: a guard on equality only
+    known = type(room) is type(tiles) is int  # of symbolic sizes a graph guards no more than equality
+    if trusted or (room >= tiles if known else room == tiles):
         return selection
     counts = torch.ops.flexsparse.within_capacity(selection.counts, selection.capacity)
     return dataclasses.replace(selection, counts=counts)
