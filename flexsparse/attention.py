@@ -319,6 +319,8 @@ def sparse_attention(  # type: ignore[misc]
         ValueError: shapes, devices or parameters that disagree, or an explicit backend that cannot do the case.
         TypeError: dtypes that disagree.
     """
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        raise NotImplementedError("torch.jit.trace does not record sparse attention: use torch.compile or torch.export")
     kv_layout = other_tokens(layout, kv_layout, tile_counts)
     keys = layout if kv_layout is None else kv_layout
     check_inputs(q, k, v, layout, keys, gate, fine_gate, tile_counts)

@@ -80,7 +80,9 @@ def save_gates(model: nn.Module, path: str | Path, names: Literal["flexsparse", 
             if key in tensors:
                 raise ValueError(f"names is 'fastvideo', but {holder} has two gates: save them with names='flexsparse'")
             first = first and not (_is_sharded(value) and torch.distributed.get_rank())
-            tensors[key] = _whole(value.detach())
+            whole = _whole(value.detach())
+            shared = any(whole.data_ptr() == other.data_ptr() for other in tensors.values())
+            tensors[key] = whole.clone() if shared else whole  # of gates that are tied each key has the value
     if not tensors:
         raise ValueError(f"{type(model).__name__} has no gates: wrap it with gates=True before saving them")
     folder = Path(path).parent

@@ -113,6 +113,9 @@ class TileLayout:
             (`to_tiles` of the same layout in raster order brings them there). Then tiles must all be full, and `to_tiles`
             and `to_raster` change nothing.
 
+    In a function of your own that is compiled, make the layout outside and give it as an argument: one that is made inside has
+    constant sizes, and the function is compiled once for each grid.
+
     Raises:
         ValueError: a grid or tile that is no triple of positive ints, a negative number of extra tokens, tile order where
             tiles are not all full.
@@ -209,7 +212,7 @@ class TileLayout:
     @property
     def tile_counts(self) -> Tensor:
         """Valid tokens of every tile, int32 ``[total_tiles]``, in sequence order: first, video, last."""
-        return self.index()[2]
+        return self.index()[2].clone()  # that is cached, and this may be written to
 
     @property
     def symbolic(self) -> bool:

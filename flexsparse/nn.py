@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flexsparse.attention import sparse_attention
 from flexsparse.backends import NAMES
-from flexsparse.gates import NAME
+from flexsparse.gates import NAME, Gate
 from flexsparse.given import to_int
 from flexsparse.layout import TileLayout
 from flexsparse.masks.combine import name_of
@@ -150,10 +150,8 @@ class VideoSelfAttention(nn.Module):
         self.norm_q = nn.RMSNorm(width, eps=1e-6) if qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(width, eps=1e-6) if qk_norm else nn.Identity()
         if gate:
-            linear = nn.Linear(dim, num_heads * width, bias=True)
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
-            self.add_module(NAME, linear)
+            beside = self.to_q.weight
+            self.add_module(NAME, Gate(dim, num_heads * width, 0.0, beside.dtype, beside.device))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VideoSelfAttention:
         # an average of the weights follows the schedule of the model, as a wrapped one does

@@ -286,6 +286,21 @@ TENSORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"gate is 0\.5: give a floating point tensor of the shape of q, \(2, 2, 64, 8\), or None",
     ),
+    "nested": (
+        lambda: fs.sparse_attention(torch.nested.nested_tensor(list(x())), x(), x(), LAYOUT, fs.VSA(top_k=1)),
+        TypeError,
+        "q is nested: give a dense tensor",
+    ),
+    "not strided": (
+        lambda: fs.sparse_attention(x(), x().to_sparse(), x(), LAYOUT, fs.VSA(top_k=1)),
+        TypeError,
+        r"k is torch\.sparse_coo: give a dense tensor",
+    ),
+    "traced by torch.jit": (
+        lambda: torch.jit.trace(lambda q: fs.sparse_attention(q, q, q, LAYOUT, fs.VSA(top_k=1)), (x(),)),
+        NotImplementedError,
+        "torch.jit.trace does not record sparse attention: use torch.compile or torch.export",
+    ),
     "a gate of integers": (lambda: attend(gate=x().int()), TypeError, r"gate is torch\.int32: give a floating point"),
     "a gate elsewhere": (
         lambda: attend(gate=x(device="meta")),

@@ -201,6 +201,16 @@ def test_a_compiled_reordering_is_the_eager_one(fresh_dynamo: None) -> None:
     torch.testing.assert_close(grad, 8 * x.detach())
 
 
+@pytest.mark.parametrize("order", ["raster", "tiles"])
+def test_counts_that_somebody_writes_to_are_theirs(order: str) -> None:
+    """They were the cached table of every such layout: shortened for one sample, all calls after it were wrong."""
+    sizes: dict[str, Any] = {"grid": (4, 8, 8), "tile": (4, 4, 4), "text_last": 64, "order": order}
+    expected = TileLayout(**sizes).tile_counts.clone()
+    TileLayout(**sizes).tile_counts.fill_(3)
+    assert torch.equal(TileLayout(**sizes).tile_counts, expected)
+    assert torch.equal(TileLayout(**sizes).index()[2], expected)
+
+
 def test_what_is_cached_for_cuda_is_made_in_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the thread in which torch warms up a CUDA graph, the graph takes all memory that stays."""
     threads, moved = [], tables._moved

@@ -63,6 +63,20 @@ def test_rope_makes_logits_depend_on_distance_only() -> None:
     assert torch.equal(cos[:2], torch.ones(2, 12))
 
 
+def test_a_gate_whose_memory_comes_later_starts_at_zero() -> None:
+    """FSDP and trainers make modules on meta, then memory, then call `reset_parameters`."""
+    with torch.device("meta"):
+        attention = fs.nn.VideoSelfAttention(32, 2, fs.VSA(top_k=2))
+    attention.to_empty(device="cpu")
+    for parameter in attention.parameters():
+        torch.nn.init.constant_(parameter, 7.0)
+    for module in attention.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert not any(bool(p.any()) for p in fs.gate_parameters(attention))
+    assert bool(attention.to_q.weight.any())
+
+
 def test_rope_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """By whoever comes first, in inference mode too; compiled, in the graph."""
     made: list[str] = []

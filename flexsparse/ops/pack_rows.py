@@ -27,7 +27,7 @@ def _templates(x: Tensor) -> Any:
 def new_rows(x: Tensor, length: int, inside: bool) -> Tensor:
     """Uninitialised ``[B, H, length, D]``; with ``inside`` heads lie inside of tokens in memory."""
     B, H, _, D = x.shape
-    return x.new_empty((B, length, H, D)).transpose(1, 2) if inside else x.new_empty((B, H, length, D))
+    return ops.rows_of_tokens(x, length) if inside else x.new_empty((B, H, length, D))
 
 
 @torch.library.custom_op("flexsparse::pack_rows", mutates_args=())
@@ -198,6 +198,7 @@ unpack_rows.register_autograd(_backward_unpack, setup_context=_setup_unpack)
 def take_rows(x: Tensor, index: Tensor, fill: float = 0.0, inside: bool = False) -> Tensor:
     """Rows ``[B, H, I, D]`` of ``x [B, H, L, D]`` by an index ``[B, H, I]`` of each head; ``fill`` where it is -1."""
     B, H, L, D = x.shape
+    found = new_rows(x, index.shape[2], inside)
     b, h = (torch.arange(size, device=x.device) for size in (B, H))
     row = index.clamp_min(0)
     if not x.is_contiguous() and x.transpose(1, 2).is_contiguous():  # rows are copied from where they lie
@@ -205,11 +206,11 @@ def take_rows(x: Tensor, index: Tensor, fill: float = 0.0, inside: bool = False)
     else:
         row = (b[:, None] * H + h)[..., None] * L + row
     row, index = (row.transpose(1, 2), index.transpose(1, 2)) if inside else (row, index)
-    out = x.reshape(-1, D).index_select(0, row.flatten())
+    out = (found.transpose(1, 2) if inside else found).view(-1, D)
+    torch.index_select(x.reshape(-1, D), 0, row.flatten(), out=out)
     missing = index.flatten() < 0
     if x.is_cuda:
         out.masked_fill_(missing[:, None], fill)
     else:  # faster, but asks how many
         out.index_fill_(0, missing.nonzero()[:, 0], fill)
-    out = out.view(*row.shape, D)
-    return out.transpose(1, 2) if inside else out
+    return found

@@ -128,6 +128,35 @@ def test_who_reads_tiles_gets_them(joined: bool, tiled: list[str]) -> None:
     assert tiled
 
 
+@pytest.mark.parametrize("backend", ["gather", "reference", "triton"])
+@pytest.mark.parametrize("lie", ["heads outside", "heads inside"])
+@pytest.mark.parametrize(
+    "builder", (fs.VSA(top_k=2), fs.BSA(kv_density=0.4), fs.TopP(mass=0.5), fs.Dense()), ids=lambda x: type(x).__name__
+)
+def test_the_output_may_be_written_to(builder: Any, lie: str, backend: str) -> None:
+    """As that of torch's attention: memory that an op makes as a view of its own refuses that in training.
+
+    The templates' backward reads their output, as torch's flash attention does: there torch says that it was written to.
+    """
+    results = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        leaves = [torch.randn(B, heads, LAYOUT.seq_len, D) for heads in (H, G, G)]
+        if lie == "heads inside":
+            leaves = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in leaves]
+        leaves = [x.requires_grad_() for x in leaves]
+        out = fs.sparse_attention(*leaves, LAYOUT, builder, backend=backend)
+        assert not out._is_view()
+        read = backend == "triton" and not isinstance(builder, fs.BSA)
+        out = out.mul_(2).add_(1) if in_place else out * 2 + 1
+        if in_place and read:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(out.square().sum(), leaves)
+            return
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 class Chosen:
     """Somebody's own, which selects from raster order."""
 

@@ -314,6 +314,16 @@ def test_gates_that_an_adapter_trains_are_the_ones_that_are_saved(gated: Strange
     assert all((p == 0.5).all() for p in fs.gate_parameters(plain))
 
 
+def test_tied_gates_are_saved_by_each_name(gated: Stranger, tmp_path: Path) -> None:
+    """safetensors refuses tensors that share memory, with a remedy that is not for gates."""
+    one, other = (gated.get_submodule(f"blocks.{i}.to_gate_compress") for i in range(2))
+    other.weight = one.weight
+    nn.init.normal_(one.weight)
+    fs.save_gates(gated, tmp_path / "gates.safetensors")
+    saved = load_file(tmp_path / "gates.safetensors")
+    assert all(torch.equal(saved[f"blocks.{i}.to_gate_compress.weight"], one.weight) for i in range(2))
+
+
 def test_a_parametrised_gate_is_saved_as_it_computes(gated: Stranger, tmp_path: Path) -> None:
     """Else the file has names that no other model knows."""
     gates = [gate for *_, gate in gate_modules(gated)]

@@ -201,4 +201,25 @@ WHERE_TOKENS_LIE = (
         "ops.templates_select(q_c, k_c.shape[2], 0)",
         ("ops/test_coarse_select.py", "-k", "head_dims"),
     ),
+    Mutation(
+        "counts of a layout are the cached ones",
+        "layout.py",
+        "return self.index()[2].clone()  # that is cached, and this may be written to",
+        "return self.index()[2]",
+        ("test_layout.py", "-k", "theirs"),
+    ),
+    Mutation(
+        "an output that is a view of the op's memory",
+        "ops/__init__.py",
+        "return x.new_empty_strided((B, H, length, D), (length * H * D, D, H * D, 1))",
+        "return x.new_empty((B, length, H, D)).transpose(1, 2)",
+        ("backends/test_raster.py", "-k", "written"),
+    ),
+    Mutation(
+        "tied gates refused",
+        "gate_files.py",
+        "whole.clone() if shared else whole",
+        "whole",
+        ("wrap/test_gates.py", "-k", "tied"),
+    ),
 )
