@@ -35,8 +35,8 @@ def check_inputs(
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is {type(x).__name__}: give a tensor [batch, heads, tokens, head dim]")
         if x.is_nested or x.layout != torch.strided:
-            kind = "nested" if x.is_nested else str(x.layout)
-            raise TypeError(f"{name} is {kind}: give a dense tensor; tile_counts says where samples have fewer tokens")
+            what = "nested" if x.is_nested else x.layout
+            raise TypeError(f"{name} is {what}: give a dense tensor; tile_counts says where samples have fewer tokens")
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: give [batch, heads, tokens, head dim]")
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
