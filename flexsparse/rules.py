@@ -22,8 +22,8 @@ def plain_name(path: str) -> str:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern is one of a module's name, or of its `plain_name`."""
-    return any(fnmatch.fnmatchcase(each, pattern) for each in {name, plain_name(name)})
+    """Whether a pattern is one of a module's name, or of its `plain_name`; a name as it is matches, whatever is in it."""
+    return any(each == pattern or fnmatch.fnmatchcase(each, pattern) for each in {name, plain_name(name)})
 
 
 def _parents(name: str) -> Iterator[str]:

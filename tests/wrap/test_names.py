@@ -99,6 +99,25 @@ def test_rules_hold(kind: type[Model], way: Any) -> None:
     assert not torch.allclose(wrap(copy.deepcopy(model), ONE, way)(video()), expected, atol=1e-3)
 
 
+class Bracketed(nn.Module):
+    """A block whose name is a pattern that does not match it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict({"a[0]": Residual(Attention()), "b": Residual(Attention())})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks["b"](self.blocks["a[0]"](x))
+
+
+@torch.no_grad()
+def test_a_name_as_it_is_names_its_module() -> None:
+    torch.manual_seed(0)
+    model = wrap(Bracketed(), {"blocks.a[0]": None, "*": ONE}, False)
+    model(video())
+    assert {call.name.split(".")[1]: call.sparse for call in fs.report(model).calls}["a[0]"] is False
+
+
 @torch.no_grad()
 def test_a_call_whose_module_is_not_known_is_an_error_where_names_count() -> None:
     torch.manual_seed(0)
