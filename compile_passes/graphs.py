@@ -38,6 +38,12 @@ def constant(gm: GraphModule, tensor: torch.Tensor) -> Node:
     return node
 
 
+def say_source(gm: GraphModule, name: str) -> None:
+    """Say where a buffer comes from, which Dynamo's graphs say of every one; others do not."""
+    if hasattr(gm, "_param_name_to_source"):
+        gm._param_name_to_source[name] = torch._dynamo.source.ConstantSource(name)  # type: ignore[operator,union-attr,index,assignment]
+
+
 def tables_of(gm: GraphModule, parts: Any, sizes: Any, device: torch.device, order: str) -> tuple[Node, ...] | None:
     """Nodes of a layout's index tensors; without them, every call would make its own. None where sizes are symbolic."""
     if any(isinstance(size, torch.SymInt) for size in sizes):

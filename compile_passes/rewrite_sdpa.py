@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._dynamo.source import ConstantSource
 from torch.fx import Graph, GraphModule, Node
 
 from flexsparse.compile_passes import marks, multi_head, nested, origins, sdpa_call
-from flexsparse.compile_passes.graphs import finish, graph_modules, remove, replace, value_of
+from flexsparse.compile_passes.graphs import finish, graph_modules, remove, replace, say_source, value_of
 from flexsparse.compile_passes.origins import from_different_tensors, key_mask
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
 from flexsparse.errors import RewriteError
@@ -98,8 +97,7 @@ class RewriteSDPA:
         for index, tensor in enumerate(self.schedules):
             name = f"flexsparse_schedule_{index}"
             gm.register_buffer(name, tensor)
-            if hasattr(gm, "_param_name_to_source"):  # Dynamo's graphs say of every buffer where it comes from
-                gm._param_name_to_source[name] = ConstantSource(name)  # type: ignore[operator,union-attr,index,assignment]
+            say_source(gm, name)
             with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
                 node = gm.graph.get_attr(name)
             node.meta["example_value"] = tensor

@@ -11,12 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch._dynamo.source import ConstantSource
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from flexsparse.autocast import autocast_off
-from flexsparse.compile_passes.graphs import as_fake, constant, finish, is_attribute, remove, tables_of, value_of
+from flexsparse.compile_passes.graphs import (
+    as_fake,
+    constant,
+    finish,
+    is_attribute,
+    remove,
+    say_source,
+    tables_of,
+    value_of,
+)
 
 CALL = "flexsparse_call"
 """Key of ``node.meta``: the sparse call that a node of the coarse stage belongs to."""
@@ -82,10 +90,9 @@ class UnfoldAttention:
         self.matches = 0
         self._tables.clear()
         self._walk(gm, [], nested=False)
-        if hasattr(gm, "_param_name_to_source"):  # Dynamo's graphs say of every buffer where it comes from
-            for name, _ in gm.named_buffers(remove_duplicate=False):
-                if "flexsparse_constant" in name:
-                    gm._param_name_to_source[name] = ConstantSource(name)
+        for name, _ in gm.named_buffers(remove_duplicate=False):
+            if "flexsparse_constant" in name:
+                say_source(gm, name)
         return gm
 
     def _walk(self, gm: GraphModule, regions: list[Autocast], nested: bool) -> None:

@@ -14,26 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from flexsparse import compile_passes as passes
 from flexsparse import naming
 from flexsparse.attention import case_of
 from flexsparse.autocast import autocast_dtype
 from flexsparse.backends import NAMES, choose
 from flexsparse.builder_state import Watch, watched
 from flexsparse.calls import CallParts
-from flexsparse.compile_passes import (
-    FoldTiling,
-    FuseSelection,
-    KeepTiles,
-    LayOutput,
-    LowerFlex,
-    PoolTokens,
-    RewriteError,
-    RewriteSDPA,
-    ShareOperands,
-    UnfoldAttention,
-)
-from flexsparse.compile_passes.fusion_guard import InOrder, compile_eagerly, compile_guarded
 from flexsparse.compile_passes.plain_alpha import plain_alpha
+from flexsparse.errors import RewriteError
 from flexsparse.expected import check_name, verify
 from flexsparse.grids import Geometry
 from flexsparse.layout import TileLayout, axes_of
@@ -204,8 +193,8 @@ class Backend:
 
     def _inner(self, gm: torch.fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any], joint: Any) -> Any:
         if self.inner == "aot_eager":
-            return compile_eagerly(gm, list(inputs), joint)
-        return compile_guarded(gm, list(inputs), config, joint)
+            return passes.compile_eagerly(gm, list(inputs), joint)
+        return passes.compile_guarded(gm, list(inputs), config, joint)
 
     @watched
     def compile(
@@ -261,7 +250,7 @@ class Backend:
             return {"backend": runs, "name": name, "builder": builder} if reason is None else reason
 
         parts = CallParts(self.rules.builders, schedules, self.layouts_of)
-        rewrite = RewriteSDPA(
+        rewrite = passes.RewriteSDPA(
             parts.attend,
             seen,
             grid=self.geometry,
@@ -277,18 +266,20 @@ class Backend:
         verify(self, rewrite, met, is_region=bool(region))
         keep = None
         if self.keep_tiles and all(isinstance(b, MaskBuilder) for b in self.rules.builders):  # others read raster order
-            keep = KeepTiles(parts.attend, parts)
+            keep = passes.KeepTiles(parts.attend, parts)
             keep(gm)
-        UnfoldAttention(parts.attend, parts)(gm)
+        passes.UnfoldAttention(parts.attend, parts)(gm)
         if self.fuse_selection:
-            fuse = FuseSelection()
+            fuse = passes.FuseSelection()
             fuse(gm)
             met.annotate(fused=fuse.fused, notes=self._why_not_fused(fuse, met))
         if self.fold_tiling:
-            PoolTokens(parts)(gm)
-        lower = LowerFlex() if self.lower_flex else None
-        fold = FoldTiling() if self.fold_tiling else None
-        joint = InOrder([each for each in (lower, fold, LayOutput(), ShareOperands()) if each is not None])
+            passes.PoolTokens(parts)(gm)
+        lower = passes.LowerFlex() if self.lower_flex else None
+        fold = passes.FoldTiling() if self.fold_tiling else None
+        joint = passes.InOrder(
+            [each for each in (lower, fold, passes.LayOutput(), passes.ShareOperands()) if each is not None]
+        )
         compiled = self._inner(gm, example_inputs, config, joint)
         if lower is not None:
             self._note_lowering(lower, met)
@@ -296,7 +287,7 @@ class Backend:
         self.calls.update(met)
         return self.tally.counting(compiled, rewrite.matches) if self.wrapped else compiled
 
-    def _why_not_fused(self, fuse: FuseSelection, met: Report) -> dict[str, str]:
+    def _why_not_fused(self, fuse: passes.FuseSelection, met: Report) -> dict[str, str]:
         if all(isinstance(builder, StaticBuilder) for builder in self.rules.builders):
             return {}  # static tiles have no coarse stage
         notes = {name: f"not fused: {why}" for name, why in fuse.refused.items()}
@@ -304,7 +295,7 @@ class Backend:
         why = "not fused: the graph shows no coarse stage (it is inside of torch's own multi-head attention, or there is none)"
         return notes | dict.fromkeys(hidden, why)
 
-    def _note_lowering(self, lower: LowerFlex, met: Report) -> None:
+    def _note_lowering(self, lower: passes.LowerFlex, met: Report) -> None:
         known = {call.name for call in met.all()}
         refused = {name: why for name, why in lower.refused.items() if name in known}
         if self.attention == "triton" and refused:
@@ -315,7 +306,7 @@ class Backend:
         met.rename_backend("triton", "flex", refused)
 
 
-def _said_of_order(keep: KeepTiles | None, folded: set[str]) -> dict[str, str]:
+def _said_of_order(keep: passes.KeepTiles | None, folded: set[str]) -> dict[str, str]:
     if keep is None:
         return {}
     refused = {

@@ -10,13 +10,10 @@ from typing import Any
 
 import torch
 import torch.fx.experimental._config
-from torch._dynamo.eval_frame import cached_backends, reset_code
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
-from torch._dynamo.utils import get_optimize_ddp_mode
 from torch.utils._python_dispatch import is_in_any_mode_without_ignore_compile_internals
 
 from flexsparse import naming
-from flexsparse.compile_passes import RewriteError
+from flexsparse.errors import RewriteError
 
 FEW = 3
 """Graphs of one form in which numbers that modules hold are constants."""
@@ -82,16 +79,17 @@ def forget(codes: Sequence[types.CodeType]) -> None:
     that it was ever given are in a list.
     """
     for code in codes:
-        reset_code(code)
-    for key, kept in list(cached_backends.items()):
+        torch._dynamo.eval_frame.reset_code(code)
+    cached = torch._dynamo.eval_frame.cached_backends
+    for key, kept in list(cached.items()):
         form = getattr(getattr(kept, "compiler_fn", kept), "__self__", None)
         if isinstance(form, OneGraph) and any(form.code is code for code in codes):  # code of two models may be equal
-            cached_backends.pop(key, None)
+            cached.pop(key, None)
 
 
 def splits_graphs() -> bool:
     """Whether torch would split the graphs of a model in DDP at its buckets."""
-    return get_optimize_ddp_mode() == "ddp_optimizer"
+    return torch._dynamo.utils.get_optimize_ddp_mode() == "ddp_optimizer"
 
 
 class _NoFastPath:
@@ -141,7 +139,7 @@ def clear_errors(compiled: OneGraph, *args: Any) -> Any:
     """Call compiled code; our own error is raised as it is, not inside of torch's, and a graph break says the remedy."""
     try:
         return compiled(*args)
-    except BackendCompilerFailed as error:
+    except torch._dynamo.exc.BackendCompilerFailed as error:
         if _is_ours(error.inner_exception):
             raise error.inner_exception from None
         if compiled.dynamic:
@@ -151,13 +149,13 @@ def clear_errors(compiled: OneGraph, *args: Any) -> Any:
                 f"them). torch says: {error}"
             ) from error
         raise
-    except FailOnRecompileLimitHit as error:
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise RewriteError(
             "this model was to be compiled once more than torch._dynamo.config.recompile_limit="
             f"{torch._dynamo.config.recompile_limit} allows: sizes of 1 (an image, a batch of one), gradients on and off, "
             "autocast and dtypes have graphs of their own; raise the limit, or find with TORCH_LOGS=recompiles what changes"
         ) from error
-    except Unsupported as error:
+    except torch._dynamo.exc.Unsupported as error:
         raise RewriteError(
             "the model's own code breaks the graph, and attention that torch then runs uncompiled would stay dense unseen: use "
             "wrap(..., compile='regional') if the break is outside of the blocks, compile=False if it is inside, or mend it. "

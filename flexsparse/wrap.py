@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FSDPModule
 
 from flexsparse.compiler import OPTIONS, Backend
@@ -171,7 +170,7 @@ def _check_uncompiled(model: nn.Module) -> None:
     Raises:
         ValueError: the model, or a module of it, went through ``torch.compile`` or ``module.compile()``.
     """
-    if isinstance(model, OptimizedModule):
+    if isinstance(model, torch._dynamo.OptimizedModule):
         raise ValueError("model was made by torch.compile: wrap the module that was given to it; wrap compiles")
     for name, module in model.named_modules():
         if module._compiled_call_impl is not None:

@@ -22,7 +22,7 @@ LONG_RUNS: tuple[Mutation, ...] = (
     Mutation(
         "torch's list of backends keeps them",
         "one_graph.py",
-        "            cached_backends.pop(key, None)",
+        "            cached.pop(key, None)",
         "            pass",
         ("wrap/test_gone.py",),
     ),

@@ -289,8 +289,8 @@ PASSES = (
     Mutation(
         "outputs that lie as the projection reads them are not asked for",
         "compiler.py",
-        "(lower, fold, LayOutput(), ShareOperands())",
-        "(lower, fold, ShareOperands())",
+        "(lower, fold, passes.LayOutput(), passes.ShareOperands())",
+        "(lower, fold, passes.ShareOperands())",
         ("compile_passes/test_for_cuda.py", "-k", "wherever_queries_lie"),
     ),
     Mutation(
