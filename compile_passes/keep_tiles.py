@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from flexsparse.compile_passes import token_dims
 from flexsparse.compile_passes.graphs import finish, graph_modules, tables_of, value_of
-from flexsparse.compile_passes.token_dims import VIEWS, name_of, reads_form_only, shape_of, wants, written_by
+from flexsparse.compile_passes.token_dims import memory_of, name_of, reads_form_only, shape_of, wants, written_by
 
 
 class Parts(Protocol):
@@ -160,9 +160,9 @@ def find_region(gm: GraphModule, calls: list[Node]) -> Region:
             if user not in region.inside and not reads_form_only(user, node):
                 region.sinks.setdefault(node, []).append(user)
     region.sources = {x: dim for x, dim in region.sources.items() if x in read}
-    written = {storage_of(x) for node in gm.graph.nodes for x in written_by(node)}
+    written = {memory for node in gm.graph.nodes for x in written_by(node) for memory in memory_of(x)}
     for node in (*region.sources, *region.sinks):
-        if storage_of(node) in written:
+        if not written.isdisjoint(memory_of(node)):
             raise NotKept(f"the graph writes in place to {node.name}, whose order would change")
     return region
 
@@ -227,16 +227,6 @@ def _fits(region: Region, node: Node, x: Node, dim: int | None) -> bool:
 def is_setitem(node: Node) -> bool:
     """Whether a node is ``x[index] = values``, which has no value of its own."""
     return name_of(node) == "setitem"
-
-
-def storage_of(node: Node) -> Node:
-    """The node whose memory a tensor may share."""
-    while name_of(node) in VIEWS:
-        above = node.args[0] if node.args else node.kwargs.get("input")
-        if not isinstance(above, Node):
-            break
-        node = above
-    return node
 
 
 def _rewrite(gm: GraphModule, calls: list[Node], region: Region, grid: Any, parts: Parts, nested: bool) -> None:

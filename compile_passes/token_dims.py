@@ -6,8 +6,11 @@ here mixes tokens, as far as `keep_tiles` is concerned.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import operator
+import types
 from collections.abc import Callable
 from types import EllipsisType
 from typing import Any
@@ -16,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
+from flexsparse.compile_passes import nested
 from flexsparse.compile_passes.graphs import value_of
 
 Wants = dict[Node, int | None]
@@ -41,23 +46,6 @@ _FUNCTIONS = {
     getattr(space, name): name for name in sorted(_NAMES) for space in (operator, torch, F) if hasattr(space, name)
 }
 _FUNCTIONS[SDPA] = "sdpa"
-VIEWS = {
-    *_FORM,
-    *_RESHAPES,
-    *_PIECES,
-    "contiguous",
-    "float",
-    "half",
-    "bfloat16",
-    "double",
-    "detach",
-    "expand",
-    "getitem",
-}
-VIEWS |= {"transpose", "swapaxes", "permute", "movedim", "view_as_complex", "view_as_real"}
-"""Ops whose result may share their first argument's memory."""
-_INPLACE = {"silu": 1, "relu": 1, "mish": 1, "hardswish": 1, "elu": 2, "leaky_relu": 2, "dropout": 3}
-"""Where these functions take ``inplace``."""
 
 
 def name_of(node: Node) -> str | None:
@@ -92,9 +80,11 @@ def tensors_of(node: Node) -> list[Node]:
 
 
 def written_by(node: Node) -> list[Node]:
-    """Tensors that a node writes to."""
+    """Tensors that a node writes to, or may write to."""
     if node.op not in ("call_function", "call_method"):
         return []
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return tensors_of(node) if _may_write(node) else []
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     module = getattr(node.target, "__module__", None)
     schema = getattr(node.target, "_schema", None)
@@ -104,10 +94,43 @@ def written_by(node: Node) -> list[Node]:
         in_place = name == "setitem" or (name.startswith("i") and hasattr(operator, name[1:]))
     else:
         in_place = name.endswith("_") and (not name.endswith("__") or name.startswith("__i") or name == "__setitem__")
-    in_place |= bool(argument(node, _INPLACE.get(name_of(node) or "", 99), "inplace", False))
-    first = [n for n in node.args[:1] if isinstance(n, Node)] if in_place else []
+    at = _place_of_inplace(node.target) if node.op == "call_function" and _hashable(node.target) else None
+    in_place |= at is not None and bool(argument(node, at, "inplace", False))
+    found: list[Node] = []
+    if in_place and not node.args:
+        found += tensors_of(node)
+    elif in_place:
+        first = node.args[0]
+        found += [n for n in (first if isinstance(first, list | tuple) else [first]) if isinstance(n, Node)]
     out = node.kwargs.get("out")
-    return first + ([out] if isinstance(out, Node) else [])
+    return found + [n for n in (out if isinstance(out, list | tuple) else [out]) if isinstance(n, Node)]
+
+
+@functools.lru_cache(None)
+def _place_of_inplace(function: Any) -> int | None:
+    """Where a function takes ``inplace``."""
+    if not isinstance(function, types.FunctionType):
+        return None
+    names = list(inspect.signature(function).parameters)
+    return names.index("inplace") if "inplace" in names else None
+
+
+def _may_write(node: Node) -> bool:
+    """Whether a higher-order operator runs a Triton kernel, or a graph that writes to what it is given."""
+    if node.target.name() == "triton_kernel_wrapper_mutation":  # type: ignore[union-attr]
+        return True
+    owner = node.graph.owning_module
+    for sub, _ in () if owner is None else nested.graphs_of(owner, node):
+        given = {x for each in sub.graph.nodes if each.op == "placeholder" for x in memory_of(each)}
+        if any(not given.isdisjoint(memory_of(x)) for each in sub.graph.nodes for x in written_by(each)):
+            return True
+    return False
+
+
+def memory_of(node: Node) -> set[int]:
+    """The memory that a node's tensors lie in: example values share it as tensors do, whichever op made a view."""
+    tensors = [x for x in tree_leaves(value_of(node)) if isinstance(x, Tensor) and torch._C._has_storage(x)]
+    return {x.untyped_storage()._cdata for x in tensors}
 
 
 def reads_form_only(node: Node, of: Node) -> bool:

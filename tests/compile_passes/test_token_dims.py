@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from flexsparse.compile_passes.keep_tiles import storage_of
-from flexsparse.compile_passes.token_dims import index_dims, name_of, shape_of, wants, written_by
+from flexsparse.compile_passes.token_dims import index_dims, memory_of, name_of, shape_of, wants, written_by
 
 B, S, H, D = 2, 6, 3, 8  # x is [B, S, H, D], its tokens are in dimension 1
 ORDER = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -181,10 +180,10 @@ def test_every_claim_about_a_node_holds(name: str) -> None:
             return values[n]
 
     Recorder(gm).run(*(torch.randn(shape_of(n)) for n in gm.graph.nodes if n.op == "placeholder"))
-    written = {storage_of(x) for node in gm.graph.nodes for x in written_by(node)}
+    written = {memory for node in gm.graph.nodes for x in written_by(node) for memory in memory_of(x)}
     checked = 0
     for node in gm.graph.nodes:
-        touched = {storage_of(node), *map(storage_of, node.all_input_nodes)} & written
+        touched = {memory for x in (node, *node.all_input_nodes) for memory in memory_of(x)} & written
         if node.op not in ("call_function", "call_method") or touched or name_of(node) == "empty_like":
             continue
         for dim, size in enumerate(shape_of(node)):

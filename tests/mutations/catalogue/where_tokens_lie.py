@@ -222,4 +222,25 @@ WHERE_TOKENS_LIE = (
         "whole",
         ("wrap/test_gates.py", "-k", "tied"),
     ),
+    Mutation(
+        "what kernels and nested graphs write to is not known",
+        "compile_passes/token_dims.py",
+        "return tensors_of(node) if _may_write(node) else []",
+        "return []",
+        ("compile_passes/test_written_tokens.py",),
+    ),
+    Mutation(
+        "of lists that are written to nothing is known",
+        "compile_passes/token_dims.py",
+        "(first if isinstance(first, list | tuple) else [first])",
+        "[first]",
+        ("compile_passes/test_written_tokens.py", "-k", "list"),
+    ),
+    Mutation(
+        "inplace by its place is not seen",
+        "compile_passes/token_dims.py",
+        'return names.index("inplace") if "inplace" in names else None',
+        "return None",
+        ("compile_passes/test_written_tokens.py", "-k", "inplace"),
+    ),
 )
