@@ -162,7 +162,11 @@ class BSA(MaskBuilder):
         density = current(self.kv_density)  # a number stays one: a graph would read a tensor of it on the CPU
         if isinstance(density, Tensor) and density.device.type == "cpu" and not is_tracing():
             density = read(density)  # which refuses where a CUDA graph would keep it
-        above = (values > row_threshold(values, allowed, density, (-2, -1))) | (density >= 1)
+        counted = allowed
+        if allowed is not None and coarse.same:  # query tiles without a token have no say
+            rows = coarse.q_counts[..., None] > 0
+            counted = allowed & (rows if rows.dim() == 2 else rows[:, None])
+        above = (values > row_threshold(values, counted, density, (-2, -1))) | (density >= 1)
         above = above if allowed is None else above & allowed
         return Rule(name="top_k", now=above.sum(-1, keepdim=True), min_tiles=self.min_tiles)
 

@@ -238,3 +238,20 @@ def test_scoring_all_queries_differs_from_scoring_the_kept_ones() -> None:
     selection = fs.BSA(kv_density=0.3, score_queries="all").select(q, k, layout)
     expected = [slow.above_threshold(row, 0.3, 1, selection.capacity)[0] for row in rows]
     assert torch.equal(selection.keep()[0, 0], slow.as_mask(expected, 4))
+
+
+@pytest.mark.parametrize("statistics", ["row", "head"])
+@pytest.mark.parametrize("threshold", ["normal", "probability"])
+@pytest.mark.parametrize("keep_queries", [1.0, 0.5])
+def test_tiles_without_tokens_change_nothing(statistics: str, threshold: str, keep_queries: float) -> None:
+    """A head's mean was one over rows of padding, too: NaN there, and rows kept one tile."""
+    long, short = fs.TileLayout(grid=(8, 4, 4), tile=(2, 2, 2)), fs.TileLayout(grid=(2, 4, 4), tile=(2, 2, 2))
+    counts = long.tile_counts.repeat(2, 1)
+    counts[1, short.num_tiles :] = 0  # of the second sample only two frames are there
+    x = torch.randn(3, 2, 2, long.seq_len, 16, dtype=torch.float64) + 1
+    x[:, 1, :, short.seq_len :] = torch.nan
+    builder = fs.BSA(statistics=statistics, threshold=threshold, keep_queries=keep_queries, kv_density=0.3)  # type: ignore[arg-type]
+    out = fs.sparse_attention(*x, long, builder, tile_counts=counts)
+    alone = fs.sparse_attention(*x[:, 1:, :, : short.seq_len], short, builder)
+    torch.testing.assert_close(out[1:, :, : short.seq_len], alone)
+    torch.testing.assert_close(out[:1], fs.sparse_attention(*x[:, :1], long, builder))

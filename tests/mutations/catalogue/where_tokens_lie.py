@@ -243,4 +243,11 @@ WHERE_TOKENS_LIE = (
         "return None",
         ("compile_passes/test_written_tokens.py", "-k", "inplace"),
     ),
+    Mutation(
+        "rows of padding count in a head's statistics",
+        "masks/bsa.py",
+        "row_threshold(values, counted, density, (-2, -1))",
+        "row_threshold(values, allowed, density, (-2, -1))",
+        ("masks/test_bsa.py", "-k", "without_tokens"),
+    ),
 )
