@@ -22,6 +22,7 @@ Besides:
 - `graphs`: what passes share; `nested`: graphs inside of graphs.
 - `fusion_guard`: keeps Inductor from a fusion that it miscompiles on CPU.
 - `plain_alpha`: keeps AOT autograd from forgetting the factor of a sum.
+- `strides`: results lie as those that a graph's Triton kernels were made for.
 - `marks`: identity ops by which a wrapped model tells its graph the grid and the gates.
 
 Passes are imported when they are first asked for: torch's compiler comes with them, which takes as long as torch itself.

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch.fx import GraphModule, Node
 
-from flexsparse.compile_passes import token_dims
+from flexsparse.compile_passes import strides, token_dims
 from flexsparse.compile_passes.graphs import finish, graph_modules, tables_of, value_of
 from flexsparse.compile_passes.token_dims import memory_of, name_of, reads_form_only, shape_of, wants, written_by
 
@@ -101,6 +101,8 @@ class KeepTiles:
             raise NotKept("text tokens are among them")
         if not self.parts.whole(grid):
             raise NotKept("its tiles are not all full")
+        if strides.are_read(gm):
+            raise NotKept("the graph reads tensors by their strides")
         region = find_region(gm, calls)
         saved = sum(_elements(x) for call in calls for x in (*call.args[:3], call))
         moved = sum(map(_elements, (*region.sources, *region.sinks)))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from flexsparse.compile_passes import marks, multi_head, nested, origins, sdpa_call
+from flexsparse.compile_passes import marks, multi_head, nested, origins, sdpa_call, strides
 from flexsparse.compile_passes.graphs import finish, graph_modules, remove, replace, say_source, value_of
 from flexsparse.compile_passes.origins import from_different_tensors, key_mask
 from flexsparse.compile_passes.sdpa_call import SDPA, SDPACall
@@ -70,11 +70,11 @@ class RewriteSDPA:
         self.attend, self.seen, self.grid, self.name_of = attend, seen, grid, name_of or call_name
         self.min_tokens, self.schedules, self.gates = min_tokens, tuple(schedules), gates
         self.matches = self.calls = 0
-        self.marked = False
+        self.marked = self.strided = False
 
     def uuid(self) -> str:
         """Hash of this pass's source and parameters, for caches of compiled graphs."""
-        modules = (sys.modules[__name__], marks, multi_head, nested, origins, sdpa_call)
+        modules = (sys.modules[__name__], marks, multi_head, nested, origins, sdpa_call, strides)
         source = "".join(inspect.getsource(module) for module in modules)
         parameters = (self.grid, self.min_tokens, len(self.schedules), self.gates)
         return hashlib.sha256(f"{source}{parameters}{self.attend!r}".encode()).hexdigest()
@@ -82,7 +82,7 @@ class RewriteSDPA:
     def __call__(self, gm: GraphModule) -> GraphModule:
         """Rewrite a graph in place; a graph without a match is left as it was, less its marks."""
         self.matches = self.calls = 0
-        self.marked = False
+        self.marked, self.strided = False, strides.are_read(gm)
         environment: dict[str, Any] = {}
         if self.grid is not None:
             environment["grid"] = self.grid
@@ -192,7 +192,8 @@ class RewriteSDPA:
         arguments = (call.query, call.key, call.value, *rest)
         with graph.inserting_before(node):
             new = graph.call_function(self.attend, arguments, {"scale": _number(call.scale), **choice})
-        replace(node, new)
+        new.meta = dict(node.meta)
+        remove(node, strides.laid_as(new, value_of(node)) if self.strided else new)
 
     def _multi_head(self, graph: Graph, node: Node, environment: dict[str, Any]) -> None:
         call = multi_head.arguments_of(node.args, node.kwargs)

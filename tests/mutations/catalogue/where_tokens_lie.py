@@ -250,4 +250,18 @@ WHERE_TOKENS_LIE = (
         "row_threshold(values, allowed, density, (-2, -1))",
         ("masks/test_bsa.py", "-k", "without_tokens"),
     ),
+    Mutation(
+        "results lie otherwise than those that strides were asked of",
+        "compile_passes/rewrite_sdpa.py",
+        "strides.laid_as(new, value_of(node)) if self.strided else new",
+        "new",
+        ("compile_passes/test_strides.py",),
+    ),
+    Mutation(
+        "tokens that are read by strides are reordered",
+        "compile_passes/keep_tiles.py",
+        "if strides.are_read(gm):",
+        "if False:",
+        ("compile_passes/test_strides.py",),
+    ),
 )
