@@ -255,3 +255,19 @@ def test_tiles_without_tokens_change_nothing(statistics: str, threshold: str, ke
     alone = fs.sparse_attention(*x[:, 1:, :, : short.seq_len], short, builder)
     torch.testing.assert_close(out[1:, :, : short.seq_len], alone)
     torch.testing.assert_close(out[:1], fs.sparse_attention(*x[:, :1], long, builder))
+
+
+def test_a_heads_statistics_are_compiled_as_one_graph() -> None:
+    """A quantile of the normal distribution broke the graph; as densities change, they become symbols."""
+    torch._dynamo.reset()
+    layout = fs.TileLayout(grid=(2, 4, 8), tile=(2, 2, 2))
+    q, k, v = torch.randn(3, 1, 2, layout.seq_len, 16)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def attention(builder: fs.BSA) -> torch.Tensor:
+        out: torch.Tensor = fs.sparse_attention(q, k, v, layout, builder)
+        return out
+
+    for density in (0.2, 0.5, 1.0):
+        builder = fs.BSA(statistics="head", kv_density=density)
+        torch.testing.assert_close(attention(builder), fs.sparse_attention(q, k, v, layout, builder))
