@@ -146,11 +146,10 @@ def row_threshold(
         total = mask.sum(over, keepdim=True).clamp_min(1)
         mean = values.masked_fill(~mask, 0).sum(over, keepdim=True) / total
         variance = (values - mean).square().masked_fill(~mask, 0).sum(over, keepdim=True) / total
-    # Phi^-1(0) is -inf, and -inf * 0 is NaN for a row of equal scores
-    if torch.compiler.is_dynamo_compiling() and not isinstance(
-        density, Tensor
-    ):  # it does not trace `inv_cdf`, which is C
+    # Dynamo does not trace `inv_cdf`, which is C
+    if torch.compiler.is_dynamo_compiling() and not isinstance(density, Tensor):
         density = torch.full((), density, dtype=torch.float64, device=values.device)
+    # Phi^-1(0) is -inf, and -inf * 0 is NaN for a row of equal scores
     if isinstance(density, Tensor):
         z: float | Tensor = normal_quantile(1 - density.clamp_max(1 - 1e-12)).to(values.dtype)
     else:
