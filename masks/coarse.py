@@ -131,6 +131,9 @@ class CoarseInputs:
     def cut(self, wanted: Tensor, capacity: int) -> Tensor:
         """Rows that wanted more tiles than the capacity, int64 0-d, from int32 ``[B, H, N]``."""
         over = wanted > capacity
+        if self.tile_counts is not None and self.same:  # a tile without a token wants nothing
+            some = self.q_counts > 0
+            over = over & (some if some.dim() == 1 else some[:, None])
         return (over if self.heads is None else take_heads(over, self.heads)).sum()
 
     def selection(self, bits: Tensor, counts: Tensor, capacity: int, **fields: Any) -> TileSelection:

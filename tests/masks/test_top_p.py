@@ -61,3 +61,15 @@ def test_its_coarse_output_is_that_of_vsa(mass: float) -> None:
     _, aux = fs.sparse_attention(q, k, v, layout, fs.TopP(mass=mass), return_aux=True)
     _, expected = fs.sparse_attention(q, k, v, layout, fs.VSA(top_k=1), return_aux=True)
     torch.testing.assert_close(aux.coarse_out, expected.coarse_out)
+
+
+def test_tiles_without_tokens_want_nothing() -> None:
+    """Their pooled queries are zero, their softmax is even: each wanted more than the cap, and was counted."""
+    long, short = fs.TileLayout(grid=(8, 4, 4), tile=(2, 2, 2)), fs.TileLayout(grid=(2, 4, 4), tile=(2, 2, 2))
+    builder = fs.TopP(mass=0.6, max_tiles=2)
+    q, k = torch.randn(2, 2, 2, long.seq_len, 16, dtype=torch.float64)
+    counts = long.tile_counts.repeat(2, 1)
+    counts[:, short.num_tiles :] = 0
+    alone = builder.select(q[:, :, : short.seq_len], k[:, :, : short.seq_len], short)
+    for each in (counts, counts[0]):
+        assert int(builder.select(q, k, long, tile_counts=each).capped) == int(alone.capped)
