@@ -9,7 +9,6 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from flexsparse.compile_passes import marks
 from flexsparse.compile_passes.graphs import value_of
 
 LINEAR = {torch._C._nn.linear: (0,), torch.addmm: (1,)}
@@ -63,7 +62,7 @@ def _tokens(sources: set[Node]) -> set[Node]:
 
 
 def _through_views(node: Node) -> Node:
-    """The tensor behind casts, reshapes and marks, so that two readings of one tensor compare equal."""
+    """The tensor behind casts and reshapes, so that two readings of one tensor compare equal."""
     same = {
         "to",
         "type_as",
@@ -80,8 +79,8 @@ def _through_views(node: Node) -> Node:
         "clone",
     }
     while True:
-        function = node.target is torch.nn.functional.dropout or marks.is_mark(node.target, marks.GATE)
-        passes = node.target in same if node.op == "call_method" else node.op == "call_function" and function
+        dropout = node.op == "call_function" and node.target is torch.nn.functional.dropout
+        passes = dropout or (node.op == "call_method" and node.target in same)
         if not (passes and node.args and isinstance(node.args[0], Node)):
             return node
         node = node.args[0]

@@ -29,9 +29,9 @@ class RewriteSDPA:
 
     Before::
 
-        x1 = mark_grid(x, T, H, W, first, last)
-        h1 = mark_gate(h, gate, fine_gate)                     # only where gates are used
-        o  = scaled_dot_product_attention(q, k, v, scale=s)    # S_q = S_kv = first + T*H*W + last
+        mark_grid(T, H, W, first, last)
+        mark_gate(gate, fine_gate)                             # only where gates are used
+        o = scaled_dot_product_attention(q, k, v, scale=s)     # S_q = S_kv = first + T*H*W + last
 
     After::
 
@@ -109,9 +109,9 @@ class RewriteSDPA:
             if node.op != "call_function":
                 continue
             if marks.is_mark(node.target, marks.GRID):
-                environment["grid"] = tuple(node.args[1:])
+                environment["grid"] = tuple(node.args)
                 self.marked = True
-                remove(node, node.args[0])
+                gm.graph.erase_node(node)
             elif marks.is_mark(node.target, marks.GATE):
                 if "gate" in environment:
                     raise RewriteError(
@@ -119,7 +119,7 @@ class RewriteSDPA:
                         "the attention modules that become sparse"
                     )
                 environment["gate"] = marks.gates_of(node)
-                remove(node, node.args[0])
+                gm.graph.erase_node(node)
             elif node.target is SDPA:
                 self._call(gm.graph, node, environment)
             elif node.target is multi_head.MULTI_HEAD:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -15,6 +16,10 @@ from flexsparse.gates import ADDED
 STATE = "_flexsparse"
 OWN = "_flexsparse_own"
 """Where a module keeps the forward that it was given last: hooks may have put theirs over it."""
+
+
+WRAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that are wrapped, deep copies from their first call on: compiled as a whole, their modules do not know it."""
 
 
 class Hook:
@@ -37,6 +42,7 @@ def override(module: nn.Module, state: Any, name: str, forward: Callable[..., An
         return forward(self, args, kwargs)
 
     takes_the_arguments_of(replaced, before)
+    state.modules.add(module)
     module.__dict__[STATE] = state
     module.__dict__["_flexsparse_name"] = name
     module.__dict__["_flexsparse_forward"] = before

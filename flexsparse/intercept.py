@@ -12,7 +12,7 @@ import inspect
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -156,16 +156,20 @@ class Interceptor:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """No interception: a compiled region rewrites its own graph, and cannot trace through the mode."""
+        """No interception: a compiled region rewrites its own graph, and cannot trace through the mode.
+
+        Modes that the model entered since (``torch.device`` is one) stay.
+        """
         if not self.local.depth:
             yield
             return
-        with torch.overrides._pop_mode_temporarily():
-            self.local.depth = 0
-            try:
+        before = torch.overrides._get_current_function_mode_stack()
+        self.local.depth = 0
+        try:
+            with _stacked(before, [mode for mode in before if mode is not self.mode]):
                 yield
-            finally:
-                self.local.depth = 1
+        finally:
+            self.local.depth = 1
 
     def call(
         self,
@@ -297,6 +301,23 @@ class Interceptor:
         if self.backend.ragged and 0 <= text < first + last:
             return (T, H, W, text, 0) if first else (T, H, W, 0, text)
         return T, H, W, first, last
+
+
+@contextmanager
+def _stacked(before: Sequence[TorchFunctionMode], modes: Sequence[TorchFunctionMode]) -> Iterator[None]:
+    """Function modes meanwhile, in place of those there were."""
+    _change(before, modes)
+    try:
+        yield
+    finally:
+        _change(modes, before)
+
+
+def _change(before: Sequence[TorchFunctionMode], after: Sequence[TorchFunctionMode]) -> None:
+    for _ in before:
+        torch.overrides._pop_mode()
+    for mode in after:
+        torch.overrides._push_mode(mode)
 
 
 def of_samples(gates: Gates, count: int) -> tuple[Gates, Gates | None]:

@@ -158,7 +158,8 @@ class VideoSelfAttention(nn.Module):
         memo |= {id(schedule): schedule for schedule in schedules_of(self.builder)}
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        # not what compile() made, which computes with these weights
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return new
 
     def forward(self, x: Tensor, layout: TileLayout, parallel: SequenceParallel | None = None) -> Tensor:

@@ -153,7 +153,8 @@ def clear_errors(compiled: OneGraph, *args: Any) -> Any:
         raise RewriteError(
             "this model was to be compiled once more than torch._dynamo.config.recompile_limit="
             f"{torch._dynamo.config.recompile_limit} allows: sizes of 1 (an image, a batch of one), gradients on and off, "
-            "autocast and dtypes have graphs of their own; raise the limit, or find with TORCH_LOGS=recompiles what changes"
+            "autocast and dtypes have graphs of their own, and each number that a grid= function reads elsewhere than in the "
+            "model's arguments; raise the limit, or find with TORCH_LOGS=recompiles what changes"
         ) from error
     except torch._dynamo.exc.Unsupported as error:
         raise RewriteError(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from flexsparse.grids import Geometry
+from flexsparse.tables import is_compiling
 
 Key = tuple[StorageWeakRef, int | torch.SymInt, torch.Size]
 FEW, MOST = 256, 16384
@@ -89,7 +90,8 @@ class Redone:
 
     def begin(self, ran: Forward, _: Any = None) -> None:
         """Backward is about to redo parts of a forward. Also the hook of a tensor, whose gradient is of no interest."""
-        task = torch._C._current_graph_task_id()
+        if is_compiling() or (task := torch._C._current_graph_task_id()) == -1:  # compiled autograd, which says nothing
+            return
         if task not in self.tasks:
             end = _End(self.tasks, task)
             # a backward that fails is never called back

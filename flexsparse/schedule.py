@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Mapping
@@ -167,6 +168,9 @@ class SparsitySchedule:
                 f"SparsitySchedule state has steps_done={state['steps_done']!r}: give an int of at least 0"
             )
         self.seek(done)
+
+    def __copy__(self) -> SparsitySchedule:
+        return copy.deepcopy(self)  # one tensor for two schedules would be moved by both
 
     def __repr__(self) -> str:
         return (

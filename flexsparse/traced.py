@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -20,38 +20,6 @@ if TYPE_CHECKING:
 def original(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run the forward that was there before wrapping: the class's, or an instance's own (offloading hooks set one)."""
     return module._flexsparse_forward(*args, **kwargs)  # type: ignore[operator]
-
-
-def _mark(
-    args: tuple[Any, ...], kwargs: dict[str, Any], mark: Callable[..., Tensor], *values: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Send the first floating point argument through a mark; where no argument is one, the first in a list, tuple or dict.
-
-    An argument that is the same tensor stays the same: torch's multi-head attention, and others, ask by ``is``.
-    """
-    given = [*enumerate(args), *kwargs.items()]
-    for inside in (False, True):
-        for place, value in given:
-            if (new := _marked(value, inside, mark, values)) is not None:
-                alike = [other for other, one in given if other == place or one is value]
-                return (
-                    tuple(new if i in alike else one for i, one in enumerate(args)),
-                    {name: new if name in alike else one for name, one in kwargs.items()},
-                )
-    raise ValueError("a wrapped module was called without a floating point tensor to tell its graph the grid by")
-
-
-def _marked(value: Any, inside: bool, mark: Callable[..., Tensor], values: tuple[Any, ...]) -> Any:
-    """A value whose first floating point tensor went through a mark; None where it has none."""
-    if isinstance(value, Tensor):
-        return mark(value, *values) if value.is_floating_point() else None
-    if inside and type(value) in (list, tuple, dict):
-        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
-            if (new := _marked(one, inside, mark, values)) is not None:
-                if isinstance(value, dict):
-                    return {**value, key: new}
-                return type(value)((*value[:key], new, *value[key + 1 :]))
-    return None
 
 
 def gates_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Gates | None:
@@ -73,7 +41,7 @@ def traced_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     geometry = state.reader(module, args, kwargs)
     if state.backend.parallel is not None:  # here: what a checkpointed block stored would be an effect of its graph
         state.tokens = geometry[0] * geometry[1] * geometry[2]
-    args, kwargs = _mark(args, kwargs, marks.GRID, *geometry)
+    marks.GRID(*geometry)
     return spread(state, module, args, kwargs)
 
 
@@ -100,13 +68,13 @@ def traced_region(
     module: nn.Module, T: int, H: int, W: int, first: int, last: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """What is compiled for a region; the geometry comes as plain ints, which become symbolic when they change."""
-    args, kwargs = _mark(args, kwargs, marks.GRID, T, H, W, first, last)
+    marks.GRID(T, H, W, first, last)
     return inner_call(module, args, kwargs)
 
 
 def inner_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What is traced of a module inside of a graph: its own forward, its tokens marked with its gates."""
+    """What is traced of a module inside of a graph: its own forward, after a mark with its gates."""
     gates = gates_of(module, args, kwargs)
     if gates is not None:
-        args, kwargs = _mark(args, kwargs, marks.GATE, *gates)
+        marks.GATE(*gates)
     return original(module, args, kwargs)

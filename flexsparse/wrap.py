@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import types
-import weakref
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -13,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from flexsparse.compiler import OPTIONS, Backend
-from flexsparse.forwards import STATE, hidden_by, override, remove_hooks, restore
+from flexsparse.forwards import STATE, WRAPPED, hidden_by, override, remove_hooks, restore
 from flexsparse.gate_files import warn_of_dropped_gates
 from flexsparse.gates import ADDED, Gate, add_gates, gate_names, is_flat
 from flexsparse.grids import FixedGrid, GridFunction, geometry_reader
@@ -26,8 +25,6 @@ Model = TypeVar("Model", bound=nn.Module)
 OWN_OPTIONS = (*OPTIONS, "expect")
 COMPILE_OPTIONS = inspect.signature(torch.compile).parameters.keys() - {"model", "backend", "disable"}
 """Of torch.compile; wrap gives the others itself."""
-_WRAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models that are wrapped: compiled as a whole, their modules do not know it."""
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -95,7 +92,7 @@ def wrap(
     _check_uncompiled(model)
     if any(STATE in module.__dict__ for module in model.modules()):
         raise ValueError(_wrapped_already(model))
-    for whole in list(_WRAPPED):
+    for whole in list(WRAPPED):
         for name, module in whole.named_modules():
             if module is model:
                 raise ValueError(
@@ -160,7 +157,7 @@ def wrap(
     override(model, state, "", model_forward)
     for block in blocks:
         compile_region(block, options)
-    _WRAPPED.add(model)
+    WRAPPED.add(model)
     return model
 
 
@@ -258,7 +255,7 @@ def report(model: nn.Module) -> Report:
 def unwrap(model: Model) -> Model:
     """Restore a wrapped model, in place; its gates (see `save_gates`) and the hooks of `distributed.ulysses` are removed.
 
-    Offloading hooks of accelerate's that were added after wrapping stay.
+    Offloading hooks of accelerate's that were added after wrapping stay. What was taken out of the model since is restored too.
 
     Raises:
         ValueError: the model is not wrapped, or is part of one that is; other hooks replaced a forward after wrapping.
@@ -268,17 +265,21 @@ def unwrap(model: Model) -> Model:
         raise ValueError(
             f"{type(model).__name__} is {model.__dict__['_flexsparse_name']} of a wrapped model: unwrap the model itself"
         )
-    for name, module in model.named_modules():
+    modules = list(model.named_modules())
+    inside = {id(module) for _, module in modules}
+    taken_out = [x for x in state.modules if id(x) not in inside and x.__dict__.get(STATE) is state]
+    modules += [(x.__dict__["_flexsparse_name"], x) for x in taken_out]
+    for name, module in modules:
         by = hidden_by(module) if STATE in module.__dict__ else None
         if by is not None:
             raise ValueError(
                 f"{name or 'the model'} got another forward after it was wrapped, by {by}: take that away first (disable the "
                 "cache, remove the hook, accelerator.unwrap_model(model, keep_fp32_wrapper=False)), then unwrap"
             )
-    for module in model.modules():
+    for _, module in modules:
         remove_hooks(module)
         if STATE in module.__dict__:
             restore(module)
     state.forms.drop()
-    _WRAPPED.discard(model)
+    WRAPPED.discard(model)
     return model

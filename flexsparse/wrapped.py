@@ -10,20 +10,22 @@ import copy
 import functools
 import operator
 import types
+import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from flexsparse.compile_passes import RewriteError
 from flexsparse.compiler import Backend
 from flexsparse.crossing import other_sequences, two_sequences
 from flexsparse.expected import no_match
 from flexsparse.forms import Forms
-from flexsparse.forwards import OWN, STATE, takes_the_arguments_of
+from flexsparse.forwards import OWN, STATE, WRAPPED, takes_the_arguments_of
 from flexsparse.gates import check_synchronised
 from flexsparse.grids import Geometry, GeometryReader
 from flexsparse.intercept import Interceptor
@@ -41,6 +43,7 @@ class State:
         dense: whether the model runs as it did before it was wrapped, for the time being (`flexsparse.DenseSteps`).
         traces_dense: whether what Dynamo traces is the model as it was. Traced code sets it, and sets it back, so that no
             thread ever sees it; a value of the thread's own could not be traced.
+        modules: those that have a forward of ours; of a deep copy, none.
         shell: the DistributedDataParallel that is known to have the gates, by its id.
         tokens: video tokens of the forward that is being compiled, for a sequence parallel model.
         ends: what such a model does to its own arguments and to what it returns (`distributed.cuts.Ends`).
@@ -50,6 +53,7 @@ class State:
         self.backend, self.reader, self.compile, self.options = backend, reader, compile, options
         self.own: GeometryReader | None = None
         self.dense = self.traces_dense = False
+        self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.shell: int | None = None
         self.tokens = 0
         self.ends: Any = None
@@ -148,6 +152,8 @@ def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return traced_model(module, args, kwargs)
     if torch.jit.is_tracing():
         raise NotImplementedError(NO_EXPORT)
+    if module not in WRAPPED:
+        _join(module, state)
     if getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None) is not None:
         raise ValueError(
             f"{type(module).__name__} has diffusers' context parallelism enabled, whose backward recomputes attention where "
@@ -185,6 +191,21 @@ def model_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if not state.too_short(geometry):
         _check_sparse(state, module, geometry, state.backend.tally.since(before))
     return out
+
+
+def _join(module: nn.Module, state: State) -> None:
+    """Count a deep copy among the wrapped models.
+
+    Raises:
+        RuntimeError: a part of it was wrapped by itself, which would have no effect.
+    """
+    for name, inner in module.named_modules():
+        if inner.__dict__.get(STATE, state) is not state:
+            raise RuntimeError(
+                f"{name} is wrapped, and part of a copy of a wrapped {type(module).__name__}, which computes it: unwrap one "
+                "of the two, or give wrap a dict of builders by name"
+            )
+    WRAPPED.add(module)
 
 
 def _whole_row(state: State, geometry: Geometry) -> Call:
@@ -240,11 +261,19 @@ def _of_their_own(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
     Dynamo's guards know a view from what is none, and look at what it is a view of: the first block of a stack, whose hidden
     states the embedding may hand on as a view, would cost a graph of its own for each kind of sizes.
+
+    Lists and dicts are handed on, as the block may write to them, and so is what is given twice, or has attributes.
     """
     if torch.is_grad_enabled():  # what a block writes into a view has to reach what it is a view of, gradients included
         return args, kwargs
-    own: tuple[Any, Any] = tree_map_only(Tensor, lambda x: x.detach() if x._base is not None else x, (args, kwargs))
-    return own
+    times = Counter(id(x) for x in tree_leaves((args, kwargs)))
+
+    def own(x: Any) -> Any:
+        if type(x) is tuple:
+            return tuple(own(one) for one in x)
+        return x.detach() if isinstance(x, Tensor) and x._base is not None and times[id(x)] == 1 and not vars(x) else x
+
+    return own(args), {name: own(x) for name, x in kwargs.items()}
 
 
 def compile_region(module: nn.Module, options: dict[str, Any]) -> None:

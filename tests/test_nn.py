@@ -157,6 +157,38 @@ def test_a_copy_follows_the_schedule_and_has_weights_of_its_own() -> None:
     assert average.to_q.weight.any()  # type: ignore[operator,union-attr]
 
 
+def test_a_copy_of_a_compiled_module_computes_with_its_own_weights() -> None:
+    """What `compile()` makes holds the module that it was called on."""
+    layout = fs.TileLayout(grid=(4, 8, 8), tile=(2, 4, 4))
+    own = fs.nn.VideoSelfAttention(32, 2, fs.VSA(top_k=2))
+    own.compile(backend="eager")
+    other, x = copy.deepcopy(own), torch.randn(1, layout.seq_len, 32)
+    expected = own(x, layout)
+    with torch.no_grad():
+        own.to_out.weight.zero_()
+    assert not torch.equal(own(x, layout), expected)
+    torch.testing.assert_close(other(x, layout), expected, atol=1e-6, rtol=0)
+
+
+def test_exported() -> None:
+    layout = fs.TileLayout(grid=(4, 8, 8), tile=(2, 4, 4), text_last=3)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = fs.nn.VideoSelfAttention(32, 2, fs.VSA(top_k=2))
+            torch.nn.init.normal_(self.attention.to_gate_compress.weight)  # type: ignore[arg-type,union-attr]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x, layout)
+
+    model, x = Model(), torch.randn(2, layout.seq_len, 32)
+    samples = torch.export.Dim("samples", min=1, max=8)
+    exported = torch.export.export(model, (x,), strict=True, dynamic_shapes=({0: samples},)).module()
+    for given in (x, torch.randn(3, layout.seq_len, 32)):
+        torch.testing.assert_close(exported(given), model(given), atol=1e-6, rtol=0)
+
+
 def test_a_grid_is_no_layout() -> None:
     with pytest.raises(TypeError, match=r"layout is \(4, 8, 8\): give a TileLayout\(grid="):
         fs.nn.VideoSelfAttention(32, 2, fs.VSA(top_k=2))(torch.zeros(1, 256, 32), (4, 8, 8))  # type: ignore[arg-type]

@@ -1,6 +1,8 @@
 """Annealing: monotone, exact at its target, resumable, and a new step is no new graph."""
 
+import copy
 import json
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +105,16 @@ def test_what_is_no_step_or_no_state_is_refused(call: Callable[[SparsitySchedule
     with pytest.raises((TypeError, ValueError), match=f"SparsitySchedule .*{message}"):
         call(schedule)
     assert schedule.steps_done == 3
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_moves_by_itself(copied: Callable[[SparsitySchedule], SparsitySchedule]) -> None:
+    one = SparsitySchedule(target=0.8, start=0.2, step=0.2, every=1)
+    one.advance()
+    other = copied(one)
+    other.advance(2)
+    for schedule, value in ((one, 0.4), (other, 0.8)):
+        assert schedule.value == pytest.approx(value) and float(schedule.tensor) == schedule.value
 
 
 @pytest.mark.parametrize("under", [torch.device("meta"), torch.inference_mode()], ids=["meta", "inference mode"])

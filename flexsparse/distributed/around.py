@@ -180,14 +180,15 @@ class Around:
 
         Before::
 
-            h1 = mark_gate(h, gate, fine_gate)                               # only where gates are used
-            o  = scaled_dot_product_attention(q, k, v)                       # L tokens
+            mark_gate(gate, fine_gate)                         # only where gates are used
+            o = scaled_dot_product_attention(q, k, v)          # L tokens
 
         After::
 
             q1, k1, v1, g1, f1 = enter(q, k, v, gate, fine_gate, grid)
-            o1 = scaled_dot_product_attention(mark_gate(q1, g1, f1), k1, v1) # S tokens; a key mask becomes one of them
-            o  = leave(o1, grid)
+            mark_gate(g1, f1)
+            o1 = scaled_dot_product_attention(q1, k1, v1)      # S tokens; a key mask becomes one of them
+            o = leave(o1, grid)
 
         The grid's sizes are operands, of nested graphs too: what is symbolic must not be closed over.
 
@@ -205,7 +206,7 @@ class Around:
             if node.op != "call_function":
                 continue
             if marks.is_mark(node.target, marks.GRID):
-                environment["grid"] = tuple(node.args[1:])
+                environment["grid"] = tuple(node.args)
             elif marks.is_mark(node.target, marks.CUT):
                 environment["cut"][0] = node.args[1]  # a list: nested graphs come in between, and change it too
                 remove(node, node.args[0])
@@ -330,20 +331,18 @@ class Around:
                 if example is not None:
                     pieces[index] = graph.call_function(operator.getitem, (entered, index))
                     pieces[index].meta = dict(node.meta, example_value=example)
-            first = pieces[0]
             if mark is not None:
-                first = graph.call_function(marks.GATE, (first, *pieces[3:]))
-                first.meta = dict(pieces[0].meta)
+                graph.call_function(marks.GATE, tuple(pieces[3:])).meta = dict(node.meta)
             more = {} if mask is None else {"attn_mask": mask}
             attention = graph.call_function(
-                SDPA, (first, *pieces[1:3]), {**more, "scale": call.scale, "enable_gqa": call.enable_gqa}
+                SDPA, tuple(pieces[:3]), {**more, "scale": call.scale, "enable_gqa": call.enable_gqa}
             )
             attention.meta = dict(pieces[0].meta)
             left = graph.call_function(flexsparse_leave, (attention, grid))
         left.meta = dict(node.meta)
         remove(node, left)
         if mark is not None:
-            remove(mark, mark.args[0])
+            graph.erase_node(mark)
 
 
 def _concerns(node: Node) -> bool:

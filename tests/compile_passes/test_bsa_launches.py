@@ -149,7 +149,7 @@ def test_the_ops_that_prune_pack_and_unpack_launch_one_kernel_each_way() -> None
 @pytest.mark.parametrize("fill", ("representative", "nearest", "zero"))
 def test_every_option_is_the_same_ops(fill: Any) -> None:
     layout = LAYOUTS["raster"][0]
-    builder = fs.BSA(kv_density=0.3, window=None, fill=fill, representative="medoid", threshold="mass")
+    builder = fs.BSA(window=None, fill=fill, representative="medoid", threshold="mass")
     nodes = [n for n in call_graph(layout, layout, builder).graph.nodes if n.op == "call_function"]
     found = [n for n in nodes if isinstance(n.target, torch._ops.OpOverload) and n.target not in VIEWS]
     assert [named(n) for n in found] == ["tile_tokens", *CALL]

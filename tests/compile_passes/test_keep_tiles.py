@@ -306,8 +306,10 @@ def test_grids_of_as_many_tokens_are_not_taken_for_one_another(seen: Seen) -> No
 
         def forward(self, x: Tensor) -> Tensor:
             tokens = self.embed(x).flatten(2).transpose(1, 2)
-            tokens = self.first(marks.GRID(tokens, *GRID, 0, 0))
-            return self.second(marks.GRID(tokens, 4, 4, 8, 0, 0))
+            marks.GRID(*GRID, 0, 0)
+            tokens = self.first(tokens)
+            marks.GRID(4, 4, 8, 0, 0)
+            return self.second(tokens)
 
     torch.manual_seed(0)
     check_same(Turned(), wrapped=True)  # only graphs of wrapped models have marks

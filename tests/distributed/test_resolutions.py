@@ -70,7 +70,7 @@ def test_an_operator_that_takes_no_operands() -> None:
         return lambda *args: (args[-1],)
 
     def run(q: Tensor, T: int) -> Tensor:
-        q = marks.GRID(q, T, 4, 4, 0, 0)
+        marks.GRID(T, 4, 4, 0, 0)
         return torch.cond(q.sum() > 0, lambda x: SDPA(x, x, x), lambda x: x.clone(), (q,))
 
     for dynamic in (False, True):

@@ -125,7 +125,7 @@ def attention(top_k: int) -> tuple[Callable[..., Tensor], Any]:
     """One gated attention as a wrapped model's graph holds it."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-        q = torch.ops.flexsparse.mark_gate(q, gate)
+        torch.ops.flexsparse.mark_gate(gate)
         return nn.functional.scaled_dot_product_attention(q, k, v)
 
     backend = fs.backend(fs.VSA(top_k=top_k), grid=GRID, expect=1)

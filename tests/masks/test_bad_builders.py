@@ -86,6 +86,21 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "BSA mass is nan: give a ratio",
     ),
+    "a density that mass does not read": (
+        lambda: fs.BSA(kv_density=fs.SparsitySchedule(target=0.1, start=1.0), threshold="mass"),
+        ValueError,
+        r"BSA kv_density is SparsitySchedule\(.*threshold='mass' does not read: .*threshold='normal'",
+    ),
+    "statistics that mass does not read": (
+        lambda: fs.BSA(statistics="head", threshold="mass"),
+        ValueError,
+        "BSA statistics is 'head', which threshold='mass' does not read",
+    ),
+    "a mass that normal does not read": (
+        lambda: fs.BSA(mass=0.5),
+        ValueError,
+        "BSA mass is 0.5, which threshold='normal' does not read: leave it out, or give threshold='mass'",
+    ),
     "NaN mass": (lambda: fs.TopP(mass=NAN), ValueError, r"TopP mass is nan: give a ratio in \(0, 1\]"),
     "mass over one": (lambda: fs.TopP(mass=1.5), ValueError, r"TopP mass is 1\.5: give a ratio in \(0, 1\]"),
     "NaN min_tiles": (
@@ -282,7 +297,8 @@ def test_numbers_of_numpy_are_taken_and_stored_as_plain_ones() -> None:
         fs.VSA(sparsity=half),
         fs.VSA(sparsity=np.int32(0)),
         fs.TopP(mass=half, min_tiles=two, max_tiles=np.int32(4)),
-        fs.BSA(keep_queries=half, kv_density=half, mass=half, window=(two, 2, two), min_tiles=two, max_tiles=two),
+        fs.BSA(keep_queries=half, kv_density=half, window=(two, 2, two), min_tiles=two, max_tiles=two),
+        fs.BSA(mass=half, threshold="mass"),
         fs.SlidingTile(window=(two, np.int32(3), 3)),
         fs.FrameCausal(chunk=two),
         fs.Radial(first_frames=two),

@@ -18,7 +18,7 @@ LAYOUTS = {
 }
 BUILDERS = {
     "vsa": fs.VSA(top_k=2),
-    "bsa": fs.BSA(keep_queries=0.5, kv_density=0.3, threshold="mass", mass=1.0, max_tiles=3),
+    "bsa": fs.BSA(keep_queries=0.5, threshold="mass", mass=1.0, max_tiles=3),
 }
 
 

@@ -1,6 +1,7 @@
 """Bugs to plant, one at a time, and the tests that have to notice. Each replaces text that occurs exactly once."""
 
 from tests.mutations.catalogue.attention import ATTENTION
+from tests.mutations.catalogue.life_cycle import LIFE_CYCLE
 from tests.mutations.catalogue.long_runs import LONG_RUNS
 from tests.mutations.catalogue.models import MODELS
 from tests.mutations.catalogue.mutation import Mutation
@@ -22,5 +23,6 @@ MUTATIONS: tuple[Mutation, ...] = (
     *LONG_RUNS,
     *REAL_SIZES,
     *WHERE_TOKENS_LIE,
+    *LIFE_CYCLE,
     *TRAINING,
 )

@@ -116,13 +116,6 @@ MODELS = (
         ("wrap/test_crossing.py",),
     ),
     Mutation(
-        "the mark of a gate makes another tensor of one that was given twice",
-        "traced.py",
-        "if other == place or one is value]",
-        "if other == place]",
-        ("wrap/test_crossing.py",),
-    ),
-    Mutation(
         "a gate reads what comes first",
         "traced.py",
         "for value in tokens or given:",
