@@ -25,7 +25,7 @@ from flexsparse.ops.choice import Rule, masked_softmax, read, row_threshold
 from flexsparse.ops.coarse_select import pool_tiles
 from flexsparse.ops.prune_queries import prune_queries as pruning
 from flexsparse.ops.windows import Axes
-from flexsparse.schedule import Ratio, check_ratio, current, highest, rule_of, target
+from flexsparse.schedule import Ratio, SparsitySchedule, check_ratio, current, highest, rule_of, target
 from flexsparse.selection import KeptQueries, TileSelection
 from flexsparse.tables import MIN_SLOTS, is_tracing, smaller
 
@@ -47,7 +47,7 @@ class BSA(MaskBuilder):
             representative is always computed; of the others, the least similar to it (cosine, per head; ties: lowest
             slot; what is not finite before all others), until ``ceil(keep_queries * tokens)`` are in.
         kv_density: share of KV tiles that ``threshold="normal"`` and ``"probability"`` aim at, in (0, 1], or a
-            `SparsitySchedule`; not with ``"mass"``.
+            `SparsitySchedule` (not with ``"mass"``, which does not read it).
         window: tokens of a window along (t, h, w); None for the whole tile. Temporal and spatial extents are
             separate choices (the paper's "dynamic spatial-time" strategy is not specified).
         min_tiles: KV tiles that every row keeps at least.
@@ -57,7 +57,7 @@ class BSA(MaskBuilder):
             the target at any spread of the logits; ``"probability"`` does the same on their softmax (keeps fewer the
             more peaked a row is); ``"mass"`` keeps the smallest set whose softmax mass reaches ``mass`` (what
             FastVideo's backend does).
-        mass: for ``threshold="mass"``, in (0, 1], or a `SparsitySchedule`; not with the others.
+        mass: for ``threshold="mass"``, in (0, 1], or a `SparsitySchedule` (not with the others).
         statistics: mean and std of each ``"row"`` (the paper: for each query), or of a whole ``"head"`` (not with
             ``within``: each row would depend on the tiles that others may see; nor with ``"mass"``, which has none).
         score_queries: pool the ``"kept"`` queries (what is computed) or ``"all"`` of a tile for the logits.
@@ -69,7 +69,7 @@ class BSA(MaskBuilder):
         within: a static builder; only its tiles are candidates.
 
     Raises:
-        ValueError: a parameter out of range, or one that the threshold does not read.
+        ValueError: a parameter out of range, or a schedule that the threshold does not read.
         TypeError: a parameter of another type, or ``within`` that is no static builder.
     """
 
@@ -104,14 +104,14 @@ class BSA(MaskBuilder):
         ):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"BSA {name} is {getattr(self, name)!r}: give one of {get_args(choices)}")
-        unread = {"kv_density": 0.1, "statistics": "row"} if self.threshold == "mass" else {"mass": 0.9}
-        for name, default in unread.items():
-            if getattr(self, name) != default:
-                instead = "threshold='mass'" if name == "mass" else "threshold='normal'"
-                raise ValueError(
-                    f"BSA {name} is {getattr(self, name)!r}, which threshold={self.threshold!r} does not read: leave it out, "
-                    f"or give {instead}"
-                )
+        unread, instead = ("kv_density", "normal") if self.threshold == "mass" else ("mass", "mass")
+        if isinstance(getattr(self, unread), SparsitySchedule):
+            raise ValueError(
+                f"BSA {unread} is {getattr(self, unread)!r}, but threshold={self.threshold!r} does not read it, and nothing "
+                f"would be annealed: give threshold={instead!r}, or the schedule to the other"
+            )
+        if self.statistics == "head" and self.threshold == "mass":
+            raise ValueError("BSA statistics is 'head', but threshold='mass' has no mean and deviation: leave it out")
         if self.statistics == "head" and self.within is not None:
             raise ValueError(
                 "BSA statistics is 'head' and within is given: a threshold over all rows would let a row depend on "

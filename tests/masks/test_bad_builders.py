@@ -89,17 +89,17 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a density that mass does not read": (
         lambda: fs.BSA(kv_density=fs.SparsitySchedule(target=0.1, start=1.0), threshold="mass"),
         ValueError,
-        r"BSA kv_density is SparsitySchedule\(.*threshold='mass' does not read: .*threshold='normal'",
+        r"BSA kv_density is SparsitySchedule\(.*threshold='mass' does not read it.*give threshold='normal'",
     ),
     "statistics that mass does not read": (
         lambda: fs.BSA(statistics="head", threshold="mass"),
         ValueError,
-        "BSA statistics is 'head', which threshold='mass' does not read",
+        "BSA statistics is 'head', but threshold='mass' has no mean and deviation: leave it out",
     ),
     "a mass that normal does not read": (
-        lambda: fs.BSA(mass=0.5),
+        lambda: fs.BSA(mass=fs.SparsitySchedule(target=0.9, start=1.0)),
         ValueError,
-        "BSA mass is 0.5, which threshold='normal' does not read: leave it out, or give threshold='mass'",
+        r"BSA mass is SparsitySchedule\(.*threshold='normal' does not read it.*give threshold='mass'",
     ),
     "NaN mass": (lambda: fs.TopP(mass=NAN), ValueError, r"TopP mass is nan: give a ratio in \(0, 1\]"),
     "mass over one": (lambda: fs.TopP(mass=1.5), ValueError, r"TopP mass is 1\.5: give a ratio in \(0, 1\]"),
