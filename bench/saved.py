@@ -115,7 +115,7 @@ def compiled(case: Case, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -
 
     def dense(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
         if gate is not None:
-            q = torch.ops.flexsparse.mark_gate(q, gate)
+            torch.ops.flexsparse.mark_gate(gate)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
     torch._dynamo.reset()

@@ -21,6 +21,7 @@ from flexsparse.compile_passes.views import CASTS, aten, is_op, shape_of
 REALIZE = "inductor_realize_to_strides"
 """Key of ``node.meta``: Inductor writes the node to memory where it is made, in its traced strides."""
 
+FLEX = torch.ops.higher_order.flex_attention
 _MEMORY = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int)
 _SAME = (*_MEMORY, *IDENTITIES, aten.t.default, aten.clone.default)
 """What computes nothing."""
@@ -45,6 +46,9 @@ class ShareOperands(CustomGraphPass):
     the gated coarse output): unmarked, Inductor writes the sum head by head and copies it to where the product reads it. A sum
     lies in memory as its first term does, so the result becomes that.
 
+    FlexAttention's operands on a CPU are marked, too: Inductor's kernel reads a head's channels one after another, and where it
+    writes an operand itself (a contiguous copy of heads that lie innermost), its channels may lie otherwise, and are misread.
+
     Attributes:
         matches: nodes marked so far.
     """
@@ -64,6 +68,10 @@ class ShareOperands(CustomGraphPass):
             return
         for gm in graph_modules(owner) if owner.graph is graph else [owner]:
             for node in gm.graph.nodes:
+                if node.target is FLEX:
+                    for operand in node.args[:3]:
+                        if value_of(operand).device.type == "cpu":
+                            self._realize(operand)
                 if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "flexsparse":
                     continue
                 for operand in node.all_input_nodes:
@@ -82,9 +90,12 @@ class ShareOperands(CustomGraphPass):
             return  # an input, a result of another op, or a part of something
         # its first view as well: Inductor makes what is written in place (rotary embeddings) anew, and drops the mark
         for each in (base, view):
-            if each is not None and isinstance(value_of(each), torch.Tensor) and not each.meta.get(REALIZE):
-                each.meta[REALIZE] = True
-                self.matches += 1
+            self._realize(each)
+
+    def _realize(self, node: Any) -> None:
+        if node is not None and isinstance(value_of(node), torch.Tensor) and not node.meta.get(REALIZE):
+            node.meta[REALIZE] = True
+            self.matches += 1
 
 
 def _combined(result: Node) -> Iterator[Any]:

@@ -43,7 +43,7 @@ def compiled(case: Case, device: Device, layout: fs.TileLayout) -> tuple[Call, f
 
     def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
         if gate is not None:
-            q = torch.ops.flexsparse.mark_gate(q, gate)
+            torch.ops.flexsparse.mark_gate(gate)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
     options = {"tile": layout.sides, "grid": layout.grid, "expect": 1, **device.compile_options}

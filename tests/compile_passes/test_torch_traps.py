@@ -191,6 +191,39 @@ def test_the_flex_backend_takes_views_of_any_rank_and_strides(made: Any) -> None
         torch.testing.assert_close(compiled(x), right, atol=1e-5, rtol=1e-4)
 
 
+def innermost(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads innermost, brought to their place by something that Inductor fuses."""
+    return tuple(1.5 * y.unflatten(-1, (16, 2)).permute(0, 3, 1, 2) for y in x.chunk(3, -1))  # type: ignore[return-value]
+
+
+def test_flex_attention_misreads_what_inductor_writes_heads_innermost() -> None:
+    """Its kernel for the CPU takes channels one after another, and asks for that before it is settled how they lie."""
+
+    def attend(x: Tensor) -> Tensor:
+        return flex_attention(*innermost(x))
+
+    x = torch.randn(1, LAYOUT.seq_len, 96)
+    with torch.no_grad():
+        found = torch.compile(attend, fullgraph=True, dynamic=False)(x)
+    if error(found, F.scaled_dot_product_attention(*innermost(x))) < 1e-4:
+        mended("misreads them", "`ShareOperands` need not settle how FlexAttention's operands lie")
+
+
+@pytest.mark.parametrize("made", (innermost, lambda x: tuple(y.contiguous() for y in innermost(x))))
+def test_heads_innermost_are_read_right(made: Any) -> None:
+    """In low precision, where a graph of ours has stock FlexAttention on a CPU; tokens kept in tile order are not gathered."""
+    x, linear = torch.randn(1, LAYOUT.seq_len, 32).bfloat16(), nn.Linear(32, 96).bfloat16()
+    backend = fs.backend(fs.Dense(), grid=LAYOUT.grid, tile=LAYOUT.tile)
+
+    def attend(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*made(linear(x)))
+
+    with torch.no_grad():
+        found = torch.compile(attend, backend=backend, fullgraph=True, dynamic=False)(x)
+        torch.testing.assert_close(found, attend(x), atol=2e-2, rtol=0)
+    assert [call.backend for call in backend.report().calls] == ["flex"]
+
+
 # a backward of one's own
 
 

@@ -252,6 +252,13 @@ PASSES = (
         ("compile_passes/test_fold_tiling.py::test_nothing_is_brought_to_tile_order_and_the_bits_are_the_same",),
     ),
     Mutation(
+        "FlexAttention on a CPU reads channels as Inductor happened to write them",
+        "compile_passes/share_operands.py",
+        "                if node.target is FLEX:\n",
+        "                if False:\n",
+        ("compile_passes/test_torch_traps.py", "-k", "heads_innermost"),
+    ),
+    Mutation(
         "rotated tokens written for each reader",
         "compile_passes/share_operands.py",
         "for each in (base, view):",
