@@ -20,6 +20,7 @@ from flexsparse.grids import Grid
 from flexsparse.training.errors import RunError
 from flexsparse.training.flow import noisy
 from flexsparse.training.video import Source, as_float, find_source, read_frames
+from flexsparse.training.weights import check_complete
 
 TINY = "tiny"
 _TINY = {
@@ -70,7 +71,11 @@ def _from_folder(diffusers: Any, where: str, option: str, part: str, dtype: torc
         folder = folder / part
     try:
         kind = json.loads((folder / "config.json").read_text())["_class_name"]
-        return getattr(diffusers, kind).from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        model: nn.Module = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        check_complete(option.lstrip("-"), where, model)
+        return model
+    except RunError:
+        raise
     except Exception as error:  # whatever a broken folder makes diffusers throw
         reason = " ".join(str(error).split())[:200]
         raise RunError(

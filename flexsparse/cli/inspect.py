@@ -1,6 +1,7 @@
 """`flexsparse inspect`: a page that shows what a model's sparse attention looks at."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,11 +76,16 @@ def inspect(
         import PIL  # noqa: F401
 
         from flexsparse.training.errors import RunError
+        from flexsparse.training.files import check_path
     except ModuleNotFoundError as error:
         fail_missing(error)
     from flexsparse.analysis import page
 
     try:
+        given = {"model": model, "video": video, "vae": vae, "gates": gates, "out": out}
+        for option, path in given.items():
+            if path is not None:
+                check_path(option, path)
         if out.is_dir() or not out.absolute().parent.is_dir():
             raise RunError(f"--out {str(out)!r} is a folder or in one that does not exist: pass the path of a file")
         data = _look(
@@ -187,7 +193,7 @@ def _look(
     from flexsparse.analysis import page, sources
     from flexsparse.analysis.inputs import channels_of, model_inputs, patch_of
     from flexsparse.compile_passes import RewriteError
-    from flexsparse.training.environment import check_device
+    from flexsparse.training.environment import check_device, check_seed
     from flexsparse.training.errors import RunError
 
     if not 0 <= time <= 1:
@@ -197,8 +203,7 @@ def _look(
             raise RunError(f"--{name} {value} is too small: pass at least 1")
     if dtype not in _DTYPES:
         raise RunError(f"--dtype {dtype!r} is unknown: pass {', '.join(_DTYPES)}")
-    if seed < 0:
-        raise RunError(f"--seed {seed} is negative: pass at least 0")
+    check_seed(seed)
     if device not in _DEVICES:
         raise RunError(f"--device {device!r} is unknown: pass {' or '.join(_DEVICES)}")
     check_device(device)
@@ -209,7 +214,10 @@ def _look(
         clip = sources.load_clip(video, grid, patch_of(network), channels_of(network), vae)
         noisy = sources.at_time(clip.latents, time, seed).to(device, getattr(torch, dtype))
         inputs = model_inputs(network, noisy, time, text)
-        fs.wrap(network, builder, tile=tile, gates=gates is not None, compile=False)
+        with warnings.catch_warnings():
+            if gates is not None:  # loaded below
+                warnings.filterwarnings("ignore", message=".*tensors of gates")
+            fs.wrap(network, builder, tile=tile, gates=gates is not None, compile=False)
         if gates is not None:
             _load_gates(network, gates)
         found = inspect_model(network, inputs, layers=layers, heads=heads, sample=sample)

@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from flexsparse.training.environment import check_seed
 from flexsparse.training.errors import RunError
 
 METHODS = ("dense", "vsa", "bsa")
@@ -57,6 +58,7 @@ class Settings:
         for name in ("steps", "frames", "height", "width", "dim", "depth", "heads", "patch", "eval_every"):
             if getattr(self, name) < 1:
                 raise RunError(f"--{_flag(name)} {getattr(self, name)} is too small: pass at least 1")
+        check_seed(self.seed)
         if self.frames < 2:
             raise RunError(f"--frames {self.frames} is no video: pass at least 2")
         for name in ("height", "width"):

@@ -47,7 +47,7 @@ class Clip:
     def text(self) -> Path | None:
         """The file beside it that holds its text embeddings."""
         beside = [self.path.with_name(self.path.stem + TEXT + suffix) for suffix in TENSORS]
-        return next((path for path in beside if path.is_file()), None)
+        return next((path for path in beside if os.path.isfile(path)), None)  # a name that is too long is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def find_clips(settings: Settings, run: Path | None = None) -> list[Clip]:
         what = "is a file" if folder.exists() else "does not exist"
         raise RunError(f"--data {settings.data!r} {what}: pass a folder of clips, or 'sample'")
     paths = [p for p in _files(folder, run) if p.suffix.lower() in VIDEOS + TENSORS and p.is_file()]
-    paths = sorted(p for p in paths if not p.stem.endswith(TEXT) and not p.name.startswith("."))
+    paths = sorted(p for p in paths if not _is_text(p) and not p.name.startswith("."))
     clips = [Clip(path=path, name=path.relative_to(folder).as_posix()) for path in paths]
     if not clips:
         raise RunError(
@@ -93,6 +93,11 @@ def find_clips(settings: Settings, run: Path | None = None) -> list[Clip]:
             "kind; text embeddings are called NAME.text.safetensors"
         )
     return clips
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file holds the text of a clip; a video may be called anything."""
+    return path.suffix.lower() in TENSORS and path.stem.endswith(TEXT)
 
 
 def _files(folder: Path, run: Path | None) -> Iterator[Path]:

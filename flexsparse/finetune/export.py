@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import flexsparse as fs
 from flexsparse.finetune.model import prepare_model
+from flexsparse.finetune.objectives import FILE, SCHEDULER, scheduler_file
 from flexsparse.finetune.train import Training
 from flexsparse.training.errors import RunError
 from flexsparse.training.files import write_atomically
@@ -77,10 +78,19 @@ def _write(training: Training, model: nn.Module, folder: Path) -> list[Path]:
     else:
         _replace(folder / TRANSFORMER, lambda path: model.save_pretrained(path))  # type: ignore[operator]
         written.append(folder / TRANSFORMER)
+        _keep_scheduler(training.settings.model, folder)
     if fs.gate_parameters(model):
         _replace(folder / GATES, lambda path: fs.save_gates(model, path))
         written.append(folder / GATES)
     return written
+
+
+def _keep_scheduler(model: str, folder: Path) -> None:
+    """What the model learned to predict is said beside its weights, as its pipeline did: a next stage goes on with that."""
+    said = scheduler_file(model)
+    if said is not None:
+        (folder / SCHEDULER).mkdir(exist_ok=True)
+        write_atomically(folder / SCHEDULER / FILE, said.read_bytes())
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

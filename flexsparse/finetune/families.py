@@ -221,8 +221,17 @@ def _kandinsky5(model: nn.Module, config: Any, batch: Batch) -> Tensor:
     """Channels last. There is no mask of the text: of what was filled up, all that the batch does not need is left out.
 
     Text to video: where the model takes a first frame and its mask, both are zeros.
+
+    Raises:
+        RunError: texts of different lengths.
     """
-    noisy, text = batch.noisy, batch.text[:, : max(1, int(batch.lengths.max()))]
+    least, most = int(batch.lengths.min()), int(batch.lengths.max())
+    if least != most:  # the shorter ones would be filled up, as the others happen to be long
+        raise RunError(
+            f"--micro-batch {len(batch.lengths)}: clips have texts of {least} to {most} tokens, and a {type(model).__name__} "
+            "takes no mask of them: pass --micro-batch 1, or texts of one length"
+        )
+    noisy, text = batch.noisy, batch.text[:, : max(1, most)]
     patch = config.patch_size
     sizes = [size // side for size, side in zip(noisy.shape[2:], patch)]
     video = noisy.movedim(1, -1)
@@ -257,6 +266,14 @@ def _unused_motif(model: Any) -> list[nn.Module]:
     return [] if model.image_embed_dim is None else [model.image_embedder]
 
 
+def _check_hunyuan(config: Any, tokens: int) -> None:
+    if kind := config.get("image_condition_type"):
+        raise RunError(
+            f"--model has image_condition_type {kind!r}: its first frame is a clean image, and HunyuanVideo is trained for "
+            "text to video here: pass a model of text to video"
+        )
+
+
 def _check_hunyuan15(config: Any, tokens: int) -> None:
     if config.get("task_type") != "t2v" or config.get("use_meanflow"):
         raise RunError(
@@ -288,6 +305,7 @@ FAMILIES: Mapping[str, Family | Callable[[Mapping[str, Any]], Family]] = Mapping
             pooled="pooled_projection_dim",
             tokens=256,
             velocity=_hunyuan,
+            check=_check_hunyuan,
             vae="AutoencoderKLHunyuanVideo",
         ),
         "HunyuanVideo15Transformer3DModel": Family(

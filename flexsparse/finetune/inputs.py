@@ -271,6 +271,12 @@ def collate(
         zeros = torch.zeros(takes.channels[POOLED])
         pooled = torch.stack([given.get(POOLED, zeros) for given in clips]).to(device)
     if IMAGE in takes.channels:
+        images = sorted({len(given[IMAGE]) for given in clips})
+        if len(images) > 1:
+            raise RunError(
+                f"--micro-batch {len(clips)}: clips have images of {images[0]} to {images[-1]} tokens: "
+                "pass --micro-batch 1, or images of one length"
+            )
         image = torch.stack([given[IMAGE] for given in clips]).to(device)
     return Batch(
         noisy=noisy,

@@ -18,6 +18,7 @@ import flexsparse as fs
 from flexsparse.finetune.objectives import model_folder
 from flexsparse.finetune.settings import COMPILE, TINY, Options, Schedules, Settings
 from flexsparse.training.errors import RunError
+from flexsparse.training.weights import check_complete
 
 _HEADS, _HEAD_DIM, _TEXT = 2, 32, 64
 
@@ -86,7 +87,11 @@ def _from_folder(given: str) -> nn.Module:
     kind: Any = describe_model(given)[0]
     try:
         with _quiet():
-            return kind.from_pretrained(model_folder(given), torch_dtype=torch.float32)
+            model: nn.Module = kind.from_pretrained(model_folder(given), torch_dtype=torch.float32)
+            check_complete("model", given, model)
+            return model
+    except RunError:
+        raise
     except Exception as error:  # whatever a folder of another kind, or a broken file, throws
         raise RunError(
             f"--model {given!r} cannot be read ({' '.join(str(error).split())[:300]}): check the folder"
@@ -176,6 +181,9 @@ def _add_lora(model: nn.Module, settings: Settings) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         try:
+            for target in settings.lora_targets:  # peft passes over those that name nothing beside one that does
+                if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
+                    raise ValueError(f"no module of the model is called {target}; pass names of its linear layers")
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(settings.lora_targets))
             model.add_adapter(config)  # type: ignore[operator]  # freezes everything else
         except ValueError as error:

@@ -22,7 +22,7 @@ from flexsparse.training import flow
 from flexsparse.training.errors import RunError
 
 SCHEDULER = "scheduler"
-_FILE = "scheduler_config.json"
+FILE = "scheduler_config.json"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 FLOW, EDM_KIND = "flow matching", "EDM"
 
@@ -196,6 +196,18 @@ def model_folder(given: str) -> Path:
     return inside if not (folder / "config.json").is_file() and (inside / "config.json").is_file() else folder
 
 
+def scheduler_file(given: str) -> Path | None:
+    """The scheduler's configuration of a model's pipeline; None where there is none.
+
+    Args:
+        given: the model's folder, or `tiny`.
+    """
+    folder = model_folder(given)
+    # "." has no parent as it is given, and the pipeline may stand beside a link or beside what it leads to
+    paths = [one.parent / SCHEDULER / FILE for one in (folder.absolute(), folder.resolve())]
+    return None if given == TINY else next((path for path in paths if path.is_file()), None)
+
+
 def objective_of(given: str, published: Mapping[str, Any] | None, shift: float = 1.0) -> Objective:
     """What a model learns: its pipeline's `scheduler` folder says, where there is one, else what was published.
 
@@ -207,12 +219,9 @@ def objective_of(given: str, published: Mapping[str, Any] | None, shift: float =
     Raises:
         RunError: a scheduler that is of another kind than the family's, that cannot be read, or that goes with no shift.
     """
-    folder = model_folder(given)
-    # "." has no parent as it is given, and the pipeline may stand beside a link or beside what it leads to
-    paths = [one.parent / SCHEDULER / _FILE for one in (folder.absolute(), folder.resolve())]
-    path = next((path for path in paths if path.is_file()), paths[0])
+    path = scheduler_file(given)
     config = published
-    if given != TINY and path.is_file():
+    if path is not None:
         try:
             config = json.loads(path.read_text())
             have = _kind(config)

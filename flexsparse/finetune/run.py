@@ -24,7 +24,7 @@ from flexsparse.finetune.inputs import Family, takes_of
 from flexsparse.finetune.interrupts import Interrupts
 from flexsparse.finetune.launch import make_accelerator, together
 from flexsparse.finetune.model import Encoder, check_channels, config_of, describe_model, load_model, prepare_model
-from flexsparse.finetune.objectives import Objective, model_folder, objective_of
+from flexsparse.finetune.objectives import SCHEDULER, Objective, model_folder, objective_of
 from flexsparse.finetune.samples import Samples
 from flexsparse.finetune.saving import METRICS, resume, save, skipped, write_metrics
 from flexsparse.finetune.settings import TINY, Options, Settings
@@ -191,7 +191,7 @@ def _check_same(folder: Path, settings: Settings, about: dict[str, Any]) -> None
         )
 
 
-_FILES, _FOLDERS = (SETTINGS, METRICS, GATES, LORA), (state.FOLDER, TRANSFORMER, LOGS)
+_FILES, _FOLDERS = (SETTINGS, METRICS, GATES, LORA), (state.FOLDER, TRANSFORMER, SCHEDULER, LOGS)
 """What a run writes, and `--force` removes."""
 
 

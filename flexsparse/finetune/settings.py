@@ -14,8 +14,9 @@ from typing import Any
 
 import flexsparse as fs
 from flexsparse.tables import MAX_SLOTS
-from flexsparse.training.environment import check_threads
+from flexsparse.training.environment import check_seed, check_threads
 from flexsparse.training.errors import RunError
+from flexsparse.training.files import check_path
 
 METHODS = ("vsa", "bsa")
 EXPORTS = ("raw", "ema")
@@ -118,10 +119,14 @@ class Settings:
     """Seeds a tiny model, the order of the clips, crops, flips and noise."""
 
     def __post_init__(self) -> None:
+        for name in ("model", "data", "vae", "gates_from"):
+            if getattr(self, name) is not None:
+                check_path(flag(name), getattr(self, name))
+        check_seed(self.seed)
         for name in ("frames", "height", "width", "text_tokens", "steps", "batch", "anneal_every", "eval_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise RunError(f"--{flag(name)} {getattr(self, name)} is too small: pass at least 1")
-        for name in ("lora_rank", "warmup", "weight_decay", "held_out", "seed"):
+        for name in ("lora_rank", "warmup", "weight_decay", "held_out"):
             if not getattr(self, name) >= 0:
                 raise RunError(f"--{flag(name)} {getattr(self, name)} is negative: pass at least 0")
         for name, example in (
@@ -143,6 +148,8 @@ class Settings:
                 raise RunError(f"--{name} {getattr(self, name)!r} is unknown: pass {' or '.join(values)}")
         if self.gates_from is not None and not (self.gates and self.method == "vsa"):
             raise RunError(f"--gates-from {self.gates_from!r} without gates: pass --method vsa and --gates")
+        if not self.lora_rank and self.lora_targets != type(self).lora_targets:
+            raise RunError(f"--lora-targets {_listed(self.lora_targets)!r} without adapters: pass --lora RANK too")
         if self.export == "ema" and not self.ema_decay:
             raise RunError("--export 'ema' needs a moving average: pass for example --ema 0.999 too")
         if len(self.tile) != 3 or min(self.tile) < 1:

@@ -255,6 +255,10 @@ def _step(
     loss_value, norm_value, stopping = said.tolist()  # the norm is the same everywhere, and so is its mean
     for name, value in (("loss", loss_value), ("gradient's norm", norm_value)):
         if not math.isfinite(value):
+            if not step:  # no rate was applied yet
+                raise RunError(
+                    f"the {name} is {value} at step 1, before any update: look at --model's weights and at --data"
+                )
             raise RunError(
                 f"the {name} is {value} at step {step + 1}: start again with --force and a smaller --lr; or, where the machine "
                 "is to blame, go on from the last checkpoint with --resume"

@@ -55,6 +55,12 @@ def _git(file: Path, *arguments: str) -> str | None:
     return (result.stdout.strip() or None) if result.returncode == 0 else None
 
 
+def check_seed(seed: int) -> None:
+    """Raise a `RunError` for a seed that torch does not take."""
+    if not 0 <= seed < 2**63:
+        raise RunError(f"--seed {seed} is negative or too large: pass a number from 0 to 2**63 - 1")
+
+
 def check_threads(threads: int | None) -> None:
     """Checks a number of CPU threads, None for as many as torch takes.
 

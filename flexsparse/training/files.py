@@ -6,6 +6,17 @@ from pathlib import Path
 from flexsparse.training.errors import RunError
 
 _TEMPORARY = ".partial"
+MAX_NAME, MAX_PATH = 255, 4096
+"""Bytes that Linux takes, of one name and of a whole path."""
+
+
+def check_path(option: str, given: str | Path) -> None:
+    """Raise a `RunError` for a path that names nothing: an empty one (an unset variable), or one that is too long."""
+    if not str(given):
+        raise RunError(f"--{option} '' is empty: pass a path, or leave --{option} out")
+    if len(os.fsencode(given)) >= MAX_PATH or any(len(os.fsencode(part)) > MAX_NAME for part in Path(given).parts):
+        shown = printable(str(given)[:40])
+        raise RunError(f"--{option} '{shown}...' has names of more than {MAX_NAME} bytes: pass a shorter path")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

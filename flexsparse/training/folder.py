@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from flexsparse.training.errors import RunError
+from flexsparse.training.files import check_path
 
 
 def check_folder(folder: Path, *, resume: bool, force: bool) -> None:
@@ -16,6 +17,7 @@ def check_folder(folder: Path, *, resume: bool, force: bool) -> None:
     Raises:
         RunError: both flags; the folder exists and neither flag is given; nothing to resume; it is a file.
     """
+    check_path("out", folder)
     where = f"output folder {str(folder)!r}"
     if resume and force:
         raise RunError("--resume and --force exclude each other: continue the run, or replace it")
@@ -29,5 +31,6 @@ def check_folder(folder: Path, *, resume: bool, force: bool) -> None:
 
 def check_name(name: str) -> None:
     """Raise a `RunError` for a run's name that is no folder's."""
-    if name in ("", ".", "..") or Path(name).name != name:
+    check_path("name", name)
+    if name in (".", "..") or Path(name).name != name:
         raise RunError(f"--name {name!r} is no folder name: pass one without slashes, and the place with --out")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.training.errors import RunError
-from flexsparse.training.files import printable
+from flexsparse.training.files import check_path, printable
 
 ATTRIBUTION = '"Big Buck Bunny", (c) Blender Foundation, CC-BY 3.0, www.bigbuckbunny.org'
 _MAX_FRAMES = 480  # bounds the memory a long film takes
@@ -64,6 +64,7 @@ def find_source(video: Path | None) -> Source:
     """
     if video is None:
         return default_source()
+    check_path("video", video)
     if video.is_dir():
         raise RunError(f"--video {str(video)!r} is a folder: pass the path of a video file")
     if not video.is_file():

@@ -144,6 +144,7 @@ def test_latents_of_a_vae_are_normalised(folder):
     assert clip.shown.shape == (3, 2, 32, 48) and torch.equal(clip.shown, frames[:, ::4])
 
 
+@pytest.mark.filterwarnings("error:.*tensors of gates")
 def test_gates_of_a_file_are_loaded(tmp_path):
     model = fs.wrap(sources.load_model("tiny", torch.float32, 0), fs.VSA(sparsity=0.5), gates=True, compile=False)
     with torch.no_grad():
@@ -182,6 +183,10 @@ def test_gates_of_a_file_are_loaded(tmp_path):
         (["--sample", "0"], "--sample 0 is too small: pass at least 1"),
         (["--dtype", "int8"], "--dtype 'int8' is unknown: pass float32, bfloat16, float16"),
         (["--device", "abacus"], "--device 'abacus' is unknown: pass cpu or cuda"),
+        (["--seed", str(10**30)], "is negative or too large: pass a number from 0"),
+        (["--model", ""], "--model '' is empty: pass a path"),
+        (["--vae", "v" * 256], "--vae 'vvv"),
+        (["--out", "o" * 256], "has names of more than 255 bytes: pass a shorter path"),
         (["--out", "."], "--out '.' is a folder or in one that does not exist: pass the path of a file"),
         (["--out", "a/b.html"], "--out 'a/b.html' is a folder or in one that does not exist"),
     ],

@@ -77,6 +77,16 @@ def test_defaults_are_those_of_the_settings_and_every_setting_has_an_option():
         ("--model nowhere", "--model 'nowhere' is no folder of a diffusers transformer"),
         ("--dense-layers 7 --frames 4", "--model 'tiny': dense_layers has 7"),
         ("--lora 2 --lora-targets nothing", "--lora-targets 'nothing'"),
+        ("--lora 2 --lora-targets to_q,to_kk", "--lora-targets 'to_q,to_kk': no module of the model is called to_kk"),
+        ("--lora-targets to_q", "--lora-targets 'to_q' without adapters: pass --lora RANK too"),
+        (f"--seed {10**30}", f"--seed {10**30} is negative or too large: pass a number from 0"),
+        ("--seed -1", "--seed -1 is negative or too large"),
+        (f"--name {'n' * 256}", f"--name '{'n' * 40}...' has names of more than 255 bytes: pass a shorter path"),
+        (f"--out {'n/' * 2048}", "--out 'n/n/"),
+        (f"--data {'n' * 256}", "--data 'nnn"),
+        (f"--model {'n' * 256}", "--model 'nnn"),
+        (f"--vae {'n' * 256}", "--vae 'nnn"),
+        (f"--gates-from {'n' * 256}", "--gates-from 'nnn"),
         ("--vae nowhere", "--vae 'nowhere' is no folder of an AutoencoderKLWan"),
         ("--resume", "does not exist, there is nothing to resume"),
         ("--resume --force", "--resume and --force exclude each other"),
@@ -89,6 +99,14 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, arguments,
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert message in result.stderr
     assert not (tmp_path / "runs").exists(), "the corrected command would be refused"
+
+
+@pytest.mark.parametrize("option", ["data", "model", "vae", "name"])
+def test_an_empty_path_is_no_folder(tmp_path, monkeypatch, option):
+    """A variable of the shell that is not set: the folder that the command runs in was trained on."""
+    monkeypatch.chdir(tmp_path)
+    result = _invoke("--device", "cpu", f"--{option}", "")
+    assert result.exit_code == 2 and f"--{option} '' is empty: pass a path, or leave --{option} out" in result.stderr
 
 
 def test_a_configuration_of_accelerate_that_does_not_fit(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from models.zoo import ZOO
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finetune.tiny import settings, tuned, write_video
@@ -123,6 +123,17 @@ def test_folders_that_cannot_serve(tmp_path, files, message):
         find_clips(settings(data=str(tmp_path / "nowhere")))
 
 
+def test_clips_of_any_name(tmp_path):
+    """The file of a clip's text would have a name that is too long; a video that ends in .text is no text."""
+    long = "n" * 240
+    for name in (f"{long}.mp4", "notes.text.mp4", "notes.mp4", "notes.text.pt"):
+        (tmp_path / name).touch()
+    clips = find_clips(settings(data=str(tmp_path)))
+    assert [clip.name for clip in clips] == [f"{long}.mp4", "notes.mp4", "notes.text.mp4"]
+    assert [clip.text and clip.text.name for clip in clips] == [None, "notes.text.pt", None]
+    assert len(digest(clips)) == 64
+
+
 def test_too_few_clips_to_hold_some_out(tmp_path):
     with pytest.raises(RunError, match=r"--held-out 1 leaves nothing to train of 1 clips"):
         _samples(_latents(tmp_path, 1))
@@ -191,6 +202,24 @@ def test_text_is_cut_filled_up_and_masked():
         collate([{"text": torch.ones(2, 8)}], torch.zeros(1, 4, 1, 4, 4), torch.zeros(1), takes)
 
 
+def test_images_of_several_lengths_are_no_batch():
+    takes = replace(takes_of(WAN, ZOO["wan"].model().config, 5, vae=False), channels={"text": 16, "image": 4})
+    clips = [{"image": torch.ones(2, 4)}, {"image": torch.ones(3, 4)}]
+    with pytest.raises(RunError, match="--micro-batch 2: clips have images of 2 to 3 tokens: pass --micro-batch 1"):
+        collate(clips, torch.zeros(2, 4, 1, 4, 4), torch.zeros(2), takes)
+
+
+def test_texts_of_several_lengths_without_a_mask_are_no_batch():
+    """What the shorter ones are filled up with would be attended to, and depend on who is beside them."""
+    model = ZOO["kandinsky5"].model()
+    family = FAMILIES["Kandinsky5Transformer3DModel"]
+    takes = takes_of(family, model.config, 5, vae=False)
+    texts = [{"text": torch.ones(n, takes.channels["text"])} for n in (2, 3)]
+    noisy = torch.zeros(2, model.config.out_visual_dim, 2, 4, 4)
+    with pytest.raises(RunError, match=r"--micro-batch 2: clips have texts of 2 to 3 tokens.*pass --micro-batch 1"):
+        family.velocity(model, model.config, collate(texts, noisy, torch.zeros(2), takes))
+
+
 def test_a_second_text_may_be_empty_and_pooled_text_is_zeros_without_any():
     config = _config("hunyuan15", in_channels=9, pooled=3)
     family = replace(FAMILIES["HunyuanVideo15Transformer3DModel"], pooled="pooled")
@@ -255,6 +284,7 @@ def test_a_clip_that_does_not_bring_what_the_model_takes_is_skipped(tmp_path):
         ("cogvideox", {"in_channels": 8}, False, "takes 8 channels and gives 4"),
         ("cogvideox", {"max_text_seq_length": 9}, False, r"--text-tokens 8: .* after 9 text tokens"),
         ("cogvideox", {}, True, "--vae: --model takes latents of an AutoencoderKLCogVideoX"),
+        ("hunyuan", {"image_condition_type": "token_replace"}, False, "image_condition_type 'token_replace'"),
         ("hunyuan15", {"task_type": "i2v"}, False, "task_type 'i2v'"),
         ("hunyuan15", {"use_meanflow": True}, False, "use_meanflow True"),
         ("skyreels", {"inject_sample_info": True}, False, "diffusion forcing"),
@@ -298,7 +328,11 @@ def test_a_model_of_other_channels_or_no_model(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(RunError, match="is no folder of a diffusers transformer"):
             describe_model(str(folder))
-    (tmp_path / "pipe" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
+    file = tmp_path / "pipe" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: x for name, x in load_file(str(file)).items() if "to_q" not in name}, str(file))
+    with pytest.raises(RunError, match=r"--model .* lacks \d+ weights of a WanTransformer3DModel \(.*to_q"):
+        load_model(told, channels=4, text_dim=None, pixels=False)
+    file.write_bytes(b"broken")
     with pytest.raises(RunError, match=r"--model .* cannot be read"):
         load_model(told, channels=4, text_dim=None, pixels=False)
 

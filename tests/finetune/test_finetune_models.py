@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import flexsparse as fs
 from finetune.tiny import forget_accelerate, options, quiet, settings, stop_after, tensors, tuned, write_video
 from flexsparse.finetune.clips import find_clips
-from flexsparse.finetune.families import WAN, family_of
+from flexsparse.finetune.families import FAMILIES, WAN, family_of
 from flexsparse.finetune.inputs import EMBEDDINGS, collate, takes_of
 from flexsparse.finetune.model import Encoder
 from flexsparse.finetune.objectives import objective_of
@@ -110,6 +110,13 @@ def _held_out(model, model_folder: str, data: str) -> list[float]:
 def test_a_model_learns_and_what_is_written_loads_again(tmp_path, case, method):
     model_folder, data = CASES[case].save(tmp_path / "model", tmp_path / "clips")
     folder = tmp_path / "run"
+    if case == "cogvideox":  # as in its pipeline's folder
+        (tmp_path / "scheduler").mkdir()
+        said = {
+            **FAMILIES["CogVideoXTransformer3DModel"].scheduler({"use_rotary_positional_embeddings": True}),
+            "snr_shift_scale": 2.0,
+        }
+        (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(said))
     told = RUN | CASES[case].run
     result = tuned(folder, model=model_folder, data=data, method=method, save_every=told["steps"], **told)
     first, *_, last = (point["mean"] for point in result.curves.held_out)
@@ -128,6 +135,8 @@ def test_a_model_learns_and_what_is_written_loads_again(tmp_path, case, method):
         assert len(gates) == 2 * len(sparse) and all(bool(value.any()) for value in gates.values())
         assert _held_out(model, model_folder, data) != result.curves.held_out[-1]["losses"], "the gates matter"
         fs.load_gates(model, folder / "gates.safetensors")
+    kept = folder / "scheduler" / "scheduler_config.json"
+    assert kept.is_file() == (case == "cogvideox") and (not kept.is_file() or json.loads(kept.read_text()) == said)
     assert _held_out(model, model_folder, data) == pytest.approx(result.curves.held_out[-1]["losses"], rel=1e-6)
 
 

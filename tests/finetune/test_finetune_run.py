@@ -334,7 +334,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(finished, tmp_path, monkeypatch
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("flexsparse.training.flow.velocity_loss", lambda v, clean, noise: v.sum() * float("inf"))
     with pytest.raises(
-        RunError, match=r"the loss is -?(nan|inf) at step 1: start again with --force and a smaller --lr"
+        RunError, match=r"the loss is -?(nan|inf) at step 1, before any update: look at --model's weights"
     ):
         tuned(tmp_path / "run")
 
