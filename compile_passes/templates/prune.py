@@ -112,11 +112,12 @@ def nearest(at, inside, kept, norm2, j, slot, row, n: tl.constexpr, D: tl.conste
 @triton.jit
 def bits_set(word):
     """Number of bits set in int32 words."""
+    word = word.to(tl.uint32, bitcast=True)
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
     word = word + (word >> 8)
-    return (word + (word >> 16)) & 0x3F
+    return ((word + (word >> 16)) & 0x3F).to(tl.int32)
 
 
 @triton.jit
@@ -126,7 +127,7 @@ def rows_before(kept, slot, WORDS: tl.constexpr):
     of_slot = (slot >> 5)[:, :, None]
     bit = (kept.to(tl.int32) << (slot & 31))[:, :, None]
     words = tl.sum(tl.sum(tl.where(of_slot == w, bit, 0), 1), 0)[None, None, :]  # distinct bits: the sum is their union
-    below = ((1 << (slot & 31)) - 1)[:, :, None]
+    below = (~(-1 << (slot & 31)))[:, :, None]
     before = tl.where(w < of_slot, words, tl.where(w == of_slot, words & below, 0))
     return tl.sum(bits_set(before), 2)
 
