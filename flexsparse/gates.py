@@ -6,12 +6,12 @@ wrapped pretrained model begins as pure fine attention.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FlatParameter
 from torch.nn.parallel import DistributedDataParallel
 
 from flexsparse.rules import SHELLS, matches, plain_name
@@ -234,9 +234,16 @@ def check_synchronised(model: nn.Module, before: int | None) -> int | None:
     return id(shell)
 
 
+def of_fsdp(name: str) -> tuple[type, ...]:
+    """A class of `torch.distributed.fsdp`, for `isinstance`; none where nobody has imported that, which takes its time."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return () if fsdp is None else (getattr(fsdp, name),)
+
+
 def is_flat(model: nn.Module) -> bool:
     """Whether FSDP1 (`FullyShardedDataParallel`) holds the model's weights in flat tensors of its own."""
-    return any(isinstance(p, FlatParameter) or getattr(p, "_fsdp_flattened", False) for p in model.parameters())
+    flat = of_fsdp("FlatParameter")
+    return any(isinstance(p, flat) or getattr(p, "_fsdp_flattened", False) for p in model.parameters())
 
 
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -9,12 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from flexsparse.compiler import OPTIONS, Backend
 from flexsparse.forwards import STATE, WRAPPED, hidden_by, override, remove_hooks, restore
 from flexsparse.gate_files import warn_of_dropped_gates
-from flexsparse.gates import ADDED, Gate, add_gates, gate_names, is_flat
+from flexsparse.gates import ADDED, Gate, add_gates, gate_names, is_flat, of_fsdp
 from flexsparse.grids import FixedGrid, GridFunction, geometry_reader
 from flexsparse.models import known
 from flexsparse.reporting import Report
@@ -134,7 +133,7 @@ def wrap(
         except ValueError:
             state.own = None  # the input does not say its grid; the given one is all there is
     warn_of_dropped_gates(model)
-    if gates and (is_flat(model) or any(isinstance(module, FSDPModule) for module in model.modules())):
+    if gates and (is_flat(model) or any(isinstance(module, of_fsdp("FSDPModule")) for module in model.modules())):
         raise ValueError(
             "gates are on, but the model is sharded by FSDP already, which would not see them: wrap it before fully_shard (or "
             "FullyShardedDataParallel)"

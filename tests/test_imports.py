@@ -12,7 +12,7 @@ from flexsparse import compile_passes
 SCRIPT = """
 import sys
 import flexsparse
-print(*sorted({"torch._dynamo", "torch._inductor", "diffusers", "accelerate"} & set(sys.modules)))
+print(*sorted({"torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "diffusers", "accelerate"} & set(sys.modules)))
 """
 
 

@@ -13,7 +13,7 @@ TRAINING = (
     Mutation(
         "FSDP1 is not seen",
         "gates.py",
-        'return any(isinstance(p, FlatParameter) or getattr(p, "_fsdp_flattened", False) for p in model.parameters())',
+        'return any(isinstance(p, flat) or getattr(p, "_fsdp_flattened", False) for p in model.parameters())',
         "return False",
         ("distributed/test_training.py", "-k", "train_alone"),
     ),
