@@ -50,7 +50,7 @@ LIFE_CYCLE = (
         "redone.py",
         "if is_compiling() or (task := torch._C._current_graph_task_id()) == -1:",
         "if (task := torch._C._current_graph_task_id()) == -1 and is_compiling():",
-        ("wrap/test_taken_apart.py", "-k", "compiled_autograd"),
+        ("wrap/test_taken_apart.py", "-k", "compiled_autograd", "-m", "slow or not slow"),
     ),
     Mutation(
         "a copy of a compiled attention module has the original's compiled form",

@@ -17,14 +17,14 @@ LONG_RUNS: tuple[Mutation, ...] = (
         "forms.py",
         "weakref.finalize(self, forget, self.codes).atexit = False",
         "weakref.finalize(self, forget, [])",
-        ("wrap/test_gone.py",),
+        ("wrap/test_gone.py", "-m", "slow or not slow"),
     ),
     Mutation(
         "torch's list of backends keeps them",
         "one_graph.py",
         "            cached.pop(key, None)",
         "            pass",
-        ("wrap/test_gone.py",),
+        ("wrap/test_gone.py", "-m", "slow or not slow"),
     ),
     Mutation(
         "every call leaves context variables behind",

@@ -134,7 +134,7 @@ PASSES = (
         "compile_passes/multi_head.py",
         ', "has_torch_function": lambda _: False',
         "",
-        ("wrap/test_stranger.py::test_torchs_own_multi_head_attention",),
+        ("wrap/test_stranger.py::test_torchs_own_multi_head_attention", "-m", "slow or not slow"),
     ),
     Mutation(
         "what is written in place is reordered",
@@ -235,7 +235,11 @@ PASSES = (
         "compile_passes/views.py",
         "    torch.ops.prims.convert_element_type.default,",
         "",
-        ("compile_passes/test_for_cuda.py::test_an_attention_is_our_two_ops_between_its_linear_maps",),
+        (
+            "compile_passes/test_for_cuda.py::test_an_attention_is_our_two_ops_between_its_linear_maps",
+            "-m",
+            "slow or not slow",
+        ),
     ),
     Mutation(
         "rows added as Inductor writes it unknown",
@@ -263,7 +267,11 @@ PASSES = (
         "compile_passes/share_operands.py",
         "for each in (base, view):",
         "for each in (base,):",
-        ("compile_passes/test_for_cuda.py::test_an_attention_is_our_two_ops_between_its_linear_maps",),
+        (
+            "compile_passes/test_for_cuda.py::test_an_attention_is_our_two_ops_between_its_linear_maps",
+            "-m",
+            "slow or not slow",
+        ),
     ),
     Mutation(
         "an output that nothing is spared by laid anew",
@@ -298,7 +306,7 @@ PASSES = (
         "compiler.py",
         "(lower, fold, passes.LayOutput(), passes.ShareOperands())",
         "(lower, fold, passes.ShareOperands())",
-        ("compile_passes/test_for_cuda.py", "-k", "wherever_queries_lie"),
+        ("compile_passes/test_for_cuda.py", "-k", "wherever_queries_lie", "-m", "slow or not slow"),
     ),
     Mutation(
         "sums lie as their other term",

@@ -31,7 +31,7 @@ TEMPLATES = (
         "compile_passes/templates/pool.py",
         '("programs", "heads", "tiles", "counts_stride_b")',
         '("programs", "heads", "counts_stride_b")',
-        ("templates/test_versions.py",),
+        ("templates/test_versions.py", "-m", "slow or not slow"),
     ),
     Mutation(
         "template's dq without the scale",

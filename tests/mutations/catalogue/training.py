@@ -64,7 +64,7 @@ TRAINING = (
         "one_graph.py",
         'ddp = "no_optimization" if splits_graphs()',
         'ddp = "no_optimization" if False',
-        ("distributed/test_training.py", "-k", "two_ranks and ddp-regional"),
+        ("distributed/test_training.py", "-k", "two_ranks and ddp-regional", "-m", "slow or not slow"),
     ),
     Mutation(
         "ranks that hold one video are given several",

@@ -10,14 +10,14 @@ WHERE_TOKENS_LIE = (
         "compile_passes/fold_tiling.py",
         "pack.args = (q, *pack.args[1:5], None, *pack.args[6:8], inside)",
         "pack.args = (q, *pack.args[1:8], inside)",
-        ("compile_passes/test_fold_tiling.py", "-k", "packed"),
+        ("compile_passes/test_fold_tiling.py", "-k", "packed", "-m", "slow or not slow"),
     ),
     Mutation(
         "the gradient of packed queries in tile order",
         "compile_passes/fold_tiling.py",
         "user.args = (*user.args[:5], False, inside)",
         "user.args = (*user.args[:5], True, inside)",
-        ("compile_passes/test_fold_tiling.py", "-k", "packed"),
+        ("compile_passes/test_fold_tiling.py", "-k", "packed", "-m", "slow or not slow"),
     ),
     Mutation(
         "a symbolic size of packed queries taken for somebody who reads them",
@@ -31,7 +31,7 @@ WHERE_TOKENS_LIE = (
         "compile_passes/pool_tokens.py",
         "            items[0] = items[2] = None\n",
         "            pass\n",
-        ("compile_passes/test_fold_tiling.py", "-k", "packed"),
+        ("compile_passes/test_fold_tiling.py", "-k", "packed", "-m", "slow or not slow"),
     ),
     Mutation(
         "queries in raster order pruned by their slots",
@@ -66,7 +66,7 @@ WHERE_TOKENS_LIE = (
         "compile_passes/epilogue.py",
         "elif len(found) < 3 and is_op(",
         "elif is_op(",
-        ("compile_passes/test_for_cuda.py", "-k", "training_reads and PerHead"),
+        ("compile_passes/test_for_cuda.py", "-k", "training_reads and PerHead", "-m", "slow or not slow"),
     ),
     Mutation(
         "the first heads' rows for all builders",
@@ -157,7 +157,7 @@ WHERE_TOKENS_LIE = (
         "nn.py",
         "if is_tracing() or layout.symbolic:",
         "if True:",
-        ("test_nn.py", "-k", "rope"),
+        ("test_nn.py", "-k", "rope", "-m", "slow or not slow"),
     ),
     Mutation(
         "static masks kept in the caller's thread",
@@ -269,6 +269,6 @@ WHERE_TOKENS_LIE = (
         "ops/choice.py",
         "if torch.compiler.is_dynamo_compiling() and not isinstance(density, Tensor):",
         "if False:",
-        ("masks/test_bsa.py", "-k", "one_graph"),
+        ("masks/test_bsa.py", "-k", "one_graph", "-m", "slow or not slow"),
     ),
 )
