@@ -99,7 +99,7 @@ MODELS = (
         "wrapped.py",
         "if (ran := state.interceptor.local.ran) is not None:",
         "if (ran := state.interceptor.local.ran) is None:",
-        ("wrap/test_redone.py",),
+        ("wrap/test_redone.py", "-k", "hidden_states and regional", "-m", "slow or not slow"),
     ),
     Mutation(
         "queries, keys and values that are not in heads are three sequences",

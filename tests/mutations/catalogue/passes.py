@@ -57,7 +57,7 @@ PASSES = (
         "compile_passes/keep_tiles.py",
         "if x in region.inside and needs.get(x) is None and",
         "if False and",
-        ("compile_passes/test_keep_tiles.py",),
+        ("compile_passes/test_keep_tiles.py", "-k", "a_step and hand", "-m", "slow or not slow"),
     ),
     Mutation(
         "softmax over tokens treats them alike",
